@@ -1,0 +1,88 @@
+# Each target works as the first command in a fresh clone: it makes .venv where there is none.
+#
+#   make demo          the same attention, on the same data, through every framework
+#   make test          the tests, and the conformance suite
+#   make check         format, lint, types, who may import whom; edits nothing
+#   make fmt           format and fix what can be fixed
+#   make conformance   the conformance suite alone, eager; make test runs its compiled forms too
+#   make docs          the doctests of docs/
+#   make wheel         a wheel in dist/
+#   make clean         remove what was built; .venv stays
+#
+# PYTHON=python3.12          which Python makes the environment
+# FRAMEWORKS="torch jax"     which frameworks are installed and tested; none is allowed
+# JOBS=4                     test processes at a time
+# VENV=path                  where the environment lives
+
+SHELL := /bin/bash
+PYTHON ?= python3
+FRAMEWORKS ?= torch tf jax
+JOBS ?= auto
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+comma := ,
+empty :=
+space := $(empty) $(empty)
+
+# tf-cpu, not tf: the tests run on TensorFlow's wheel without CUDA.
+extras_torch := torch triton
+extras_tf := tf-cpu
+extras_jax := jax
+EXTRAS := dev viz yaml $(foreach name,$(FRAMEWORKS),$(or $(extras_$(name)),$(error \
+	FRAMEWORKS must hold torch, tf or jax. Got $(name))))
+STAMP := $(VENV)/.installed$(subst $(space),,$(foreach name,$(sort $(FRAMEWORKS)),-$(name)))
+
+SUBJECTS := --backend numpy $(addprefix --backend ,$(FRAMEWORKS))
+
+# One thread per test process, since pytest-xdist already fills the machine.
+PYTEST := OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/pytest -n $(JOBS)
+
+.PHONY: demo test check fmt conformance docs wheel clean
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+# The tests of one framework run in processes that import no other; conformance starts its own.
+test: $(STAMP)
+	$(PYTEST) --doctest-glob='*.md' tests docs
+	@set -e; for name in $(FRAMEWORKS); do \
+		echo "== tests/$${name}_only"; \
+		if [ ! -d tests/$${name}_only ]; then echo "none there"; continue; fi; \
+		rc=0; $(PYTEST) tests/$${name}_only || rc=$$?; \
+		if [ $$rc -eq 5 ]; then echo "no tests there"; elif [ $$rc -ne 0 ]; then exit $$rc; fi; \
+	done
+	$(BIN)/attn-core conformance run --form all --failures $(SUBJECTS)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python tools/typecheck.py
+	$(BIN)/pytest -q tests/test_imports.py -k direction
+
+fmt: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+conformance: $(STAMP)
+	$(BIN)/attn-core conformance run $(SUBJECTS)
+
+docs: $(STAMP)
+	$(BIN)/pytest --doctest-glob='*.md' docs
+
+# setuptools copies into build/lib and never empties it, so a file deleted since would be shipped.
+wheel: $(STAMP)
+	rm -rf build/lib build/bdist.*
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# The stamp's name holds the frameworks, so that asking for one more installs it. setuptools comes
+# first, at its constrained version, because the build does not run isolated from the environment.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation \
+		--editable ".[$(subst $(space),$(comma),$(strip $(EXTRAS)))]"
+	touch $@

@@ -1,0 +1,54 @@
+"""One attention with one meaning for PyTorch, TensorFlow, JAX and NumPy.
+
+    import attn_core
+    out = attn_core.attention(query, key, value, mask=attn_core.masks.causal())
+
+query, key and value are (B, H, T, D) arrays of any of the four; the answer is an array of the
+same. `docs/SPEC.md` says what every option means. Importing this package imports no framework.
+"""
+
+from typing import Any
+
+from attn_core import backends, config, masks, scores
+from attn_core.api import attention
+from attn_core.config import use
+from attn_core.language.expr import cast, exp, log, maximum, minimum, operand, row, tanh, where
+from attn_core.language.values import Dropout, Mask, Score, mask, score
+from attn_core.registry import UnsupportedError
+from attn_core.spec import AttentionOutput
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionOutput",
+    "Dropout",
+    "Mask",
+    "Score",
+    "UnsupportedError",
+    "attention",
+    "backends",
+    "cast",
+    "config",
+    "exp",
+    "log",
+    "mask",
+    "masks",
+    "maximum",
+    "minimum",
+    "operand",
+    "row",
+    "score",
+    "scores",
+    "tanh",
+    "use",
+    "where",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`attn_core.conformance`, which is imported when it is first spoken of."""
+    if name == "conformance":
+        import attn_core.conformance as conformance
+
+        return conformance
+    raise AttributeError(f"module 'attn_core' has no attribute {name!r}")

@@ -1,0 +1,129 @@
+"""The public call: what a user reads, and the one way down.
+
+backend  = registry.find(query)            the array's type decides; the flag for NumPy arrays
+problem, operands = check.resolve(...)     raises here or never
+plan     = registry.choose(backend, problem, impl)
+backend.attend(plan, operands)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attn_core import check, registry
+from attn_core.language.values import Dropout, Mask, Score
+from attn_core.spec import AttentionOutput, Operands
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    mask: Mask | Any | None = None,
+    bias: Any | None = None,
+    score: Score | None = None,
+    scale: float | None = None,
+    sinks: Any | None = None,
+    kv_lengths: Any | None = None,
+    q_lengths: Any | None = None,
+    query_offset: Any | None = None,
+    dropout: Dropout | None = None,
+    layout: str = "BHTD",
+    precision: str | None = None,
+    impl: str = "auto",
+    return_lse: bool = False,
+    return_weights: bool = False,
+) -> Any:
+    """Attention over arrays laid out (B, H, T, D); `layout="BTHD"` for (B, T, H, D).
+
+        out = softmax(scale * Q K^T, then score, bias and mask) V
+
+    Axes: B batch, Hq query heads, Hk key/value heads (query head h reads key head h // (Hq / Hk)),
+    Tq queries, Tk keys, D query and key width, Dv value width. Query i stands at the absolute
+    position q = i + query_offset.
+
+    Args:
+        query: (B, Hq, Tq, D), of torch, TensorFlow, JAX or NumPy. float64, float32, bfloat16 or
+            float16; key and value have the same dtype. Accumulation is at least float32.
+        key: (B, Hk, Tk, D).
+        value: (B, Hk, Tk, Dv).
+        mask: which keys a query may see, True = attend: a Mask (`attn_core.masks`,
+            `attn_core.mask(fn)`) or a boolean array (Tq, Tk) or broadcasting to (B, Hq, Tq, Tk).
+        bias: float array added to the score, (Tq, Tk) or broadcasting to (B, Hq, Tq, Tk); -inf
+            hides a key, anything finite is data. Receives its gradient.
+        score: a Score (`attn_core.scores`, `attn_core.score(fn)`) applied to the scaled product,
+            before bias and mask.
+        scale: host number; 1 / sqrt(D) when left out.
+        sinks: float array (Hq,), a logit for each head that joins the softmax's denominator and
+            has no value. -inf is no sink.
+        kv_lengths: int or int array (B,): keys from there on are padding. Host values outside
+            [0, Tk] raise, traced ones are clamped.
+        q_lengths: int or int array (B,): queries from there on are padding; their out is 0,
+            their lse -inf, and no gradient leaves them.
+        query_offset: int, int array (B,), "start" (0) or "end" ((kv_lengths or Tk) - (q_lengths
+            or Tq)). Needed where Tq and Tk differ, or are unknown, and mask or score reads q.
+        dropout: Dropout(rate, seed), on the softmax weights; the same mask in every framework.
+        layout: "BHTD" or "BTHD", of query, key, value and out. Mask, bias, lse and weights are
+            (B, Hq, Tq, ...) in both.
+        precision: None (the strictest that can be had for each operation), "highest" (float32 is
+            float32, or a refusal) or "fast" (TF32 and the like are allowed).
+        impl: the name of an implementation, which then answers or raises; or "auto", which leaves
+            it to the flag (`attn_core.use`, config, ATTN_CORE_IMPL) and, where that is silent too,
+            to the first that accepts.
+        return_lse: also return the log of the softmax's denominator.
+        return_weights: also return the softmax weights, before dropout.
+
+    Returns:
+        out, (B, Hq, Tq, Dv) in query's layout and dtype; or, when an extra is asked for,
+        AttentionOutput(out, lse, weights). A row that may see no key gives out 0, weights 0 and
+        lse = its sink, or -inf.
+
+    Raises:
+        TypeError, ValueError: an argument is not of its form; nothing has been computed.
+        UnsupportedError: no implementation may answer, with every reason.
+        ImportError: the backend that the flag names is missing or broken.
+
+    Source: Vaswani et al., "Attention is all you need", arXiv 1706.03762; grouped heads, Ainslie
+    et al., arXiv 2305.13245; sinks, Xiao et al., arXiv 2309.17453.
+
+    Example::
+
+        out = attn_core.attention(query, key, value, mask=attn_core.masks.causal())
+    """
+    backend, host = registry.find(query)
+    problem, operands = check.resolve(
+        backend,
+        host,
+        query,
+        key,
+        value,
+        mask=mask,
+        bias=bias,
+        score=score,
+        scale=scale,
+        sinks=sinks,
+        kv_lengths=kv_lengths,
+        q_lengths=q_lengths,
+        query_offset=query_offset,
+        dropout=dropout,
+        layout=layout,
+        precision=precision,
+        return_lse=return_lse,
+        return_weights=return_weights,
+    )
+    plan = registry.choose(backend, problem, impl)
+    output: AttentionOutput = backend.attend(plan, operands)
+    return output if return_lse or return_weights else output.out
+
+
+def resolve(arguments: dict[str, Any]) -> tuple[Any, Any, Operands]:
+    """Backend, plan and operands of a call to `attention`, for backends' own `vjp`."""
+    options = {**_DEFAULTS, **arguments}
+    impl = options.pop("impl")
+    backend, host = registry.find(options["query"])
+    problem, operands = check.resolve(backend, host, **options)
+    return backend, registry.choose(backend, problem, impl), operands
+
+
+_DEFAULTS: dict[str, Any] = dict(attention.__kwdefaults__ or {})

@@ -1,0 +1,174 @@
+"""The flag: which backend answers for NumPy arrays and layers, and which implementation.
+
+Looked up in this order: the argument of the call, `attn_core.use(...)` (this thread, inside the
+`with`), `config.set` or `config.load` (this process), the environment variables ATTN_CORE_BACKEND
+and ATTN_CORE_IMPL. Framework arrays are always computed in their own framework. The flag is read
+when a function is traced, so a function that is already compiled keeps its choice.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from attn_core.spec import IMPLEMENTATIONS
+
+BACKENDS = ("numpy", "torch", "tf", "jax")
+SETTINGS = ("backend", "impl")
+_ALSO_CALLED = {"tensorflow": "tf", "keras": "tf", "flax": "jax"}
+
+_process: dict[str, str | None] = {"backend": None, "impl": None}
+
+
+class _Chosen(threading.local):
+    """What `use` says in this thread; there from the start, as torch.compile guards on it."""
+
+    def __init__(self) -> None:
+        self.backend: str | None = None
+        self.impl: str | None = None
+
+
+_thread = _Chosen()
+
+
+def nearest(name: Any, known: tuple[str, ...]) -> str:
+    """ " Did you mean 'torch'?" where something known is close to `name`, else nothing."""
+    said = str(name).lower()
+    close = get_close_matches(_ALSO_CALLED.get(said, said), known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def check_backend(name: Any) -> str:
+    """`name`, if it names a backend."""
+    if name in BACKENDS:
+        return str(name)
+    raise ValueError(
+        f"`backend` must be one of {', '.join(BACKENDS)} (installed: {installed()}). "
+        f"Got {name!r}.{nearest(name, BACKENDS)}"
+    )
+
+
+def check_impl(name: Any) -> str:
+    """`name`, if it names an implementation or "auto"."""
+    if name == "auto" or name in IMPLEMENTATIONS:
+        return str(name)
+    known = ("auto", *IMPLEMENTATIONS)
+    raise ValueError(
+        f"`impl` must be one of {', '.join(known)}. Got {name!r}.{nearest(name, known)}"
+    )
+
+
+def installed() -> str:
+    """The backends whose framework can be found, without importing it."""
+    from importlib.util import find_spec
+
+    modules = {"numpy": "numpy", "torch": "torch", "tf": "tensorflow", "jax": "jax"}
+    return ", ".join(name for name, module in modules.items() if find_spec(module) is not None)
+
+
+_CHECKS = {"backend": check_backend, "impl": check_impl}
+_VARIABLES = {"backend": "ATTN_CORE_BACKEND", "impl": "ATTN_CORE_IMPL"}
+
+
+def get(setting: str) -> str | None:
+    """The value in force for "backend" or "impl", None where nobody has said."""
+    chosen = getattr(_thread, setting)
+    if chosen is None:
+        chosen = _process[setting]
+    if chosen is None:
+        chosen = os.environ.get(_VARIABLES[setting]) or None
+        if chosen is not None:
+            _CHECKS[setting](chosen)
+    return chosen
+
+
+@contextmanager
+def use(backend: str | None = None, impl: str | None = None) -> Iterator[None]:
+    """Within the `with`, in this thread: NumPy arrays and layers go to `backend`, through `impl`.
+
+    Example::
+
+        with attn_core.use(backend="jax"):
+            out = attn_core.attention(query, key, value)    # NumPy in, JAX computes, NumPy out
+    """
+    chosen = {"backend": backend, "impl": impl}
+    before = {setting: getattr(_thread, setting) for setting in SETTINGS}
+    checked = {
+        setting: _CHECKS[setting](name) for setting, name in chosen.items() if name is not None
+    }
+    for setting, name in checked.items():
+        setattr(_thread, setting, name)
+    try:
+        yield
+    finally:
+        for setting in SETTINGS:
+            setattr(_thread, setting, before[setting])
+
+
+def set(**settings: str | None) -> None:
+    """Choose for the whole process: `set(backend="jax", impl="reference")`, either or both.
+
+    What is not named stays as it was; None clears a setting.
+    """
+    for key in settings:
+        if key not in SETTINGS:
+            raise TypeError(
+                f"`set` must be given only {' and '.join(SETTINGS)}. "
+                f"Got {key!r}.{nearest(key, SETTINGS)}"
+            )
+    _process.update(
+        {key: None if name is None else _CHECKS[key](name) for key, name in settings.items()}
+    )
+
+
+def load(source: str | Path | Mapping[str, Any]) -> None:
+    """Choose for the whole process from a TOML or YAML file, or a mapping.
+
+    The keys are `backend` and `impl`, at the top or in a table `attn_core`. YAML needs the extra
+    `attn-core[yaml]`.
+
+    Raises:
+        ValueError: for an unknown key (with the nearest known one) or value, before anything
+            is changed.
+    """
+    settings = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    if "attn_core" in settings:
+        if len(settings) > 1 and isinstance(source, Mapping):
+            stray = next(key for key in settings if key != "attn_core")
+            raise ValueError(f"a config must hold its keys in one place. Got {stray!r} beside it.")
+        settings = _mapping(settings["attn_core"], "`attn_core` of a config")
+    for key in settings:
+        if key not in SETTINGS:
+            raise ValueError(
+                f"a config must hold only {' and '.join(SETTINGS)}. "
+                f"Got {key!r}.{nearest(key, SETTINGS)}"
+            )
+    set(**settings)
+
+
+def _mapping(found: Any, what: str) -> dict[str, Any]:
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{what} must be a mapping. Got {type(found).__name__}.")
+    return dict(found)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.suffix == ".toml":
+        import tomllib
+
+        return tomllib.loads(path.read_text("utf-8"))
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            import yaml
+        except ImportError as error:
+            raise ImportError(
+                "reading a YAML config needs PyYAML: pip install 'attn-core[yaml]'."
+            ) from error
+        found = yaml.safe_load(path.read_text("utf-8"))
+        return _mapping(found, f"a config such as {path}")
+    raise ValueError(f"a config must be a .toml, .yaml or .yml file or a mapping. Got {path.name}.")

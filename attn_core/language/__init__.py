@@ -1,0 +1,10 @@
+"""The language of masks and scores: one small algebra, many readings.
+
+tree      what a mask or score is: a static straight-line programme
+expr      what its Python function sees while it is traced
+values    Mask, Score, Dropout: the tree and the arrays that travel with it
+text      a tree as Python, and back
+arrays    a tree as values over a tile of indices
+intervals a tree as what is surely true, or surely not, of a whole tile
+duals     a score's derivatives, as another tree
+"""

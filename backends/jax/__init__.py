@@ -1,0 +1,152 @@
+"""attn_core for JAX: eager, jax.jit, vmap, jvp and grad of any order, checkpoint, eval_shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attn_core.api import attention
+from attn_core.backends.jax import pytrees as _pytrees
+from attn_core.backends.jax import reference
+from attn_core.backends.jax.arrays import from_host, is_wide, x64
+from attn_core.backends.jax.documents import scaled_dot_product_attention
+from attn_core.language.expr import Table
+from attn_core.language.values import Dropout, Mask, Score, seed_array
+from attn_core.spec import AttentionOutput, Facts, Operands, Plan, Problem, as_output
+
+__all__ = ["scaled_dot_product_attention"]
+
+NAME = "jax"
+IMPLEMENTATIONS = ("reference",)
+FORMS = ("eager", "jit")
+
+# Compiled once for each problem, which is static: eager calls would else dispatch every operation
+# on its own, some fifteen times slower. Under a surrounding jit this is inlined.
+_HANDLERS = {"reference": jax.jit(reference.attend, static_argnums=0)}
+_pytrees.register()
+
+
+def owns(x: Any) -> bool:
+    return isinstance(x, jax.Array)
+
+
+def describe(x: Any) -> Facts:
+    # A tracer stands nowhere yet. A dimension of jax.export may be a symbol: not known either.
+    traced = isinstance(x, jax.core.Tracer)
+    device = jax.default_backend() if traced else next(iter(x.devices())).platform
+    return Facts(tuple(n if isinstance(n, int) else None for n in x.shape), x.dtype.name, device)
+
+
+def tracing() -> bool:
+    """JAX traces values, not Python: what is cached stays valid."""
+    return False
+
+
+def admit(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+    """JAX has no autocast."""
+    return query, key, value
+
+
+def refusals(problem: Problem, impl: str) -> list[str]:
+    if impl not in IMPLEMENTATIONS:
+        return [f"`impl` must be one of {', '.join(IMPLEMENTATIONS)} in backend jax. Got {impl}."]
+    return []
+
+
+def attend(plan: Plan, operands: Operands) -> AttentionOutput:
+    problem = plan.problem
+    if problem.host:
+        # Host arrays are known, so under a surrounding trace they are computed at once.
+        with x64(problem.dtype == "float64"), jax.ensure_compile_time_eval():
+            output = _HANDLERS[plan.impl](problem, _arrays(problem, operands))
+            return AttentionOutput(*[None if x is None else to_numpy(x) for x in output])
+    with x64(any(is_wide(x) for x in jax.tree_util.tree_leaves(operands))):
+        return _HANDLERS[plan.impl](problem, _arrays(problem, operands))
+
+
+def vjp(
+    arguments: dict[str, Any],
+    cotangents: dict[str, Any],
+    form: str = "eager",
+    function: Callable[..., Any] = attention,
+) -> tuple[AttentionOutput, dict[str, Any]]:
+    """Outputs of `function(**arguments)`, and the gradients that `cotangents` pull back.
+
+    cotangents maps "out", "lse", "weights" to arrays; gradients come back by argument name, those
+    of a score's operands as a tuple under "score". `form` is one of FORMS: eager, or the forward
+    and backward pass together under jax.jit, whose arguments are every JAX array, Mask, Score and
+    Dropout (host values stay host values). Arrays of float64 need no setting: where there is one,
+    from `from_numpy` for instance, all of this runs under x64.
+    """
+    with x64(any(is_wide(x) for x in jax.tree_util.tree_leaves((arguments, cotangents)))):
+        leaves = dict(arguments)
+        inputs: dict[str, Any] = {}
+        for name in ("query", "key", "value", "bias", "sinks"):
+            if leaves.get(name) is not None:
+                inputs[name] = _array(leaves.pop(name), "float32")
+        score = leaves.pop("score", None)
+        wide = inputs["query"].dtype == jnp.float64
+        tables = () if score is None else score.arrays
+        tables = [_array(t, "float64" if wide else "float32") for t in tables]
+        inputs["score"] = [t if jnp.issubdtype(t.dtype, jnp.floating) else None for t in tables]
+        fixed = [t if g is None else None for t, g in zip(tables, inputs["score"], strict=True)]
+        carried = {n: x for n, x in leaves.items() if isinstance(x, _CARRIED)}
+        static = {n: x for n, x in leaves.items() if n not in carried}
+        pulled = {n: _array(g, "float32") for n, g in cotangents.items()}
+
+        def pull(inputs: Any, fixed: Any, carried: Any, pulled: Any) -> tuple[Any, Any]:
+            def call(inputs: dict[str, Any]) -> AttentionOutput:
+                given = dict(inputs)
+                mine = [
+                    t if g is None else g for g, t in zip(given.pop("score"), fixed, strict=True)
+                ]
+                if score is not None:
+                    given["score"] = Score(score.tree, tuple(mine))
+                return as_output(function(**given, **carried, **static))
+
+            output, back = jax.vjp(call, inputs)
+            zeros = {n: jnp.zeros_like(y) for n, y in output._asdict().items() if y is not None}
+            return output, back(AttentionOutput(**{**zeros, **pulled}))[0]
+
+        if form != "eager":
+            pull = jax.jit(pull)
+        output, gradients = pull(inputs, fixed, carried, pulled)
+        found = tuple(gradients.pop("score"))
+        if score is not None:
+            gradients["score"] = found
+        return output, gradients
+
+
+def from_numpy(x: Any) -> Any:
+    """An array of the same dtype; NumPy's bfloat16 is ml_dtypes', and float64 stays float64."""
+    return from_host(x)
+
+
+def to_numpy(x: Any) -> Any:
+    return np.array(x)
+
+
+def _array(x: Any, accumulation: str) -> Any:
+    """What is on the host, as an array; its integers have been found to fit int32."""
+    if isinstance(x, tuple):
+        x = np.array(x, np.int32)
+    elif isinstance(x, Table):
+        x = x.numpy(accumulation)
+    if not isinstance(x, np.ndarray):
+        return x
+    if x.dtype.kind in "iu" and x.dtype.itemsize == 8:
+        x = x.astype(np.int32)
+    return from_host(x)
+
+
+def _arrays(problem: Problem, operands: Operands) -> Operands:
+    """What is on the host, as arrays; a host seed too, so that a new one compiles nothing."""
+    operands = operands.map_host(lambda x: _array(x, problem.accumulation))
+    return operands._replace(seed=seed_array(operands.seed))
+
+
+_CARRIED = (jax.Array, Mask, Score, Dropout)

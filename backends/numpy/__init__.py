@@ -1,0 +1,98 @@
+"""attn_core for NumPy: the language run plainly. No accelerator, no compilation, every option."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from attn_core.api import attention, resolve
+from attn_core.backends.numpy import reference
+from attn_core.language.expr import Table
+from attn_core.spec import AttentionOutput, Facts, Operands, Plan, Problem, as_output
+
+NAME = "numpy"
+IMPLEMENTATIONS = ("reference",)
+FORMS = ("eager",)
+
+_HANDLERS = {"reference": reference.attend}
+
+
+def owns(x: Any) -> bool:
+    return isinstance(x, np.ndarray)
+
+
+def describe(x: Any) -> Facts:
+    return Facts(tuple(x.shape), x.dtype.name, "cpu")
+
+
+def tracing() -> bool:
+    """NumPy never traces."""
+    return False
+
+
+def admit(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+    """NumPy has no autocast."""
+    return query, key, value
+
+
+def refusals(problem: Problem, impl: str) -> list[str]:
+    if impl not in IMPLEMENTATIONS:
+        return [f"`impl` must be one of {', '.join(IMPLEMENTATIONS)} in backend numpy. Got {impl}."]
+    return []
+
+
+def attend(plan: Plan, operands: Operands) -> AttentionOutput:
+    # Infinities and NaN are data here: what may not be seen is selected away.
+    with np.errstate(all="ignore"):
+        return _HANDLERS[plan.impl](plan.problem, _arrays(plan.problem, operands))
+
+
+def vjp(
+    arguments: dict[str, Any],
+    cotangents: dict[str, Any],
+    form: str = "eager",
+    function: Callable[..., Any] = attention,
+) -> tuple[AttentionOutput, dict[str, Any]]:
+    """Outputs of `function(**arguments)`, and the gradients that `cotangents` pull back.
+
+    cotangents maps "out", "lse", "weights" to arrays; gradients come back by argument name, those
+    of a score's operands as a tuple under "score". NumPy differentiates nothing: of any other
+    function than `attention` there are outputs only.
+    """
+    if function is not attention:
+        with np.errstate(all="ignore"):
+            return as_output(function(**arguments)), {}
+    _, plan, operands = resolve(arguments)
+    output = attend(plan, operands)
+    with np.errstate(all="ignore"):
+        gradients = reference.backward(
+            plan.problem,
+            _arrays(plan.problem, operands),
+            cotangents.get("out"),
+            cotangents.get("lse"),
+            cotangents.get("weights"),
+        )
+    return output, {
+        name: g for name, g in gradients._asdict().items() if g is not None and name != "mask"
+    }
+
+
+def from_numpy(x: Any) -> Any:
+    return x
+
+
+def to_numpy(x: Any) -> Any:
+    return x
+
+
+def _arrays(problem: Problem, operands: Operands) -> Operands:
+    """Host tuples and tables as NumPy arrays."""
+
+    def array(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return np.array(x, np.int32)
+        return x.numpy(problem.accumulation) if isinstance(x, Table) else x
+
+    return operands.map_host(array)

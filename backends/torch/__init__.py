@@ -1,0 +1,189 @@
+"""attn_core for PyTorch: eager, torch.compile(fullgraph=True), torch.func, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+
+from attn_core.api import attention
+from attn_core.backends.torch import pytrees as _pytrees
+from attn_core.backends.torch import reference
+from attn_core.backends.torch.arrays import DTYPES
+from attn_core.backends.torch.documents import scaled_dot_product_attention
+from attn_core.check_positions import range_problem
+from attn_core.language.expr import Table
+from attn_core.language.values import Score
+from attn_core.spec import AttentionOutput, Facts, Operands, Plan, Problem, as_output
+
+__all__ = ["scaled_dot_product_attention"]
+
+NAME = "torch"
+IMPLEMENTATIONS = ("reference",)
+FORMS = ("eager", "aot_eager", "inductor")
+
+_HANDLERS = {"reference": reference.attend}
+_NAMES = {
+    getattr(torch, name): name
+    for name in (
+        *("float64", "float32", "bfloat16", "float16", "bool"),
+        *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    )
+}
+_CALLS = count()
+
+_pytrees.register()
+# What torch.compiler.assume_constant_result does, without loading torch's compiler (and triton).
+range_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def owns(x: Any) -> bool:
+    return isinstance(x, torch.Tensor)
+
+
+def describe(x: Any) -> Facts:
+    needs_grad = x.requires_grad and torch.is_grad_enabled()
+    return Facts(tuple(x.shape), _NAMES.get(x.dtype, str(x.dtype)), x.device.type, needs_grad)
+
+
+def tracing() -> bool:
+    """Whether torch.compile is tracing this very Python code."""
+    return torch.compiler.is_compiling()
+
+
+def admit(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+    """Under autocast, cast as torch's own scaled_dot_product_attention is: float64 stays."""
+    kind = query.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return query, key, value
+    to = torch.get_autocast_dtype(kind)
+    return tuple(
+        x.to(to) if x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in (query, key, value)
+    )
+
+
+def refusals(problem: Problem, impl: str) -> list[str]:
+    if impl not in IMPLEMENTATIONS:
+        return [f"`impl` must be one of {', '.join(IMPLEMENTATIONS)} in backend torch. Got {impl}."]
+    reasons = []
+    if problem.precision == "highest" and problem.dtype == "float32":
+        switch = torch.get_float32_matmul_precision()
+        if switch != "highest":
+            reasons.append(
+                '`precision="highest"` needs torch.set_float32_matmul_precision("highest"), '
+                f"which is the caller's to set. Got {switch!r}."
+            )
+    return reasons
+
+
+def attend(plan: Plan, operands: Operands) -> AttentionOutput:
+    problem = plan.problem
+    if problem.host:
+        output = _HANDLERS[plan.impl](problem, _tensors(problem, operands, torch.device("cpu")))
+        return AttentionOutput(*[None if x is None else to_numpy(x) for x in output])
+    return _HANDLERS[plan.impl](problem, _tensors(problem, operands, operands.query.device))
+
+
+def vjp(
+    arguments: dict[str, Any],
+    cotangents: dict[str, Any],
+    form: str = "eager",
+    function: Callable[..., Any] = attention,
+) -> tuple[AttentionOutput, dict[str, Any]]:
+    """Outputs of `function(**arguments)`, and the gradients that `cotangents` pull back.
+
+    cotangents maps "out", "lse", "weights" to arrays; gradients come back by argument name, those
+    of a score's operands as a tuple under "score". `form` is one of FORMS: eager, or
+    torch.compile(fullgraph=True) with that backend.
+    """
+    leaves = dict(arguments)
+    for name in ("query", "key", "value", "bias", "sinks"):
+        if leaves.get(name) is not None:
+            leaves[name] = leaves[name].detach().requires_grad_()
+    score = leaves.get("score")
+    if score is not None:
+        wide = "float64" if leaves["query"].dtype == torch.float64 else "float32"
+        tensors: list[Any] = [a.numpy(wide) if isinstance(a, Table) else a for a in score.arrays]
+        tensors = [from_numpy(a) if isinstance(a, np.ndarray) else a for a in tensors]
+        leaves["score"] = Score(
+            score.tree,
+            tuple(t.detach().requires_grad_() if t.is_floating_point() else t for t in tensors),
+        )
+
+    def call(leaves: dict[str, Any]) -> AttentionOutput:
+        return as_output(function(**leaves))
+
+    if form != "eager":
+        # A code object of its own: torch counts recompilations by code object, and these calls
+        # have nothing in common.
+        code = call.__code__.replace(co_name=f"call_{next(_CALLS)}")
+        call = FunctionType(code, call.__globals__, closure=call.__closure__)
+        call = torch.compile(call, fullgraph=True, backend=form, dynamic=False)
+    output = call(leaves)
+    pairs = [(getattr(output, name), g) for name, g in cotangents.items()]
+    inputs = {
+        name: x for name, x in leaves.items() if isinstance(x, torch.Tensor) and x.requires_grad
+    }
+    wanted = list(inputs.values())
+    tables = () if score is None else leaves["score"].arrays
+    wanted += [t for t in tables if t.requires_grad]
+    found = torch.autograd.grad(
+        [y for y, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
+    )
+    filled = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
+    gradients: dict[str, Any] = dict(zip(inputs, filled, strict=False))
+    if score is not None:
+        rest = iter(filled[len(inputs) :])
+        gradients["score"] = tuple(next(rest) if t.requires_grad else None for t in tables)
+    return AttentionOutput(*[None if y is None else y.detach() for y in output]), gradients
+
+
+def from_numpy(x: Any) -> Any:
+    """A tensor of the same dtype; NumPy's bfloat16 is ml_dtypes'.
+
+    It shares memory where torch can: not with an array that is read-only, in another byte order,
+    or of strides that are negative or no multiple of an entry.
+    """
+    if tracing():
+        return torch.as_tensor(x)
+    if x.dtype.name == "bfloat16":
+        return from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    odd = any(stride < 0 or stride % x.itemsize for stride in x.strides)
+    if odd or not x.flags.writeable or not x.dtype.isnative:
+        x = np.array(x, x.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(x)
+
+
+def to_numpy(x: Any) -> Any:
+    x = x.detach().cpu()
+    if x.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return x.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return x.numpy()
+
+
+def _tensors(problem: Problem, operands: Operands, device: torch.device) -> Operands:
+    """What is on the host, as tensors on the device of query."""
+    for name, given in zip(Operands._fields, operands, strict=True):
+        for x in given if name in ("mask", "score") else (given,):
+            if isinstance(x, torch.Tensor) and x.dim() and x.device != operands.query.device:
+                raise ValueError(
+                    f"`{name}` must be on the device of query, {operands.query.device}. "
+                    f"Got {x.device}."
+                )
+
+    def tensor(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return torch.tensor(x, dtype=torch.int32, device=device)
+        if isinstance(x, Table):
+            dtype = {"bool": torch.bool, "int": torch.int32, "float": DTYPES[problem.accumulation]}
+            return torch.tensor(x.values, dtype=dtype[x.kind], device=device).reshape(x.shape)
+        return from_numpy(x).to(device) if isinstance(x, np.ndarray) else x
+
+    return operands.map_host(tensor)

@@ -1,0 +1,111 @@
+"""torch's spelling of the array reading."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from attn_core.language.arrays import ArrayReading
+
+Array = Any
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class Reading(ArrayReading):
+    """Reads trees with torch tensors; floats are in the accumulation dtype.
+
+    Integers are int32, or int64 where an operand is: torch narrows nothing on its own.
+    """
+
+    def __init__(
+        self, accumulation: str, operands: Sequence[Array], device: Any, guard: Array | None = None
+    ) -> None:
+        super().__init__(guard)
+        self.device = device
+        self.float_dtype = DTYPES[accumulation]
+        wide = any(t.dtype == torch.int64 for t in operands)
+        self.int_dtype = torch.int64 if wide else torch.int32
+
+    def const(self, kind: str, value: Any) -> Array:
+        dtypes = {"bool": torch.bool, "int": self.int_dtype, "float": self.float_dtype}
+        return torch.full((), value, dtype=dtypes[kind], device=self.device)
+
+    def lookup(self, table: Array, index: Sequence[Array]) -> Array:
+        if table.dtype.is_floating_point:
+            table = table.to(self.float_dtype)
+        elif table.dtype != torch.bool:
+            table = table.to(self.int_dtype)
+        if not index:
+            return table
+        if table.numel() == 0:
+            # Nothing is looked up in an empty table: the tile of indices is empty as well.
+            shape = torch.broadcast_shapes(*[i.shape for i in index])
+            return torch.zeros(shape, dtype=table.dtype, device=self.device)
+        return table[clamp(table.shape, index)]
+
+    def where(self, condition: Array, x: Array, y: Array) -> Array:
+        return torch.where(condition, x, y)
+
+    def zeros_like(self, x: Array) -> Array:
+        return torch.zeros_like(x)
+
+    def equal(self, x: Array, y: Array) -> Array:
+        return x == y
+
+    def not_equal(self, x: Array, y: Array) -> Array:
+        return x != y
+
+    def int_floordiv(self, x: Array, y: Array) -> Array:
+        return torch.div(x, y, rounding_mode="floor")
+
+    def int_mod(self, x: Array, y: Array) -> Array:
+        return torch.remainder(x, y)
+
+    def int_rshift(self, x: Array, count: Array) -> Array:
+        return x >> count
+
+    def absolute(self, x: Array) -> Array:
+        return torch.abs(x)
+
+    def exp(self, x: Array) -> Array:
+        return torch.exp(x)
+
+    def log(self, x: Array) -> Array:
+        return torch.log(x)
+
+    def tanh(self, x: Array) -> Array:
+        return torch.tanh(x)
+
+    def floor(self, x: Array) -> Array:
+        return torch.floor(x)
+
+    def truncate(self, x: Array) -> Array:
+        return torch.trunc(x)
+
+    def stop_gradient(self, x: Array) -> Array:
+        return x.detach()
+
+    def as_int(self, x: Array) -> Array:
+        return x.to(self.int_dtype)
+
+    def as_float(self, x: Array) -> Array:
+        return x.to(self.float_dtype)
+
+
+def clamp(shape: Sequence[Any], index: Sequence[Array]) -> tuple[Array, ...]:
+    """Look-up indices held within [0, size - 1] of each axis.
+
+    A constant gets an axis: torch.compile takes a 0-d index for a Python number it must know.
+    """
+    return tuple(
+        torch.clamp(i.reshape(1) if i.dim() == 0 else i, 0, size - 1).to(torch.int64)
+        for i, size in zip(index, shape, strict=True)
+    )

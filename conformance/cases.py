@@ -1,0 +1,425 @@
+"""The cases: named, seeded, framework-free questions, and the tiers they belong to.
+
+Sizes are odd, Tq differs from Tk unless the case is about their being equal, and heads are grouped
+by default. There is every option alone, every pair of options, the shapes of real models, every
+kind of poison, and each of the telling ones once more in every dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from attn_core import masks
+from attn_core.conformance import vocabulary
+from attn_core.conformance.questions import (
+    Case,
+    Change,
+    Question,
+    Shape,
+    biased,
+    dropped,
+    given,
+    masked,
+    offset,
+    plain,
+    poisoned,
+    scored,
+    strided,
+    sunk,
+)
+from attn_core.language.values import mask
+
+_END = offset("end")
+_CAUSAL = plain(masks.causal, lambda b, h, q, k, i: k <= q, causal=True)
+_WINDOW = plain(
+    lambda: masks.causal() & masks.window(left=2),
+    lambda b, h, q, k, i: 0 <= q - k <= 2,
+    causal=True,
+    window=(2, None),
+)
+_SOFTCAP = scored(vocabulary.softcap, softcap=1.5)
+_ALIBI = scored(vocabulary.alibi, slopes=0)
+_HOLES = plain(
+    lambda: mask(lambda b, h, q, k: (q % 3 != 1) & (k < 5)),
+    lambda b, h, q, k, i: q % 3 != 1 and k < 5,
+)
+_SQUARE = Shape(q_len=7)
+
+
+def _fill(value: float, *, at: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """A bias with that value added everywhere, or put into one query row."""
+
+    def fill(bias: np.ndarray) -> np.ndarray:
+        bias = bias.copy()
+        if at is None:
+            bias[...] = (bias.astype(np.float64) + value).astype(bias.dtype)
+        else:
+            bias[:, :, at] = value
+        return bias
+
+    return fill
+
+
+def _checkered(bias: np.ndarray) -> np.ndarray:
+    bias = bias.copy()
+    bias[..., 1::3] = -np.inf
+    bias[:, :, 2] = -np.inf
+    return bias
+
+
+def _least(bias: np.ndarray) -> np.ndarray:
+    bias = bias.copy()
+    bias[:, :, 1] = np.finfo(np.float32).min
+    return bias
+
+
+def _cases() -> list[Case]:
+    found = [
+        Case("plain"),
+        Case("plain-square", shape=_SQUARE),
+        Case("scale", (given(scale=0.3),)),
+        Case("scale-negative", (given(scale=-1.5),)),
+        Case("scale-zero", (given(scale=0.0),)),
+        Case("heads-mha", shape=Shape(kv_heads=4)),
+        Case("heads-mqa", shape=Shape(kv_heads=1)),
+        Case("heads-gqa-6-2", (_END, _CAUSAL), Shape(heads=6)),
+        Case("width-1", shape=Shape(width=1, v_width=1)),
+        Case("width-v-wide", shape=Shape(width=3, v_width=11)),
+        Case("one-query", (_END, _CAUSAL), Shape(q_len=1)),
+        Case("one-key", (_END, _CAUSAL), Shape(k_len=1)),
+        Case("strided", (strided, _END, _CAUSAL)),
+        Case("layout-bthd", (_END, _CAUSAL), layout="BTHD"),
+        Case("layout-bthd-all", (_END, _CAUSAL, biased(1, 2, 3), sunk()), layout="BTHD"),
+    ]
+    wanted: list[tuple[str, tuple[Change, ...]]] = [
+        ("causal", (_END, _CAUSAL)),
+        (
+            "window-2-1",
+            (
+                _END,
+                plain(
+                    lambda: masks.window(2, 1),
+                    lambda b, h, q, k, i: -1 <= q - k <= 2,
+                    window=(2, 1),
+                ),
+            ),
+        ),
+        (
+            "window-0",
+            (
+                _END,
+                plain(lambda: masks.window(0, 0), lambda b, h, q, k, i: q == k, window=(0, 0)),
+            ),
+        ),
+        (
+            "window-causal",
+            (_END, _WINDOW),
+        ),
+        ("prefix", (plain(lambda: masks.prefix(3), lambda b, h, q, k, i: k < 3),)),
+        ("prefix-each", (_END, masked(vocabulary.prefix_each))),
+        ("segments-flat", (_END, masked(vocabulary.segments_flat))),
+        ("segments", (_END, masked(vocabulary.segments))),
+        ("segments-apart", (masked(vocabulary.segments_apart),)),
+        ("segments-prefix", (_END, masked(vocabulary.packed_prefix))),
+        ("lengths", (masked(vocabulary.padding),)),
+        (
+            "dilated",
+            (_END, plain(lambda: masks.dilated(3), lambda b, h, q, k, i: (q - k) % 3 == 0)),
+        ),
+        (
+            "dilated-span",
+            (
+                _END,
+                plain(
+                    lambda: masks.dilated(2, left=1, right=2),
+                    lambda b, h, q, k, i: (q - k) % 2 == 0 and -4 <= q - k <= 2,
+                ),
+            ),
+        ),
+        (
+            "global",
+            (
+                _END,
+                plain(
+                    lambda: masks.causal() & (masks.global_tokens(2) | masks.window(1)),
+                    lambda b, h, q, k, i: k <= q and (q < 2 or k < 2 or q - k <= 1),
+                ),
+            ),
+        ),
+        ("global-some", (_END, masked(vocabulary.global_some))),
+        ("chunks", (_END, plain(lambda: masks.chunks(3), lambda b, h, q, k, i: q // 3 == k // 3))),
+        ("dense-2", (masked(vocabulary.dense_2),)),
+        ("dense-4", (_END, masked(vocabulary.dense_4))),
+        ("array", (masked(vocabulary.boolean_array),)),
+        ("blocks", (_END, masked(vocabulary.block_table))),
+        ("graph", (offset("start"), masked(vocabulary.edges))),
+        ("programmed", (_END, masked(vocabulary.programmed))),
+        ("floors", (offset(-6), masked(vocabulary.floors))),
+        ("not-causal", (_END, plain(lambda: ~masks.causal(), lambda b, h, q, k, i: k > q))),
+        (
+            "xor",
+            (
+                _END,
+                plain(
+                    lambda: masks.causal() ^ masks.chunks(2),
+                    lambda b, h, q, k, i: (k <= q) != (q // 2 == k // 2),
+                ),
+            ),
+        ),
+    ]
+    found += [Case(f"mask-{name}", changes) for name, changes in wanted]
+    found += [
+        Case("offset-start", (offset("start"), _CAUSAL)),
+        Case("offset-int", (offset(1), _CAUSAL)),
+        Case("offset-negative", (offset(-2), _CAUSAL)),
+        Case("offset-each", (offset([3, -1]), _CAUSAL)),
+        Case("offset-omitted", (_CAUSAL,), shape=_SQUARE),
+        Case("offset-end-long-queries", (_END, _CAUSAL), shape=Shape(q_len=9)),
+        Case(
+            "offset-end-lengths",
+            (offset("end", [7 - 5, 4 - 2]), _CAUSAL, given(kv_lengths=[7, 4], q_lengths=[5, 2])),
+        ),
+        Case("kv-lengths", (given(kv_lengths=[7, 3]),)),
+        Case("kv-lengths-zero", (given(kv_lengths=[0, 3]),)),
+        Case("kv-lengths-one-for-all", (given(kv_lengths=4),)),
+        Case("q-lengths", (given(q_lengths=[5, 3]),)),
+        Case("q-lengths-zero", (given(q_lengths=[0, 2]),)),
+        Case("lengths-and-mask", (_END, _CAUSAL, given(kv_lengths=[6, 3], q_lengths=[4, 1]))),
+    ]
+    makers: list[tuple[str, Any]] = [
+        ("softcap-learnt", vocabulary.softcap_learnt),
+        ("t5", vocabulary.t5(True)),
+        ("t5-backward", vocabulary.t5(False)),
+        ("clipped", vocabulary.clipped),
+        ("alibi-softcap", vocabulary.alibi_softcap),
+        ("free", vocabulary.free),
+        ("hiding", vocabulary.hiding),
+        ("ties", vocabulary.ties),
+    ]
+    found += [Case(f"score-{name}", (_END, _CAUSAL, scored(made))) for name, made in makers]
+    found += [
+        Case("score-softcap", (_END, _CAUSAL, _SOFTCAP)),
+        Case("score-alibi", (_END, _CAUSAL, _ALIBI)),
+    ]
+    found.append(Case("score-no-mask", (_END, scored(vocabulary.free))))
+    for axes in ((2, 3), (0, 2, 3), (1, 2, 3), (0, 1, 2, 3), (0, 3), (1, 2), (1,), ()):
+        spans = "".join("bhqk"[i] for i in axes) or "scalar"
+        found.append(Case(f"bias-{spans}", (biased(*axes),)))
+    found += [
+        Case("bias-rank-2", (_rank_2,)),
+        Case("bias-hides", (biased(0, 1, 2, 3, fill=_checkered),)),
+        Case("bias-huge", (biased(0, 1, 2, 3, fill=lambda x: x * x.dtype.type(1e4)),)),
+        Case("bias-shifted-1e4", (biased(1, 2, 3, fill=_fill(1e4)),)),
+        Case("bias-shifted--1e4", (biased(1, 2, 3, fill=_fill(-1e4)),)),
+        Case("bias-row--1e9", (biased(0, 1, 2, 3, fill=_fill(-1e9, at=1)),)),
+        Case("bias-row-least", (biased(0, 1, 2, 3, fill=_least),)),
+        Case(
+            "bias-mask-lengths",
+            (offset("end", [7 - 5, 3 - 5]), _CAUSAL, biased(1, 2, 3), given(kv_lengths=[7, 3])),
+        ),
+        Case("sinks", (sunk(),)),
+        Case("sinks-mixed", (sunk([-np.inf, 0.5, -np.inf, 8.0]), _HOLES), shape=_SQUARE),
+        Case("sinks-padded", (sunk(), given(kv_lengths=[0, 4], q_lengths=[3, 5]))),
+        Case("empty-rows", (_HOLES,), shape=_SQUARE),
+        Case("empty-all", (plain(lambda: masks.prefix(0), lambda b, h, q, k, i: False),)),
+        Case("empty-all-sinks", (given(kv_lengths=[0, 0]), sunk())),
+        Case("dropout", (dropped(0.3, 7),)),
+        Case("dropout-seed-wide", (dropped(0.5, 2**63 + 2**40 + 5),)),
+        Case("dropout-seed-negative", (dropped(0.9, -1),)),
+        Case("dropout-offset-negative", (offset([-9, -2]), dropped(0.5, 3))),
+        Case("dropout-causal", (offset([-3, 4]), _CAUSAL, dropped(0.25, 2**32 - 1))),
+        Case("poison-keys", (_HOLES, poisoned("key")), shape=_SQUARE),
+        Case("poison-values", (_HOLES, poisoned("value")), shape=_SQUARE),
+        Case("poison-queries", (_HOLES, poisoned("query")), shape=_SQUARE),
+        Case("poison-upstream", (_HOLES, poisoned("upstream")), shape=_SQUARE),
+        Case("poison-bias", (_HOLES, biased(0, 1, 2, 3), poisoned("bias")), shape=_SQUARE),
+        Case("poison-lengths", (given(kv_lengths=[0, 4]), poisoned("key", "value", "query"))),
+        Case("poison-q-lengths", (given(q_lengths=[0, 2]), sunk(), poisoned("query", "upstream"))),
+        Case(
+            "poison-bias-hides",
+            (biased(0, 3, fill=_checkered_keys), poisoned("key", "value")),
+        ),
+        Case("poison-operand", (_HOLES, scored(vocabulary.spoilt_table)), shape=_SQUARE),
+        Case(
+            "poison-score-hides",
+            (_END, scored(vocabulary.hiding), poisoned("key", "value", "query")),
+        ),
+        Case("poison-all", (_HOLES, biased(0, 1, 2, 3), _everywhere), shape=_SQUARE),
+        Case("none-batch", shape=Shape(batch=0)),
+        Case("none-queries", (_END, _CAUSAL), shape=Shape(q_len=0)),
+        Case("none-keys", (_END, _CAUSAL), shape=Shape(k_len=0)),
+        Case("none-keys-sinks", (sunk(),), shape=Shape(k_len=0)),
+        Case(
+            "none-keys-bias", (biased(0, 1, 2, 3), scored(vocabulary.softcap)), shape=Shape(k_len=0)
+        ),
+    ]
+    everything = (
+        offset("end", [7 - 5, 6 - 3]),
+        masked(vocabulary.packed_prefix),
+        given(kv_lengths=[7, 6], q_lengths=[5, 3], scale=0.4),
+        scored(vocabulary.alibi_softcap),
+        biased(1, 2, 3),
+        sunk(),
+        dropped(0.2, 11),
+    )
+    found.append(Case("everything", everything))
+    found.append(Case("everything-bthd", everything, layout="BTHD"))
+    by_name = {case.name: case for case in found}
+    # Each of these once more in every other dtype.
+    for name in (
+        *(
+            "plain",
+            "heads-gqa-6-2",
+            "mask-segments-prefix",
+            "score-free",
+            "bias-bhqk",
+            "bias-hides",
+        ),
+        *("sinks-mixed", "lengths-and-mask", "dropout", "poison-all", "empty-rows", "everything"),
+        *("bias-row--1e9", "bias-huge", "score-t5", "none-keys"),
+    ):
+        for dtype in ("float64", "bfloat16", "float16"):
+            if dtype == "float16" and name == "bias-row--1e9":
+                continue  # -1e9 is no float16; it would be the -inf of bias-hides
+            found.append(replace(by_name[name], name=f"{name}-{dtype}", dtype=dtype))
+    return found + _pairs() + _models()
+
+
+_PARTS: dict[str, tuple[str, tuple[Change, ...]]] = {
+    "causal": ("mask", (offset([2, -1]), _CAUSAL)),
+    "segments": ("mask", (offset([1, 2]), masked(vocabulary.segments))),
+    "softcap": ("score", (_SOFTCAP,)),
+    "alibi": ("score", (offset([2, -1]), _ALIBI)),
+    "bias": ("bias", (biased(1, 2, 3),)),
+    "bias_hides": ("bias", (biased(0, 1, 2, 3, fill=_checkered),)),
+    "sinks": ("sinks", (sunk(),)),
+    "kv_lengths": ("kv_lengths", (given(kv_lengths=[6, 3]),)),
+    "q_lengths": ("q_lengths", (given(q_lengths=[3, 5]),)),
+    "dropout": ("dropout", (dropped(0.3, 12345),)),
+    "scale": ("scale", (given(scale=0.7),)),
+    "mqa": ("heads", ()),
+    "bthd": ("layout", ()),
+}
+"""Every option once, with the argument it sets: two that set the same one make no pair."""
+
+
+def _pairs() -> list[Case]:
+    """Every two options together."""
+    found = []
+    for (one, (argument, first)), (two, (other, second)) in combinations(_PARTS.items(), 2):
+        if argument == other:
+            continue
+        changes = (*first, *second)
+        if {argument, other} == {"mask", "score"} and two == "alibi":
+            changes = (*first, _ALIBI)  # one offset for both
+        found.append(
+            Case(
+                f"pair-{one}-{two}",
+                changes,
+                Shape(kv_heads=1 if "mqa" in (one, two) else 2),
+                layout="BTHD" if "bthd" in (one, two) else "BHTD",
+            )
+        )
+    return found
+
+
+def _models() -> list[Case]:
+    """Attention as it is called in models people run, small."""
+    full = Shape(batch=2, heads=4, kv_heads=4, q_len=17, k_len=17, width=16, v_width=16)
+    grouped = full._replace(heads=8, kv_heads=2)
+    decode = grouped._replace(q_len=1, k_len=19)
+    documents = masked(vocabulary.packed_causal)
+    return [
+        Case("model-gpt2", (_CAUSAL,), full),
+        Case("model-bert-padded", (given(kv_lengths=[17, 9]),), full),
+        Case("model-llama-prefill", (_CAUSAL,), grouped),
+        Case(
+            "model-llama-decode",
+            (offset("end", [18, 10]), _CAUSAL, given(kv_lengths=[19, 11])),
+            decode,
+        ),
+        Case("model-gemma2", (_WINDOW, scored(vocabulary.softcap_50, softcap=50.0)), grouped),
+        Case("model-gpt-oss", (_WINDOW, sunk()), grouped),
+        Case("model-t5", (offset("start"), scored(vocabulary.t5(True)), given(scale=1.0)), full),
+        Case("model-vit", (), full._replace(q_len=26, k_len=26)),
+        Case("model-packed", (documents,), full),
+        Case(
+            "model-transformer-cross",
+            (given(kv_lengths=[13, 6], q_lengths=[17, 11]),),
+            full._replace(k_len=13),
+        ),
+    ]
+
+
+def _rank_2(x: Question, rng: np.random.Generator, size: Shape) -> None:
+    bias = rng.standard_normal((size.q_len, size.k_len)).astype(x.call["query"].dtype)
+    x.call["bias"] = x.judge["bias"] = bias
+
+
+def _checkered_keys(bias: np.ndarray) -> np.ndarray:
+    bias = bias.copy()
+    bias[..., 1::3] = -np.inf
+    return bias
+
+
+def _everywhere(x: Question, rng: np.random.Generator, size: Shape) -> None:
+    poisoned("key", "value", "query", "bias", "upstream")(x, rng, size)
+
+
+CASES: tuple[Case, ...] = tuple(_cases())
+"""Every case; names are unique."""
+
+SAMPLE: tuple[str, ...] = (
+    *("plain", "heads-gqa-6-2", "layout-bthd", "mask-segments-prefix", "mask-programmed"),
+    *("offset-each", "lengths-and-mask", "score-free", "score-t5", "bias-bhqk", "bias-hides"),
+    *("sinks-mixed", "empty-rows", "dropout", "poison-all", "none-keys", "everything"),
+    *("everything-bfloat16", "everything-float16", "plain-float64"),
+)
+"""The named sample for forms that are slow to compile (torch inductor)."""
+
+_TELLING = (
+    *("plain-float64", "heads-gqa-6-2-bfloat16", "everything-float16", "mask-dense-2"),
+    *("pair-softcap-bias", "pair-alibi-sinks", "pair-causal-scale", "bias-bhqk"),
+)
+_PASSED_OVER = ("pair-", "width-", "bias-b", "bias-s", "mask-d", "mask-l")
+
+SMOKE: tuple[str, ...] = tuple(
+    case.name
+    for case in CASES
+    if case.name in _TELLING
+    or (
+        case.dtype == "float32"
+        and not case.name.startswith(_PASSED_OVER)
+        and case.name not in ("mask-xor", "mask-not-causal", "plain-square", "scale-zero")
+    )
+)
+"""The tier for every commit: each option and each decision once, under a minute to a backend."""
+
+TIERS = ("smoke", "full", "exhaustive")
+
+
+def tier(name: str) -> tuple[Case, ...]:
+    """The cases of a tier: "smoke", "full" (CASES), or "exhaustive" (in every dtype).
+
+    Raises:
+        ValueError: unknown tier.
+    """
+    if name == "full":
+        return CASES
+    if name == "smoke":
+        return tuple(case for case in CASES if case.name in SMOKE)
+    if name != "exhaustive":
+        raise ValueError(f"`tier` must be one of {', '.join(TIERS)}. Got {name!r}.")
+    known = {case.name for case in CASES}
+    more = [
+        replace(case, name=f"{case.name}-{dtype}", dtype=dtype)
+        for case in CASES
+        if case.dtype == "float32" and "1e9" not in case.name and "least" not in case.name
+        for dtype in ("float64", "bfloat16", "float16")
+    ]
+    return (*CASES, *[case for case in more if case.name not in known])

@@ -1,0 +1,220 @@
+"""One case, one subject, one form: ask, judge, and say how much of the allowance was used."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from attn_core import reference
+from attn_core.conformance.cases import CASES, tier
+from attn_core.conformance.diagnosis import diagnose
+from attn_core.conformance.plain import Textbook, plain
+from attn_core.conformance.questions import Case, Question, numpy_dtype
+from attn_core.conformance.subjects import Ours, Subject, arrays
+from attn_core.conformance.tolerance import share
+from attn_core.spec import AttentionOutput, as_output
+
+BY_NAME = {case.name: case for case in tier("exhaustive")}
+
+
+@dataclass
+class Verdict:
+    """What came of a case: each result's error as a share of what is allowed.
+
+    `problem` says in words what a number cannot: an exception, a wrong dtype or shape. `missing`
+    is why the subject was not asked: an option that it does not offer is never a pass. `where` is
+    the first index at which a failed result departs from the judge, `cause` the known mistake
+    that explains it, where one does.
+    """
+
+    case: str
+    backend: str
+    form: str
+    shares: dict[str, float] = field(default_factory=dict)
+    problem: str = ""
+    seconds: float = 0.0
+    missing: str = ""
+    where: dict[str, list[int]] = field(default_factory=dict)
+    cause: str = ""
+
+    @property
+    def worst(self) -> float:
+        return max(self.shares.values(), default=float("inf" if self.problem else 0))
+
+    @property
+    def passed(self) -> bool:
+        inside = all(used <= 1 for used in self.shares.values())  # NaN is not
+        return not self.problem and not self.missing and inside
+
+    @property
+    def status(self) -> str:
+        """ "passed", "failed", "error" (it raised, crashed or hung) or "not offered"."""
+        if self.missing:
+            return "not offered"
+        if self.problem:
+            return "error"
+        return "passed" if self.passed else "failed"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Expected(NamedTuple):
+    """A case's question, the judge's answer to it, and the textbook's."""
+
+    asked: Question
+    judged: reference.Judged
+    pulled: dict[str, Any]
+    textbook: Textbook
+
+
+OUTPUTS = ("out", "lse", "weights")
+
+
+@cache
+def expected(case: Case, outputs: tuple[str, ...] = OUTPUTS) -> Expected:
+    """What the judge and the plain computation make of a case, with cotangents of these outputs."""
+    asked = case.question()
+    for output in OUTPUTS:
+        if output not in outputs:
+            asked.cotangents[output] = np.zeros_like(asked.cotangents[output])
+    judged = reference.attention(**asked.judge)
+    cotangents: dict[str, Any] = {f"d_{output}": asked.cotangents[output] for output in outputs}
+    pulled = reference.gradients(**asked.judge, **cotangents)
+    textbook = plain(asked.judge, asked.cotangents, numpy_dtype(case.dtype))
+    wide = np.dtype(np.float64 if case.dtype == "float64" else np.float32)
+    if wide != numpy_dtype(case.dtype):
+        # lse is held in the accumulation dtype whatever the dtype of the arrays.
+        textbook.outputs["lse"] = plain(asked.judge, asked.cotangents, wide).outputs["lse"]
+    return Expected(asked, judged, pulled, textbook)
+
+
+def judge(name: str, subject: Subject, backend: Any, form: str) -> Verdict:
+    """Ask a subject the case in this form, forward and backward.
+
+    `backend` is the module of verbs of the subject's framework: it makes its arrays and
+    differentiates.
+    """
+    started = time.perf_counter()
+    verdict = Verdict(name, subject.name, form)
+    case = BY_NAME[name].fitted(subject.grouped, subject.widths)
+    if case is None:
+        verdict.missing = "grouped heads, or values of another width"
+        return verdict
+    asked = case.question()
+    call, verdict.missing = subject.put(asked)
+    if not verdict.missing:
+        try:
+            got, found, outputs = _answer(subject, backend, form, asked, call)
+        except Exception as error:  # whatever a subject raises is its answer, and is shown
+            verdict.problem = f"{type(error).__name__}: {error}".strip()
+        else:
+            _compare(verdict, case, backend, got, found, outputs)
+    verdict.seconds = time.perf_counter() - started
+    return verdict
+
+
+def _answer(
+    subject: Subject, backend: Any, form: str, asked: Question, call: dict[str, Any]
+) -> tuple[AttentionOutput, dict[str, Any], tuple[str, ...]]:
+    """What the subject returns, the gradients it gives, and which outputs it has."""
+    given = arrays(backend, call, traced=form != "eager" and isinstance(subject, Ours))
+    outputs: tuple[str, ...] = OUTPUTS
+    if not isinstance(subject, Ours):
+        # What it returns is known once it has been called; cotangents go to that alone.
+        first = as_output(subject.function(**given))
+        outputs = tuple(name for name in OUTPUTS if getattr(first, name) is not None)
+        if not subject.backward:
+            return first, {}, outputs
+    cotangents = {name: backend.from_numpy(asked.cotangents[name]) for name in outputs}
+    got, found = backend.vjp(given, cotangents, form, subject.function)
+    return got, found, outputs
+
+
+def _compare(
+    verdict: Verdict,
+    case: Case,
+    backend: Any,
+    got: AttentionOutput,
+    found: dict[str, Any],
+    outputs: tuple[str, ...],
+) -> None:
+    asked, judged, pulled, textbook = expected(case, outputs)
+    logit = textbook.logit
+    wrong: dict[str, np.ndarray] = {}
+
+    def compare(what: str, given: Any, dtype: str, want: Any, ordinary: Any, **way: Any) -> None:
+        array = backend.to_numpy(given)
+        if not isinstance(array, np.ndarray) or array.dtype.name != dtype:
+            kind = getattr(array, "dtype", type(array).__name__)
+            verdict.problem = f"{what} must be {dtype}. Got {kind}."
+        elif array.shape != want.shape:
+            verdict.problem = f"{what} must have shape {want.shape}. Got {array.shape}."
+        else:
+            used = share(array, want, ordinary, dtype, logit=logit, **way)
+            verdict.shares[what] = used
+            if not used <= 1:
+                verdict.where[what] = first_difference(array, want, used)
+                wrong[what] = array
+
+    wide = "float64" if asked.dtype == "float64" else "float32"
+    for output in outputs:
+        dtype = wide if output == "lse" else asked.dtype
+        want, ordinary = getattr(judged, output), textbook.outputs[output]
+        compare(output, getattr(got, output), dtype, want, ordinary, direction="out")
+    scored = "score" in asked.judge
+    for key in ("query", "key", "value", "bias", "sinks"):
+        if key in found:
+            compare(
+                f"d_{key}",
+                found[key],
+                asked.call[key].dtype.name,
+                pulled[key],
+                textbook.gradients[key],
+                direction="gradient",
+                through_score=scored and key != "value",
+                summed=textbook.summed.get(key, 0.0),
+            )
+    for number, table in enumerate(asked.judge.get("operands", ())):
+        if pulled["operands"][number] is not None and "score" in found:
+            compare(
+                f"d_score{number}",
+                found["score"][number],
+                table.dtype.name,
+                pulled["operands"][number],
+                textbook.gradients["score"][number],
+                direction="gradient",
+                through_score=True,
+                summed=textbook.summed[f"score{number}"],
+            )
+    if wrong:
+        verdict.cause = diagnose(asked, judged, pulled, textbook, wrong, list(wrong))
+
+
+def first_difference(got: np.ndarray, want: np.ndarray, used: float) -> list[int]:
+    """The first index, in C order, whose error is at least half of the worst one."""
+    with np.errstate(all="ignore"):
+        error = np.abs(got.astype(np.float64) - want)
+    error = np.where(np.isnan(error), 0.0 if used < np.inf else np.inf, error)
+    error[got.astype(np.float64) == want] = 0.0
+    return [int(i) for i in np.argwhere(error >= error.max() / 2)[0]]
+
+
+def chosen(patterns: list[str], name: str = "full") -> list[Case]:
+    """Cases of the tier that a pattern names, or whose name holds it; all without patterns.
+
+    A pattern that is the whole name of a case, of any tier, is that case and no other.
+    """
+    cases = list(CASES) if name == "full" else list(tier(name))
+    if not patterns:
+        return cases
+    whole = [BY_NAME[p] for p in patterns if p in BY_NAME]
+    parts = [p for p in patterns if p not in BY_NAME]
+    found = whole + [c for c in cases if c not in whole and any(p in c.name for p in parts)]
+    if not found:
+        raise ValueError(f"`cases` must name a case or a part of one. Got {', '.join(patterns)}.")
+    return found

@@ -1,0 +1,37 @@
+"""One subject in a process of its own: case names come in on stdin, verdicts go out as JSON lines.
+
+The first line out is "ready", once the framework has been imported.
+
+No process ever imports two frameworks, and a backend that takes the interpreter down with it
+takes down only this one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from attn_core import registry
+from attn_core.conformance import subjects
+from attn_core.conformance.judgement import judge
+
+
+def main() -> None:
+    spec, form = sys.argv[1:3]
+    # Verdicts keep the real stdout; whatever a framework prints goes to stderr.
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    # A stranger's module stands where the command was typed.
+    sys.path.append(os.getcwd())
+    subject = subjects.find(spec)
+    backend = registry.load(subject.framework)
+    print("ready", file=channel)
+    for line in sys.stdin:
+        verdict = judge(line.strip(), subject, backend, form)
+        verdict.backend = spec  # as the command line knows it
+        print(json.dumps(verdict.as_dict()), file=channel)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""Who loads whom, and who may import whom."""
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {
+    "attn_core": ROOT / "attn_core",
+    "attn_core.backends": ROOT / "backends",
+    "attn_core.kernels": ROOT / "kernels",
+    "attn_core.conformance": ROOT / "conformance",
+}
+FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "jaxlib", "flax", "triton"}
+OWN = {"numpy": set(), "torch": {"torch"}, "tf": {"tensorflow", "keras"}, "jax": {"jax", "flax"}}
+MODULE = {"numpy": "numpy", "torch": "torch", "tf": "tensorflow", "jax": "jax"}
+
+
+# What is loaded: subprocesses ------------------------------------------------------------------
+
+
+def loaded_by(code):
+    """The root modules in memory after `code` has run in a fresh process."""
+    report = "import json, sys; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return set(json.loads(run.stdout.splitlines()[-1]))
+
+
+def installed(backend):
+    return pytest.mark.skipif(
+        importlib.util.find_spec(MODULE[backend]) is None, reason=f"{MODULE[backend]} is missing"
+    )
+
+
+each_backend = pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=installed(name)) for name in OWN]
+)
+
+
+def test_importing_attn_core_loads_no_framework():
+    assert not loaded_by("import attn_core") & FRAMEWORKS
+
+
+def test_asking_the_doors_loads_no_framework():
+    code = """
+import attn_core
+attn_core.masks.causal() & attn_core.mask(lambda b, h, q, k: q - k < 3)
+attn_core.scores.softcap(30.0)
+attn_core.Dropout(0.1, 3)
+attn_core.config.set(backend="torch")
+attn_core.backends
+"""
+    assert not loaded_by(code) & FRAMEWORKS
+
+
+@each_backend
+def test_a_backend_loads_no_more_than_its_framework(backend):
+    alone = loaded_by(f"import {MODULE[backend]}") & FRAMEWORKS
+    ours = loaded_by(f"import attn_core.backends.{backend}") & FRAMEWORKS
+    assert not ours - alone
+
+
+@each_backend
+def test_using_a_backend_loads_no_other_framework(backend):
+    """Triton is left out: torch itself loads it, late, where it is installed."""
+    alone = loaded_by(f"import {MODULE[backend]}") & FRAMEWORKS
+    ours = loaded_by(
+        "import numpy as np, attn_core\n"
+        "x = np.ones((1, 2, 3, 4), 'float32')\n"
+        f"with attn_core.use(backend={backend!r}):\n"
+        "    attn_core.attention(x, x, x, mask=attn_core.masks.causal())"
+    )
+    assert not (ours & FRAMEWORKS) - alone - {"triton"}
+    assert MODULE[backend] in ours
+
+
+def test_a_backend_is_found_by_attribute():
+    assert loaded_by("import attn_core; assert attn_core.backends.numpy.owns is not None")
+
+
+# What may import what: the syntax tree ---------------------------------------------------------
+
+
+def modules():
+    """(real module name, path) of every shipped file."""
+    for package, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            yield ".".join([package, *parts]).removesuffix(".__init__"), path
+
+
+def imports(tree, module, is_package):
+    """(imported name, lazily, line): absolute, with `from a import b` read as a.b."""
+
+    def visit(node, lazily):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield alias.name, lazily, child.lineno
+            elif isinstance(child, ast.ImportFrom):
+                base = child.module or ""
+                if child.level:
+                    above = module.split(".")[: None if is_package else -1]
+                    above = above[: len(above) - child.level + 1]
+                    base = ".".join([*above, *([base] if base else [])])
+                for alias in child.names:
+                    yield f"{base}.{alias.name}", lazily, child.lineno
+            function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from visit(child, lazily or function)
+
+    yield from visit(tree, False)
+
+
+def within(name, package):
+    return name == package or name.startswith(package + ".")
+
+
+def objection(module, name, lazily):
+    """Why `module` may not import `name`, or None."""
+    root = name.split(".")[0]
+    if root in sys.stdlib_module_names:
+        return None
+    if within(module, "attn_core.backends"):
+        return backend_objection(module, name, root, lazily)
+    if within(module, "attn_core.kernels"):
+        allowed = root == "triton" or within(name, "attn_core.language")
+        allowed = allowed or within(name, "attn_core.kernels")
+        return None if allowed else "kernels import triton and attn_core.language, nothing else"
+    if within(module, "attn_core.conformance"):
+        return conformance_objection(module, name, root, lazily)
+    return core_objection(module, name, root, lazily)
+
+
+def core_objection(module, name, root, lazily):
+    if within(name, "attn_core.backends"):
+        if module == "attn_core.registry":
+            return None if lazily else "the registry loads a backend when it is named, not before"
+        if module == "attn_core" and name == "attn_core.backends":
+            return None  # the door `attn_core.backends.torch`, which asks the registry
+        return "backends are reached by name, through the registry"
+    if within(name, "attn_core.kernels"):
+        return "kernels are reached from backends only"
+    if within(name, "attn_core.conformance"):
+        # The command line and the package's own door are how one gets there.
+        allowed = lazily and module in ("attn_core", "attn_core.cli")
+        return None if allowed else "attn_core does not depend on its judge"
+    if module == "attn_core.reference" and root == "attn_core":
+        return "the judge shares nothing with what it judges"
+    if root in ("attn_core", "numpy"):
+        return None
+    if module == "attn_core.cli" and root in ("typer", "rich"):
+        return None
+    if lazily and root in ("yaml", "matplotlib", "ml_dtypes"):
+        return None  # optional, and asked for by name: a config file, a picture, NumPy's bfloat16
+    return "attn_core holds the standard library and NumPy only"
+
+
+def backend_objection(module, name, root, lazily):
+    own = module.split(".")[2] if module != "attn_core.backends" else None
+    if within(name, "attn_core.backends"):
+        other = name.split(".")[2:3]
+        return None if own and other in ([], [own]) else "backends never import each other"
+    if within(name, "attn_core.kernels"):
+        return None if lazily else "attn_core.kernels is imported inside functions"
+    if within(name, "attn_core.conformance"):
+        return "backends do not know their judge"
+    if root in ("attn_core", "numpy"):
+        return None
+    if root == "ml_dtypes":
+        # JAX and TensorFlow bring it; elsewhere NumPy's bfloat16 is optional.
+        return None if lazily or own in ("tf", "jax") else "ml_dtypes is imported inside functions"
+    if own and root in OWN[own]:
+        # flax is an extra of jax: layers may need it, calls may not.
+        at_top = root == "flax" and not lazily and not module.endswith(".layers")
+        return "flax is imported inside functions, or in layers" if at_top else None
+    return f"a backend imports attn_core and its own framework, {sorted(OWN[own]) if own else []}"
+
+
+def conformance_objection(module, name, root, lazily):
+    if within(name, "attn_core.backends") or within(name, "attn_core.kernels"):
+        return "conformance reaches frameworks through the verbs, by name"
+    if root in ("attn_core", "numpy", "rich", "typer"):
+        return None
+    if root in ("ml_dtypes", "safetensors") and lazily:
+        return None  # optional, and asked for by name
+    if root == "pytest" and module == "attn_core.conformance.plugin":
+        return None  # pytest itself imports the plugin
+    if module == "attn_core.conformance.peers" and root in ("torch", "jax", "flax", "keras"):
+        # The peers are the frameworks' own functions; each adapter imports its own when asked.
+        return None if lazily else "a peer's library is imported when its adapter is made"
+    return "conformance reaches frameworks only through the verbs"
+
+
+def test_import_direction():
+    broken = []
+    for module, path in modules():
+        tree = ast.parse(path.read_text("utf-8"))
+        for name, lazily, line in imports(tree, module, path.name == "__init__.py"):
+            reason = objection(module, name, lazily)
+            if reason:
+                broken.append(f"{path.relative_to(ROOT)}:{line} imports {name}: {reason}")
+    assert not broken, "\n" + "\n".join(broken)
+
+
+def test_import_direction_by_name():
+    """importlib would walk around the rule above, so only two modules may use it."""
+    # Subjects: anyone's attention can be judged, and is named as a string.
+    allowed = {"attn_core.registry", "attn_core.conformance.subjects"}
+    broken = []
+    for module, path in modules():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func).split(".")[-1]
+                if called in ("import_module", "__import__") and module not in allowed:
+                    broken.append(f"{path.relative_to(ROOT)}:{node.lineno} calls {called}")
+    assert not broken, "\n" + "\n".join(broken)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("attn_core.api", "import torch"),
+        ("attn_core.api", "def f():\n    import attn_core.backends.torch"),
+        ("attn_core.api", "from attn_core import backends"),
+        ("attn_core.api", "from .backends import numpy"),
+        ("attn_core.api", "from attn_core.conformance import run"),
+        ("attn_core.api", "import typer"),
+        ("attn_core", "from attn_core.backends import numpy"),
+        ("attn_core.registry", "import attn_core.backends.numpy"),
+        ("attn_core.reference", "from attn_core import masks"),
+        ("attn_core.backends.torch.reference", "import jax"),
+        ("attn_core.backends.torch.reference", "from ..numpy import arrays"),
+        ("attn_core.backends.torch.reference", "from attn_core.backends import tf"),
+        ("attn_core.backends.torch.triton", "import attn_core.kernels"),
+        ("attn_core.backends.torch.triton", "import triton"),
+        ("attn_core.backends.jax", "from flax import nnx"),
+        ("attn_core.kernels.forward", "import torch"),
+        ("attn_core.kernels.forward", "from attn_core import spec"),
+        ("attn_core.conformance.subjects", "def f():\n    import tensorflow as tf"),
+        ("attn_core.conformance.subjects", "def f():\n    import attn_core.backends.tf"),
+    ],
+)
+def test_import_direction_catches(module, source):
+    """The rule itself is tested: each of these must be seen."""
+    found = list(imports(ast.parse(source), module, is_package=False))
+    assert found
+    assert any(objection(module, name, lazily) for name, lazily, _ in found)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("attn_core.api", "import numpy as np\nfrom attn_core.language import text"),
+        ("attn_core.registry", "def f():\n    import attn_core.backends.numpy"),
+        ("attn_core", "from attn_core import backends"),
+        ("attn_core.cli", "import typer\ndef f():\n    from attn_core.conformance import run"),
+        ("attn_core.backends.tf.layers", "import keras\nfrom attn_core import spec"),
+        ("attn_core.backends.jax.layers", "from flax import nnx"),
+        ("attn_core.backends.jax.layers", "from . import arrays"),
+        ("attn_core.backends.torch.triton", "def f():\n    import attn_core.kernels"),
+        ("attn_core.kernels.forward", "import triton.language as tl"),
+    ],
+)
+def test_import_direction_allows(module, source):
+    for name, lazily, _ in imports(ast.parse(source), module, is_package=False):
+        assert objection(module, name, lazily) is None
