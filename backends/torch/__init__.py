@@ -37,6 +37,12 @@ _NAMES = {
 _CALLS = count()
 
 _pytrees.register()
+# oneMKL chooses the kernel of each function at its first call. When that call runs on several
+# threads, one may take a low-precision kernel for its share, errors near 2e-5 once per process
+# (pytorch issue 188792). A tensor of one element is computed by one thread, and settles it.
+for _dtype in (torch.float32, torch.float64):
+    for _function in (torch.exp, torch.log, torch.tanh):
+        _function(torch.ones(1, dtype=_dtype, device="cpu"))
 # What torch.compiler.assume_constant_result does, without loading torch's compiler (and triton).
 range_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
