@@ -76,7 +76,7 @@ def resolve(
     accumulation = "float64" if dtype == "float64" else "float32"
     full = (batch, heads, q_len, k_len)
 
-    mask = as_mask(mask, source, full)
+    mask = as_mask(backend, mask, source, full)
     score = as_score(score)
     mask_operands = signature(backend, host, "mask", mask, source, accumulation, full)
     score_operands = signature(backend, host, "score", score, source, accumulation, full)

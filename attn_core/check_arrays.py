@@ -64,7 +64,7 @@ def host_or_same(name: str, x: Any, source: str) -> None:
         same_framework(name, x, source)
 
 
-def as_mask(mask: Any, source: str, full: tuple[Any, ...]) -> Mask | None:
+def as_mask(backend: Any, mask: Any, source: str, full: tuple[Any, ...]) -> Mask | None:
     if mask is None or isinstance(mask, Mask):
         return mask
     if isinstance(mask, Score):
@@ -77,16 +77,15 @@ def as_mask(mask: Any, source: str, full: tuple[Any, ...]) -> Mask | None:
     if not hasattr(mask, "dtype") or not hasattr(mask, "shape"):
         raise TypeError(f"`mask` must be a Mask or a boolean array. Got {type(mask).__name__}.")
     host_or_same("mask", mask, source)
-    name = str(mask.dtype)
-    if "bool" not in name:
+    facts = describe(backend, False, mask)
+    if facts.dtype != "bool":
         hint = (
             "a float mask that is added to the scores is `bias=`"
-            if "float" in name
+            if "float" in facts.dtype
             else "compare it first, for instance `mask != 0`"
         )
-        raise TypeError(f"`mask` must be boolean, True = attend. Got {name}; {hint}.")
-    shape = tuple(mask.shape)
-    broadcast("mask", shape, full)
+        raise TypeError(f"`mask` must be boolean, True = attend. Got {facts.dtype}; {hint}.")
+    broadcast("mask", facts.shape, full)
     return masks.dense(mask)
 
 

@@ -38,9 +38,9 @@ def _peers(incomplete: str) -> list[str]:
 
 
 def _cases(incomplete: str) -> list[str]:
-    from attn_core.conformance.cases import CASES
+    from attn_core.conformance.judgement import named
 
-    return [case.name for case in CASES if case.name.startswith(incomplete)]
+    return [name for name in named([]) if name.startswith(incomplete)]
 
 
 @suite.command("run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -10,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attn_core import reference
-from attn_core.conformance.cases import CASES, tier
+from attn_core.conformance.cases import tier
 from attn_core.conformance.diagnosis import diagnose
+from attn_core.conformance.misuse import MISUSES, Misuse
 from attn_core.conformance.plain import Textbook, plain
 from attn_core.conformance.questions import Case, Question, numpy_dtype
 from attn_core.conformance.subjects import Ours, Subject, arrays
@@ -19,6 +21,7 @@ from attn_core.conformance.tolerance import share
 from attn_core.spec import AttentionOutput, as_output
 
 BY_NAME = {case.name: case for case in tier("exhaustive")}
+WRONG = {misuse.name: misuse for misuse in MISUSES}
 
 
 @dataclass
@@ -97,10 +100,15 @@ def judge(name: str, subject: Subject, backend: Any, form: str) -> Verdict:
     """Ask a subject the case in this form, forward and backward.
 
     `backend` is the module of verbs of the subject's framework: it makes its arrays and
-    differentiates.
+    differentiates. A misuse must be refused instead, in the spec's words: only our own backends are
+    bound to them.
     """
     started = time.perf_counter()
     verdict = Verdict(name, subject.name, form)
+    if name in WRONG:
+        _refused(verdict, WRONG[name], subject, backend)
+        verdict.seconds = time.perf_counter() - started
+        return verdict
     case = BY_NAME[name].fitted(subject.grouped, subject.widths)
     if case is None:
         verdict.missing = "grouped heads, or values of another width"
@@ -116,6 +124,24 @@ def judge(name: str, subject: Subject, backend: Any, form: str) -> Verdict:
             _compare(verdict, case, backend, got, found, outputs)
     verdict.seconds = time.perf_counter() - started
     return verdict
+
+
+def _refused(verdict: Verdict, misuse: Misuse, subject: Subject, backend: Any) -> None:
+    """The class and the whole text of the error, or what came instead of it."""
+    if not isinstance(subject, Ours) or verdict.form != "eager":
+        verdict.missing = "the spec's errors, which are raised eagerly by its own backends"
+        return
+    text = misuse.text.format(framework=backend.NAME)
+    call = {**subject.options, **arrays(backend, misuse.call(), traced=False)}
+    try:
+        subject.function(**call)
+    except Exception as error:  # whatever it raises is its answer, and is shown
+        if type(error) is not misuse.error or str(error) != text:
+            verdict.problem = (
+                f"must raise {misuse.error.__name__}: {text} Got {type(error).__name__}: {error}"
+            )
+    else:
+        verdict.problem = f"must raise {misuse.error.__name__}: {text} Got a result."
 
 
 def _answer(
@@ -209,12 +235,21 @@ def chosen(patterns: list[str], name: str = "full") -> list[Case]:
 
     A pattern that is the whole name of a case, of any tier, is that case and no other.
     """
-    cases = list(CASES) if name == "full" else list(tier(name))
+    return _matching(patterns, tier(name), BY_NAME)
+
+
+def named(patterns: list[str], name: str = "full") -> list[str]:
+    """The names of those cases, and of the misuses that the patterns choose likewise."""
+    asked: list[Any] = [*tier(name), *MISUSES]
+    return [each.name for each in _matching(patterns, asked, {**BY_NAME, **WRONG})]
+
+
+def _matching(patterns: list[str], among: Sequence[Any], known: Mapping[str, Any]) -> list[Any]:
     if not patterns:
-        return cases
-    whole = [BY_NAME[p] for p in patterns if p in BY_NAME]
-    parts = [p for p in patterns if p not in BY_NAME]
-    found = whole + [c for c in cases if c not in whole and any(p in c.name for p in parts)]
+        return list(among)
+    whole = [known[p] for p in patterns if p in known]
+    parts = [p for p in patterns if p not in known]
+    found = whole + [c for c in among if c not in whole and any(p in c.name for p in parts)]
     if not found:
         raise ValueError(f"`cases` must name a case or a part of one. Got {', '.join(patterns)}.")
     return found

@@ -37,17 +37,16 @@ def pytest_collection_modifyitems(
     specs = config.getoption("--attn-subject")
     if not specs:
         return
-    from attn_core.conformance.cases import tier
+    from attn_core.conformance.runner import plan
 
     form = config.getoption("--attn-form")
     try:
-        cases = tier(config.getoption("--attn-tier"))
+        work = plan(specs, [form], tier=config.getoption("--attn-tier"))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
-    for spec in specs:
-        for case in cases:
-            nodeid = f"attn::{spec}::{form}::{case.name}"
-            item = CaseItem.from_parent(session, name=case.name, nodeid=nodeid)
+    for spec, form, names in work:
+        for name in names:
+            item = CaseItem.from_parent(session, name=name, nodeid=f"attn::{spec}::{form}::{name}")
             item.asked = (spec, form)
             items.append(item)
 

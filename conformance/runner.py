@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from attn_core.config import installed, nearest
 from attn_core.conformance.cases import SAMPLE
-from attn_core.conformance.judgement import Verdict, chosen
+from attn_core.conformance.judgement import WRONG, Verdict, named
 from attn_core.conformance.peers import PEERS
 
 FORMS = {
@@ -29,7 +29,7 @@ FORMS = {
 _SAMPLED = ("inductor",)
 """Forms too slow to compile for every case: they get the named sample."""
 
-
+_FEW = 40
 TIMEOUT = 300.0
 """Seconds that a case may take."""
 
@@ -62,7 +62,7 @@ def plan(
             raise ValueError(
                 f"`forms` must be among {', '.join(known)}. Got {form!r}.{nearest(form, known)}"
             )
-    names = tuple(case.name for case in chosen(list(cases), tier))
+    names = named(list(cases), tier)
     work = []
     for subject in subjects:
         head, colon, _ = subject.partition(":")
@@ -79,8 +79,11 @@ def plan(
         wanted = available if "all" in forms else [f for f in available if f in forms]
         for form in wanted or available[:1]:
             sampled = form in _SAMPLED and not cases
-            asked = tuple(name for name in names if not sampled or name in SAMPLE)
-            work.append(Work(subject, form, asked))
+            # Errors are raised before anything is compiled, and are the spec's own.
+            ours = head in FORMS and form == available[0]
+            asked = [name for name in names if ours or name not in WRONG]
+            asked = [name for name in asked if not sampled or name in SAMPLE]
+            work.append(Work(subject, form, tuple(asked)))
     return work
 
 
@@ -104,7 +107,7 @@ def run(
         ValueError: unknown backend, peer, form, tier or case.
         ImportError: a subject or its framework is missing or broken.
     """
-    work = plan(subjects, forms, cases, tier)
+    work = shared_out(plan(subjects, forms, cases, tier), jobs)
     stop = Event()
     asked = partial(attend, timeout=timeout, seen=seen or (lambda verdict: None), stop=stop)
     with ThreadPoolExecutor(jobs) as pool:
@@ -114,6 +117,20 @@ def run(
         except BaseException:
             stop.set()
             raise
+
+
+def shared_out(work: Sequence[Work], jobs: int) -> list[Work]:
+    """The same work in at least `jobs` parts, where it comes in fewer; the order stays.
+
+    A part is no shorter than _FEW cases: a worker spends seconds on importing its framework.
+    """
+    parts = -(-jobs // max(len(work), 1))
+    shares = []
+    for each in work:
+        size = max(-(-len(each.cases) // parts), _FEW)
+        starts = range(0, len(each.cases), size)
+        shares += [each._replace(cases=each.cases[start : start + size]) for start in starts]
+    return shares
 
 
 def attend(

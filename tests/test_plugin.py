@@ -67,3 +67,13 @@ def test_it_is_silent_where_it_is_not_asked_for(project: Path) -> None:
     done = run(project, "-q")
     assert done.returncode == 0
     assert "1 passed" in done.stdout
+
+
+def test_it_runs_in_parallel_under_xdist(project: Path) -> None:
+    done = run(project, "--attn-subject", "mine:mine", "-n", "2", "-k", "mask-", "-v")
+    assert done.returncode == 0, done.stdout
+    assert "[gw0]" in done.stdout
+    assert "[gw1]" in done.stdout
+    alone = run(project, "--attn-subject", "mine:mine", "-k", "mask-", "-q")
+    assert "19 passed, 1 skipped" in done.stdout
+    assert "19 passed, 1 skipped" in alone.stdout
