@@ -25,7 +25,8 @@ class Host:
     `index` makes positions and constants (int64 here, the library's own integer elsewhere),
     `array` makes operands and lengths (int32, wider where they are, or bool), `take` reads the
     flattened array and gives positions' dtype or bool, `floordiv` never sees a divisor of 0, and
-    `least`, `most` and `total` reduce the last axis.
+    `least`, `most` and `total` reduce the last axis, and `descending` gives the order that sorts
+    it, largest first and equal ones as they stand.
     """
 
     def where(self, condition: Array, x: Array, y: Array) -> Array:
@@ -67,6 +68,9 @@ class Host:
 
     def total(self, x: Array) -> Array:
         return x.sum(-1)
+
+    def descending(self, x: Array) -> Array:
+        return np.argsort(-x, -1, kind="stable").astype(np.int32)
 
 
 HOST = Host()

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn_core.api import attention
+from attn_core.backends.jax import chunked, reference
 from attn_core.backends.jax import pytrees as _pytrees
-from attn_core.backends.jax import reference
 from attn_core.backends.jax.arrays import from_host, is_wide, x64
 from attn_core.backends.jax.documents import scaled_dot_product_attention
 from attn_core.language.expr import Table
@@ -21,12 +21,15 @@ from attn_core.spec import AttentionOutput, Facts, Operands, Plan, Problem, as_o
 __all__ = ["scaled_dot_product_attention"]
 
 NAME = "jax"
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("chunked", "reference")
 FORMS = ("eager", "jit")
 
 # Compiled once for each problem, which is static: eager calls would else dispatch every operation
 # on its own, some fifteen times slower. Under a surrounding jit this is inlined.
-_HANDLERS = {"reference": jax.jit(reference.attend, static_argnums=0)}
+_HANDLERS = {
+    "chunked": jax.jit(chunked.attend, static_argnums=0),
+    "reference": jax.jit(reference.attend, static_argnums=0),
+}
 _pytrees.register()
 
 
@@ -54,7 +57,7 @@ def admit(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
 def refusals(problem: Problem, impl: str) -> list[str]:
     if impl not in IMPLEMENTATIONS:
         return [f"`impl` must be one of {', '.join(IMPLEMENTATIONS)} in backend jax. Got {impl}."]
-    return []
+    return chunked.refusals(problem) if impl == "chunked" else []
 
 
 def attend(plan: Plan, operands: Operands) -> AttentionOutput:

@@ -19,18 +19,25 @@ _M = 0xFFFFFFFF
 
 def keep(threshold: int, seed: Any, batch: Any, heads: int, q: Array, k_len: Any) -> Array:
     """Boolean (B, Hq, Tq, Tk), True = kept. q: (B or 1, Tq) absolute positions."""
+    h = jnp.arange(heads, dtype=jnp.int32)[:, None, None]
+    b = jnp.arange(batch, dtype=jnp.int32)[:, None, None, None]
+    return keep_at(threshold, seed, b, h, q[:, None, :, None], 0, k_len)
+
+
+def keep_at(
+    threshold: int, seed: Any, b: Array, h: Array, q: Array, first: Any, keys: Any
+) -> Array:
+    """The same over keys first to first + keys - 1, where `first` is a multiple of 4.
+
+    b, h and q broadcast to (..., rows, 1); the result is (..., rows, keys).
+    """
     low, high = words(seed)
-    blocks = (k_len + 3) // 4
-    counter = (
-        jnp.arange(blocks, dtype=jnp.uint32),
-        q.astype(jnp.uint32)[:, None, :, None],
-        jnp.arange(heads, dtype=jnp.uint32)[:, None, None],
-        jnp.arange(batch, dtype=jnp.uint32)[:, None, None, None],
-    )
-    shape = (batch, heads, q.shape[-1], blocks)
+    blocks = first // 4 + jnp.arange((keys + 3) // 4, dtype=jnp.int32)
+    counter = [jnp.asarray(c).astype(jnp.uint32) for c in (blocks, q, h, b)]
+    shape = jnp.broadcast_shapes(*[c.shape for c in counter])
     x = philox([jnp.broadcast_to(c, shape) for c in counter], low, high)
-    drawn = jnp.stack(x, -1).reshape(batch, heads, q.shape[-1], blocks * 4)
-    return drawn[..., :k_len] >= np.uint32(threshold)
+    drawn = jnp.stack(x, -1).reshape(*shape[:-1], shape[-1] * 4)
+    return drawn[..., :keys] >= np.uint32(threshold)
 
 
 def words(seed: Any) -> tuple[Array, Array]:

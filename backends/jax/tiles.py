@@ -52,3 +52,6 @@ class Tiles:
 
     def total(self, x: Array) -> Array:
         return x.sum(-1, dtype=jnp.int32)
+
+    def descending(self, x: Array) -> Array:
+        return jnp.argsort(-x, -1, stable=True).astype(jnp.int32)

@@ -52,3 +52,6 @@ class Tiles:
 
     def total(self, x: Array) -> Array:
         return tf.reduce_sum(x, -1)
+
+    def descending(self, x: Array) -> Array:
+        return tf.argsort(-x, -1, stable=True)

@@ -55,3 +55,6 @@ class Tiles:
 
     def total(self, x: Array) -> Array:
         return x.sum(-1, dtype=torch.int32)
+
+    def descending(self, x: Array) -> Array:
+        return torch.argsort(x, dim=-1, descending=True, stable=True).to(torch.int32)

@@ -1,0 +1,92 @@
+"""Query tiles against live key tiles: linear memory, forward and backward, for every option.
+
+The block map of the mask says which tiles are live; only they are computed, and only the partial
+ones evaluate the mask. The backward pass rebuilds each tile from the statistics (m, log l) of its
+rows. `jax.custom_vjp` binds the two; a second derivative, and forward mode, raise.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attn_core.backends.jax import chunked_backward, chunked_forward, reference
+from attn_core.backends.jax.chunked_parts import (
+    cut_up,
+    lay_out,
+    line_of,
+    over_parts,
+    padded_bias,
+    scheduled,
+    whole,
+)
+from attn_core.backends.jax.chunked_tile import Part
+from attn_core.registry import UnsupportedError
+from attn_core.spec import AttentionOutput, Operands, Problem
+
+Array = Any
+
+
+def refusals(p: Problem) -> list[str]:
+    unknown = [n for n, size in (("B", p.batch), ("Tq", p.q_len), ("Tk", p.k_len)) if size is None]
+    if unknown:
+        names = ", ".join(unknown)
+        return [f"{names} must be known when the call is traced. Got a symbolic size."]
+    return []
+
+
+def attend(p: Problem, x: Operands) -> AttentionOutput:
+    if 0 in (p.batch, p.q_len, p.k_len):
+        return reference.attend(p, x)
+    return _attend(p, x)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(p: Problem, x: Operands) -> AttentionOutput:
+    return _forward(p, x)[0]
+
+
+def _forward(p: Problem, x: Operands) -> tuple[AttentionOutput, Any]:
+    cut = cut_up(p, x)
+    g, schedule = cut.geometry, scheduled(cut.status)
+    filled = x if x.bias is None else x._replace(bias=padded_bias(p, g, x.bias))
+
+    def turn(part: Part, _: Any, at: Any, carry: None) -> tuple[None, chunked_forward.Rows]:
+        return carry, chunked_forward.forward(p, filled, g, part, line_of(schedule, at))
+
+    _, rows = over_parts(p, g, lay_out(p, x, g), (), turn, None)
+    out, m, log_l, alive = (whole(p, a) for a in rows[:4])
+    lse = jnp.where(log_l == jnp.inf, -jnp.inf, m + log_l) if p.return_lse else None
+    weights = whole(p, rows.weights)[..., : p.k_len] if p.return_weights else None
+    laid = out if p.layout == "BHTD" else out.swapaxes(1, 2)
+    return AttentionOutput(laid, lse, weights), (x, laid, m, log_l, alive)
+
+
+def _pull(p: Problem, saved: Any, cotangents: AttentionOutput) -> tuple[Operands]:
+    return (_gradients(p, saved, cotangents),)
+
+
+_attend.defvjp(_forward, _pull)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gradients(p: Problem, saved: Any, cotangents: AttentionOutput) -> Operands:
+    x, out, m, log_l, alive = saved
+    return chunked_backward.backward(p, x, out, m, log_l, alive, cotangents)
+
+
+def _again(p: Problem, saved: Any, cotangents: AttentionOutput) -> tuple[Operands, None]:
+    return _gradients(p, saved, cotangents), None
+
+
+def _refuse(p: Problem, saved: Any, cotangents: Any) -> Any:
+    raise UnsupportedError(
+        'derivatives of derivatives need impl="reference". Got impl="chunked", which has the first '
+        "derivative only."
+    )
+
+
+_gradients.defvjp(_again, _refuse)

@@ -1,0 +1,363 @@
+"""The backward pass: for every column of tiles, the gradients that its live tiles of rows give.
+
+With P = exp((z - m) - log l), dP = dO V^T (dropped and rescaled where P was) + dW, and
+delta = sum(dO * O) + sum(P * dW) for each row::
+
+    dz = P * (dP - delta + d lse)        where allowed
+    dV = (P after dropout)^T dO          dsink = sum of exp((sink - m) - log l) * (d lse - delta)
+    ds = dz * dscore/ds                  dQ = scale * ds K,  dK = scale * ds^T Q
+
+Each tile is computed once and gives all of it; dQ is added up in a buffer of the accumulation
+dtype. What comes from upstream is selected by row before anything else: rows that may see no key
+pass nothing on, but for their sink's share of d lse.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attn_core.backends.jax import chunked_tile as tiles
+from attn_core.backends.jax.arrays import DTYPES, clamp
+from attn_core.backends.jax.chunked_forward import (
+    over_tiles,
+    probability,
+    query_tile,
+    sinks_of,
+    times,
+)
+from attn_core.backends.jax.chunked_parts import (
+    cut_up,
+    lay_out,
+    line_of,
+    over_parts,
+    pad,
+    padded_bias,
+    rows_of,
+    scheduled,
+    whole,
+)
+from attn_core.backends.jax.chunked_tile import Geometry, Part
+from attn_core.language.duals import Derivative, differentiate
+from attn_core.schedule import Schedule
+from attn_core.spec import AttentionOutput, Operands, Problem
+
+Array = Any
+
+
+class Upstream(NamedTuple):
+    """Of every row, (B', Hk', G, T, ...): statistics, and what comes from upstream.
+
+    Attributes:
+        m, log_l: statistics of the forward pass; log l is +inf where there is no row.
+        d_out: selected, dtype of query.
+        delta: sum(dO * O) + sum(P * dW).
+        d_lse: selected.
+        d_weights: (..., T, keys), or None.
+    """
+
+    m: Array
+    log_l: Array
+    d_out: Array
+    delta: Array
+    d_lse: Array
+    d_weights: Array | None
+
+
+class Shared(NamedTuple):
+    """Gradients that every part adds to, in the accumulation dtype.
+
+    Attributes:
+        bias: as padded, or None.
+        sinks: (Hk, G), or None.
+        tables: of the score's float operands, None for the others.
+    """
+
+    bias: Array | None
+    sinks: Array | None
+    tables: tuple[Array | None, ...]
+
+
+def backward(
+    p: Problem,
+    x: Operands,
+    out: Array,
+    m: Array,
+    log_l: Array,
+    alive: Array,
+    cotangents: AttentionOutput,
+) -> Operands:
+    """Gradients of the float operands; None stands for those of integers."""
+    dtype = DTYPES[p.accumulation]
+    cut = cut_up(p, x)
+    g, by_columns = cut.geometry, scheduled(cut.status.swapaxes(-1, -2))
+    by_rows = scheduled(cut.status) if p.return_weights else None
+    bias = None if x.bias is None else padded_bias(p, g, x.bias)
+    filled = x._replace(bias=bias)
+    derivative = None if p.score is None else differentiate(p.score)
+
+    up = _upstream(p, g, out, m, log_l, alive, cotangents)
+    laid = lay_out(p, x, g)
+    live = _rows(p, g, alive, False)
+    laid = laid._replace(query=jnp.where(live[..., None], laid.query, 0.0))
+    floats = [jnp.issubdtype(t.dtype, jnp.floating) for t in x.score]
+    shared = Shared(
+        None if bias is None else jnp.zeros(bias.shape, dtype),
+        None if x.sinks is None else jnp.zeros((p.kv_heads, p.group), dtype),
+        tuple(
+            jnp.zeros(t.shape, dtype) if f else None for t, f in zip(x.score, floats, strict=True)
+        ),
+    )
+
+    def turn(part: Part, up: Upstream, at: Any, shared: Shared) -> tuple[Shared, Any]:
+        if by_rows is not None:
+            up = _with_weights(p, filled, g, part, line_of(by_rows, at), up)
+        if shared.sinks is not None:
+            shared = shared._replace(sinks=_sinks(p, filled, g, part, up, at, shared.sinks))
+        return _columns(p, filled, g, part, line_of(by_columns, at), up, derivative, shared)
+
+    shared, (d_query, d_key, d_value) = over_parts(p, g, laid, up, turn, shared)
+    d_bias = shared.bias
+    if d_bias is not None:
+        d_bias = d_bias[:, :, : x.bias.shape[2], : x.bias.shape[3]].astype(x.bias.dtype)
+    tables = tuple(
+        None if d is None else d.astype(t.dtype)
+        for d, t in zip(shared.tables, x.score, strict=True)
+    )
+    return Operands(
+        _given(p, whole(p, d_query), x.query),
+        _given(p, d_key[:, :, : p.k_len], x.key),
+        _given(p, d_value[:, :, : p.k_len], x.value),
+        d_bias,
+        None if shared.sinks is None else shared.sinks.reshape(-1).astype(x.sinks.dtype),
+        mask=tuple(None for _ in x.mask),
+        score=tables,
+    )
+
+
+def _given(p: Problem, d: Array, x: Array) -> Array:
+    """In the layout and dtype of what was given."""
+    return (d if p.layout == "BHTD" else d.swapaxes(1, 2)).astype(x.dtype)
+
+
+def _rows(p: Problem, g: Geometry, x: Array, fill: Any) -> Array:
+    """(B, Hk, G, T, ...) from (B, Hq, Tq, ...), filled up."""
+    x = x.reshape(x.shape[0], p.kv_heads, p.group, *x.shape[2:])
+    return pad(x, 3, g.rows * g.block_q, fill)
+
+
+def _upstream(
+    p: Problem,
+    g: Geometry,
+    out: Array,
+    m: Array,
+    log_l: Array,
+    alive: Array,
+    cotangents: AttentionOutput,
+) -> Upstream:
+    dtype = DTYPES[p.accumulation]
+    live = _rows(p, g, alive, False)
+    log_l = _rows(p, g, log_l, jnp.inf)
+    d_out = jnp.where(live[..., None], rows_of(p, g, cotangents.out), 0.0)
+    delta = (d_out.astype(dtype) * rows_of(p, g, out).astype(dtype)).sum(-1)
+    d_lse = jnp.zeros_like(delta)
+    if cotangents.lse is not None:
+        d_lse = jnp.where(log_l < jnp.inf, _rows(p, g, cotangents.lse, 0.0), 0.0)
+    d_weights = None
+    if cotangents.weights is not None:
+        d_weights = _rows(p, g, cotangents.weights, 0.0)
+        d_weights = pad(d_weights, 4, g.columns * g.block_k)
+    return Upstream(_rows(p, g, m, 0.0), log_l, d_out, delta, d_lse, d_weights)
+
+
+def _with_weights(
+    p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule, up: Upstream
+) -> Upstream:
+    """The rows' delta with sum(P * dW), which takes a pass over the tiles of its own."""
+
+    def turn(i: Array, delta: Array) -> Array:
+        q = query_tile(p, g, part, i)
+        m, log_l = (tiles.cut(a, i, g.block_q, 3) for a in (up.m, up.log_l))
+
+        def step(masked: bool) -> Any:
+            def body(t: Array, total: Array) -> Array:
+                j = by_rows.order[i, t]
+                k = tiles.cut(part.laid.key, j, g.block_k, 2)
+                z, found, *_ = tiles.logits(p, x, g, part, (i, j), q, k, masked)
+                d = _weight_tile(g, up, i, j).astype(total.dtype)
+                product = probability(z, found, m, log_l) * d
+                product = product if found is None else jnp.where(found, product, 0.0)
+                return total + product.sum(-1)
+
+            return body
+
+        total = over_tiles(by_rows, i, step, jnp.zeros(m.shape, delta.dtype))
+        return _add(delta, total, i * g.block_q, 3)
+
+    return up._replace(delta=times(g.rows, turn, up.delta))
+
+
+def _weight_tile(g: Geometry, up: Upstream, i: Array, j: Array) -> Array:
+    rows = jax.lax.dynamic_slice_in_dim(up.d_weights, i * g.block_q, g.block_q, 3)
+    return jax.lax.dynamic_slice_in_dim(rows, j * g.block_k, g.block_k, 4)
+
+
+def _sinks(
+    p: Problem,
+    x: Operands,
+    g: Geometry,
+    part: Part,
+    up: Upstream,
+    at: tuple[Array, Array],
+    total: Array,
+) -> Array:
+    found = jnp.zeros(part.h.shape[1:3], total.dtype)
+
+    def turn(i: Array, found: Array) -> Array:
+        m, log_l, delta, d_lse = (
+            tiles.cut(a, i, g.block_q, 3) for a in (up.m, up.log_l, up.delta, up.d_lse)
+        )
+        share = jnp.exp((sinks_of(p, x, g, part, i) - m) - log_l)
+        return found + jnp.where(log_l < jnp.inf, share * (d_lse - delta), 0.0).sum((0, 3))
+
+    found = times(g.rows, turn, found)
+    start = at[1] if g.level == 2 else jnp.int32(0)
+    return _add(total, found, start, 0)
+
+
+def _columns(
+    p: Problem,
+    x: Operands,
+    g: Geometry,
+    part: Part,
+    by_columns: Schedule,
+    up: Upstream,
+    derivative: Derivative | None,
+    shared: Shared,
+) -> tuple[Shared, tuple[Array, Array, Array]]:
+    """(shared, (dQ, dK, dV)) of a part."""
+    dtype = DTYPES[p.accumulation]
+
+    def turn(j: Array, carry: Any) -> Any:
+        d_query, d_keys, d_values, shared = carry
+        k, v = (tiles.cut(a, j, g.block_k, 2) for a in (part.laid.key, part.laid.value))
+
+        def step(masked: bool) -> Any:
+            def body(t: Array, carry: Any) -> Any:
+                d_query, d_k, d_v, shared = carry
+                i = by_columns.order[j, t]
+                q = query_tile(p, g, part, i)
+                z, found, slope, sites = tiles.logits(
+                    p, x, g, part, (i, j), q, k, masked, derivative
+                )
+                m, log_l, delta, d_lse, d_out = (
+                    tiles.cut(a, i, g.block_q, 3)
+                    for a in (up.m, up.log_l, up.delta, up.d_lse, up.d_out)
+                )
+                weights = probability(z, found, m, log_l)
+                d_out = tiles.fold(d_out)
+                d_shares = tiles.unfold(tiles.dot(p, d_out, v, (3, 3)), p.group)
+                shares = weights
+                if p.rate:
+                    kept, scale = tiles.kept(p, x, g, part, i, j), 1 / (1 - p.rate)
+                    shares = jnp.where(kept, weights * scale, 0.0)
+                    d_shares = jnp.where(kept, d_shares * scale, 0.0)
+                if up.d_weights is not None:
+                    d_shares = d_shares + _weight_tile(g, up, i, j).astype(dtype)
+                dz = weights * (d_shares - (delta - d_lse)[..., None])
+                dz = _where(found, dz)
+                shared = _share(p, x, g, part, shared, dz, found, sites, derivative, (i, j))
+                ds = dz if slope is None else _where(found, dz * slope)
+                ds = tiles.fold(jnp.broadcast_to(ds, z.shape)).astype(k.dtype)
+                some = k if found is None else tiles.only(k, tiles.seen(found, z.shape))
+                d_v = d_v + tiles.dot(p, tiles.fold(shares).astype(v.dtype), d_out, (2, 2))
+                # Rows that were scaled beforehand make d K whole already.
+                d_k = d_k + tiles.dot(p, ds, q, (2, 2))
+                d_q = tiles.unfold(tiles.dot(p, ds, some, (3, 2)), p.group)
+                return _add(d_query, d_q, i * g.block_q, 3), d_k, d_v, shared
+
+            return body
+
+        none = (jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype))
+        carry = over_tiles(by_columns, j, step, (d_query, *none, shared))
+        d_query, d_k, d_v, shared = carry
+        d_k = d_k if tiles.prescaled(p) else d_k * p.scale
+        start = j * g.block_k
+        d_keys, d_values = (
+            jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 2)
+            for old, new in ((d_keys, d_k), (d_values, d_v))
+        )
+        return d_query, d_keys, d_values, shared
+
+    carry = (
+        jnp.zeros(part.laid.query.shape, dtype),
+        jnp.zeros_like(part.laid.key),
+        jnp.zeros_like(part.laid.value),
+        shared,
+    )
+    d_query, d_keys, d_values, shared = times(g.columns, turn, carry)
+    return shared, ((d_query * p.scale).astype(part.laid.query.dtype), d_keys, d_values)
+
+
+def _share(
+    p: Problem,
+    x: Operands,
+    g: Geometry,
+    part: Part,
+    shared: Shared,
+    dz: Array,
+    found: Array | None,
+    sites: Any,
+    derivative: Derivative | None,
+    at: tuple[Array, Array],
+) -> Shared:
+    """What a tile adds to the gradients of bias and of the score's operands."""
+    if shared.bias is not None:
+        shared = shared._replace(bias=_bias(p, g, part, shared.bias, dz, at))
+    if derivative is None:
+        return shared
+    tables = list(shared.tables)
+    for site, (adjoint, index) in zip(derivative.sites, sites, strict=True):
+        d = _where(found, dz * adjoint)
+        d = jnp.broadcast_to(d, dz.shape)
+        index = [jnp.asarray(i).reshape((1,) * (5 - jnp.ndim(i)) + jnp.shape(i)) for i in index]
+        # Added up first along every axis that the indices do not move along.
+        still = tuple(a for a in range(5) if all(i.shape[a] == 1 for i in index))
+        d = d.sum(still, keepdims=True)
+        table = tables[site.operand]
+        assert table is not None
+        tables[site.operand] = table.at[clamp(table.shape, index)].add(
+            d if index else d.reshape(())
+        )
+    return shared._replace(tables=tuple(tables))
+
+
+def _bias(
+    p: Problem, g: Geometry, part: Part, total: Array, dz: Array, at: tuple[Array, Array]
+) -> Array:
+    """`total` with the tile's share, summed along the axes that the bias does not span."""
+    spans = p.bias or ()
+    still = [axis for axis, spanned in zip((0, (1, 2), 3, 4), spans, strict=True) if not spanned]
+    flat = tuple(a for axis in still for a in (axis if isinstance(axis, tuple) else (axis,)))
+    d = dz.sum(flat, keepdims=True)
+    d = d.reshape(d.shape[0], d.shape[1] * d.shape[2], *d.shape[3:])
+    zero = jnp.int32(0)
+    start = (
+        part.b[0, 0, 0, 0, 0] if spans[0] and g.level >= 1 else zero,
+        part.h[0, 0, 0, 0, 0] if spans[1] and g.level == 2 else zero,
+        at[0] * g.block_q if spans[2] else zero,
+        at[1] * g.block_k if spans[3] else zero,
+    )
+    old = jax.lax.dynamic_slice(total, start, d.shape)
+    return jax.lax.dynamic_update_slice(total, old + d, start)
+
+
+def _where(found: Array | None, x: Array) -> Array:
+    return x if found is None else jnp.where(found, x, 0.0)
+
+
+def _add(total: Array, more: Array, start: Array, axis: int) -> Array:
+    old = jax.lax.dynamic_slice_in_dim(total, start, more.shape[axis], axis)
+    return jax.lax.dynamic_update_slice_in_dim(total, old + more, start, axis)

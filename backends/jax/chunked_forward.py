@@ -1,0 +1,180 @@
+"""The forward pass: for every row of tiles, softmax built up over the live tiles of keys.
+
+The running maximum m and sum l of a row are those of the keys seen so far; a new tile rescales what
+is there. Rows end as (out, m, log l): with a single number, m + log l, a row of large biases could
+not be rebuilt. Where l is 0, log l is +inf instead, so that exp((z - m) - log l) is 0 there
+without a mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attn_core.backends.jax import chunked_tile as tiles
+from attn_core.backends.jax.arrays import DTYPES
+from attn_core.backends.jax.chunked_tile import Geometry, Part
+from attn_core.schedule import Schedule
+from attn_core.spec import Operands, Problem
+
+Array = Any
+
+
+class Rows(NamedTuple):
+    """What a forward pass leaves of every row.
+
+    Attributes:
+        out: (B', Hk', G, T, Dv), dtype of query.
+        m, log_l: (B', Hk', G, T), accumulation dtype.
+        alive: boolean, the row may see a key.
+        weights: (B', Hk', G, T, keys), where they are asked for.
+    """
+
+    out: Array
+    m: Array
+    log_l: Array
+    alive: Array
+    weights: Array | None = None
+
+
+def forward(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule) -> Rows:
+    """All rows of a part; `by_rows` is its schedule, (rows, width) and twice (rows,)."""
+    shape = part.laid.query.shape[:4]
+    dtype = DTYPES[p.accumulation]
+    rows = Rows(
+        jnp.zeros((*shape, p.v_width), DTYPES[p.dtype]),
+        jnp.zeros(shape, dtype),
+        jnp.zeros(shape, dtype),
+        jnp.zeros(shape, bool),
+        jnp.zeros((*shape, part.laid.key.shape[2]), DTYPES[p.dtype]) if p.return_weights else None,
+    )
+
+    def turn(i: Array, rows: Rows) -> Rows:
+        row = _row(p, x, g, part, by_rows, i)
+        start = i * g.block_q
+        out, m, log_l, alive = (
+            jax.lax.dynamic_update_slice_in_dim(old, new, start, 3)
+            for old, new in zip(rows[:4], row[:4], strict=True)
+        )
+        rows = Rows(out, m, log_l, alive, rows.weights)
+        return _weights(p, x, g, part, by_rows, i, row, rows) if p.return_weights else rows
+
+    return times(g.rows, turn, rows)
+
+
+def _row(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule, i: Array) -> Rows:
+    dtype = DTYPES[p.accumulation]
+    q = query_tile(p, g, part, i)
+    outer = (*q.shape[:2], p.group, g.block_q)
+
+    def step(masked: bool) -> Any:
+        def body(t: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            m, total, acc = carry
+            j = by_rows.order[i, t]
+            k, v = (tiles.cut(a, j, g.block_k, 2) for a in (part.laid.key, part.laid.value))
+            z, found, *_ = tiles.logits(p, x, g, part, (i, j), q, k, masked)
+            hidden = z if found is None else jnp.where(found, z, -jnp.inf)
+            highest = jnp.maximum(m, hidden.max(-1))
+            base = jnp.where(highest == -jnp.inf, 0.0, highest)
+            e = jnp.exp(hidden - base[..., None])
+            if found is not None:
+                # exp(-inf) is 0 already, but for a row whose maximum is NaN or +inf.
+                e = jnp.where(found, e, 0.0)
+                v = tiles.only(v, tiles.seen(found, z.shape))
+            fade = jnp.exp(m - base)
+            total = total * fade + e.sum(-1)
+            if p.rate:
+                e = jnp.where(tiles.kept(p, x, g, part, i, j), e * (1 / (1 - p.rate)), 0.0)
+            added = tiles.dot(p, tiles.fold(e).astype(v.dtype), v, (3, 2))
+            return highest, total, acc * fade[..., None] + tiles.unfold(added, p.group)
+
+        return body
+
+    carry = (
+        jnp.full(outer, -jnp.inf, dtype),
+        jnp.zeros(outer, dtype),
+        jnp.zeros((*outer, p.v_width), dtype),
+    )
+    m, total, acc = over_tiles(by_rows, i, step, carry)
+    alive = total != 0
+    if x.sinks is not None:
+        sink = sinks_of(p, x, g, part, i)
+        highest = jnp.maximum(m, sink)
+        base = jnp.where(highest == -jnp.inf, 0.0, highest)
+        fade = jnp.exp(m - base)
+        total = total * fade + jnp.exp(sink - base)
+        acc = acc * fade[..., None]
+        m = highest
+    m = jnp.where(m == -jnp.inf, 0.0, m)
+    summed = total != 0
+    out = acc / jnp.where(summed, total, 1.0)[..., None]
+    out = jnp.where(alive[..., None], out, 0.0).astype(DTYPES[p.dtype])
+    log_l = jnp.where(summed, jnp.log(jnp.where(summed, total, 1.0)), jnp.inf)
+    return Rows(out, m, log_l, alive)
+
+
+def _weights(
+    p: Problem,
+    x: Operands,
+    g: Geometry,
+    part: Part,
+    by_rows: Schedule,
+    i: Array,
+    row: Rows,
+    rows: Rows,
+) -> Rows:
+    """The weights of a row of tiles, once its (m, log l) are known."""
+    q = query_tile(p, g, part, i)
+
+    def step(masked: bool) -> Any:
+        def body(t: Array, weights: Array) -> Array:
+            j = by_rows.order[i, t]
+            k = tiles.cut(part.laid.key, j, g.block_k, 2)
+            z, found, *_ = tiles.logits(p, x, g, part, (i, j), q, k, masked)
+            w = probability(z, found, row.m, row.log_l).astype(weights.dtype)
+            zero = jnp.int32(0)
+            at = (zero, zero, zero, i * g.block_q, j * g.block_k)
+            return jax.lax.dynamic_update_slice(weights, w, at)
+
+        return body
+
+    return rows._replace(weights=over_tiles(by_rows, i, step, rows.weights))
+
+
+def probability(z: Array, found: Array | None, m: Array, log_l: Array) -> Array:
+    """A tile's softmax weights from the statistics of its rows."""
+    p = jnp.exp((z - m[..., None]) - log_l[..., None])
+    return p if found is None else jnp.where(found, p, 0.0)
+
+
+def query_tile(p: Problem, g: Geometry, part: Part, i: Array) -> Array:
+    """Folded rows of tile i, scaled where that may be done beforehand."""
+    q = tiles.fold(tiles.cut(part.laid.query, i, g.block_q, 3))
+    return q * jnp.asarray(p.scale, q.dtype) if tiles.prescaled(p) else q
+
+
+def sinks_of(p: Problem, x: Operands, g: Geometry, part: Part, i: Array) -> Array:
+    """The sink of every row of tile i; padded rows have none."""
+    dtype = DTYPES[p.accumulation]
+    sink = x.sinks.astype(dtype)[part.h[0, :, :, 0, 0]][None, :, :, None]
+    row = i * g.block_q + jnp.arange(g.block_q, dtype=jnp.int32)
+    valid = row < p.q_len
+    if part.laid.q_lengths is not None:
+        valid = valid & (row < part.laid.q_lengths[..., 0])
+    return jnp.where(valid, sink, -jnp.inf)
+
+
+def over_tiles(schedule: Schedule, line: Array, step: Any, carry: Any) -> Any:
+    """`step(False)` over the full tiles of a row or column, then `step(True)` over the partial."""
+    full, live = schedule.full[line], schedule.live[line]
+    carry = jax.lax.fori_loop(jnp.int32(0), full, step(False), carry)
+    return jax.lax.fori_loop(full, live, step(True), carry)
+
+
+def times(count: int, turn: Any, carry: Any) -> Any:
+    first = jnp.int32(0)
+    if count == 1:
+        return turn(first, carry)
+    return jax.lax.fori_loop(first, jnp.int32(count), turn, carry)

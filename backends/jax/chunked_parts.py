@@ -1,0 +1,223 @@
+"""How the work is cut up: tiles, their schedules, and the outer loop over batches and heads.
+
+One turn of the outer loop takes all batches and heads, where they share one block map and their
+tiles together are small; else one batch, or one key head. So memory does not grow with B and H,
+and a map that differs from batch to batch skips for each what it can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attn_core.backends.jax import reference
+from attn_core.backends.jax.chunked_tile import Geometry, Laid, Part
+from attn_core.backends.jax.tiles import Tiles
+from attn_core.blocks import FULL, PARTIAL, block_grid, block_map
+from attn_core.language.rules import HOST
+from attn_core.schedule import Schedule, of_status
+from attn_core.spec import Operands, Problem
+
+Array = Any
+
+_BLOCK, _BLOCK_DENSE = 256, 512
+"""Rows and keys of a tile, with a mask to follow closely, and without."""
+
+_AT_ONCE = 2**23
+"""Bytes of logits in one tile beyond which a turn takes fewer batches or heads."""
+
+
+class Cut(NamedTuple):
+    """A problem cut up.
+
+    Attributes:
+        geometry: static sizes.
+        status: (Bm, Hm, rows, columns) of the block map over key heads, NumPy's or traced.
+    """
+
+    geometry: Geometry
+    status: Array
+
+
+def cut_up(p: Problem, x: Operands) -> Cut:
+    structured = p.mask is not None or p.kv_lengths or p.q_lengths
+    block = _BLOCK if structured else _BLOCK_DENSE
+    block_q, rows = _blocks(_known(p.q_len), block)
+    block_k, columns = _blocks(_known(p.k_len), block)
+    status = _status(p, x, block_q, block_k)
+    batch, tile = _known(p.batch), 4 * p.group * block_q * block_k
+    level = 2 if status.shape[1] > 1 else 1 if status.shape[0] > 1 else 0
+    if level == 0 and batch > 1 and batch * p.kv_heads * tile > _AT_ONCE:
+        level = 1
+    if level < 2 and p.kv_heads > 1 and p.kv_heads * tile > 4 * _AT_ONCE:
+        level = 2
+    return Cut(Geometry(block_q, block_k, rows, columns, level), status)
+
+
+def _known(size: int | None) -> int:
+    assert size is not None, "refusals() lets no unknown size through"
+    return size
+
+
+def _blocks(length: int, block: int) -> tuple[int, int]:
+    """(size, count) of the tiles of an axis; a size is a multiple of 8 where there are several."""
+    count = -(-length // block)
+    if count == 1:
+        return length, 1
+    return -(-length // (8 * count)) * 8, count
+
+
+def _status(p: Problem, x: Operands, block_q: int, block_k: int) -> Array:
+    """The status of every tile; known when traced where nothing in it is an operand."""
+    sizes: dict[str, Any] = {
+        "q_len": _known(p.q_len),
+        "k_len": _known(p.k_len),
+        "block_q": block_q,
+        "block_k": block_k,
+        "batch": _known(p.batch),
+        "heads": p.heads,
+    }
+    ops: Any = Tiles()
+    if not p.mask_operands and not p.kv_lengths and not p.q_lengths and p.offset != "given":
+        ops = HOST
+        start = 0 if p.offset == "zero" else _known(p.k_len) - _known(p.q_len)
+        status = block_map(p.mask, offsets=start, **sizes).dense()
+    else:
+        offset = reference.offset(p, x, p.q_len, p.k_len).reshape(-1)
+        kv, rows = lengths_of(p, x)
+        status = block_grid(
+            ops, p.mask, x.mask, offsets=offset, kv_lengths=kv, q_lengths=rows, **sizes
+        )
+    if status.shape[1] > 1:
+        # The heads of a group share their keys, and a tile of all of them is what is read.
+        grouped = status.reshape(status.shape[0], p.kv_heads, p.group, *status.shape[2:])
+        some = ops.where(grouped.max(2) >= PARTIAL, PARTIAL, 0)
+        status = ops.where(grouped.min(2) == FULL, FULL, some)
+    return _ragged(p, status, block_q, block_k, ops)
+
+
+def _ragged(p: Problem, status: Array, block_q: int, block_k: int, ops: Any) -> Array:
+    """The last tiles need the mask where they reach beyond the last key (or row, for a score)."""
+    rows, columns = np.arange(status.shape[2])[:, None], np.arange(status.shape[3])
+    beyond = (columns + 1) * block_k > _known(p.k_len)
+    if p.score is not None:
+        beyond = beyond | ((rows + 1) * block_q > _known(p.q_len))
+    return ops.where(beyond, ops.minimum(status, PARTIAL), status) if beyond.any() else status
+
+
+def scheduled(status: Array) -> Schedule:
+    """The schedule of the status's rows; a static one holds no more than its longest row."""
+    if not isinstance(status, np.ndarray):
+        return of_status(Tiles(), status)
+    found = of_status(HOST, status)
+    width = max(1, int(found.live.max(initial=0)))
+    return Schedule(*[np.asarray(a, np.int32) for a in (found.order[..., :width], *found[1:])])
+
+
+def lay_out(p: Problem, x: Operands, g: Geometry) -> Laid:
+    kv, rows = (None if a is None else a.reshape(-1, 1, 1, 1, 1) for a in lengths_of(p, x))
+    return Laid(
+        rows_of(p, g, x.query),
+        keys_of(p, g, x.key),
+        keys_of(p, g, x.value),
+        reference.offset(p, x, p.q_len, p.k_len).reshape(-1, 1, 1, 1, 1),
+        kv,
+        rows,
+    )
+
+
+def lengths_of(p: Problem, x: Operands) -> tuple[Array | None, Array | None]:
+    """kv_lengths and q_lengths within their bounds, (B or 1,) each."""
+    kv = None if x.kv_lengths is None else reference.lengths(x.kv_lengths, p.k_len).reshape(-1)
+    rows = None if x.q_lengths is None else reference.lengths(x.q_lengths, p.q_len).reshape(-1)
+    return kv, rows
+
+
+def rows_of(p: Problem, g: Geometry, x: Array) -> Array:
+    """(B, Hk, G, rows * block_q, X) from an array in query's layout."""
+    x = x if p.layout == "BHTD" else x.swapaxes(1, 2)
+    x = x.reshape(x.shape[0], p.kv_heads, p.group, *x.shape[2:])
+    return pad(x, 3, g.rows * g.block_q)
+
+
+def keys_of(p: Problem, g: Geometry, x: Array) -> Array:
+    """(B, Hk, columns * block_k, X) from an array in query's layout."""
+    x = x if p.layout == "BHTD" else x.swapaxes(1, 2)
+    return pad(x, 2, g.columns * g.block_k)
+
+
+def pad(x: Array, axis: int, size: int, fill: float = 0.0) -> Array:
+    """`fill` appended along an axis."""
+    if x.shape[axis] == size:
+        return x
+    widths = [(0, size - n if at == axis else 0) for at, n in enumerate(x.shape)]
+    return jnp.pad(x, widths, constant_values=fill)
+
+
+def padded_bias(p: Problem, g: Geometry, bias: Array) -> Array:
+    """The bias with rank 4, filled up along the axes that it spans."""
+    spans = p.bias or ()
+    if spans[2]:
+        bias = pad(bias, 2, g.rows * g.block_q)
+    return pad(bias, 3, g.columns * g.block_k) if spans[3] else bias
+
+
+def whole(p: Problem, x: Array) -> Array:
+    """(B, Hk, G, T, ...) back to (B, Hq, Tq, ...)."""
+    return x.reshape(x.shape[0], p.heads, *x.shape[3:])[:, :, : p.q_len]
+
+
+def over_parts(
+    p: Problem,
+    g: Geometry,
+    laid: Laid,
+    per_row: Any,
+    turn: Callable[[Part, Any, tuple[Array, Array], Any], tuple[Any, Any]],
+    carry: Any,
+) -> tuple[Any, Any]:
+    """Every turn of the outer loop: `turn(part, rows, (b, h), carry)` gives (carry, results).
+
+    Args:
+        per_row: a pytree of arrays (B, Hk, ...), cut up like the arrays of `laid`.
+        carry: handed from turn to turn; results come back as (B, Hk, ...).
+    """
+    heads = jnp.arange(p.heads, dtype=jnp.int32).reshape(1, p.kv_heads, p.group, 1, 1)
+    batches = jnp.arange(_known(p.batch), dtype=jnp.int32).reshape(-1, 1, 1, 1, 1)
+    if g.level == 0:
+        part = Part(laid, batches, heads)
+        return turn(part, per_row, (jnp.int32(0), jnp.int32(0)), carry)
+
+    def one(carry: Any, at: Array) -> tuple[Any, Any]:
+        b, h = (at, jnp.int32(0)) if g.level == 1 else (at // p.kv_heads, at % p.kv_heads)
+
+        def taken(a: Array) -> Array:
+            a = jax.lax.dynamic_slice_in_dim(a, b, 1, 0) if a.shape[0] > 1 else a
+            single = g.level == 2 and a.shape[1] > 1
+            return jax.lax.dynamic_slice_in_dim(a, h, 1, 1) if single else a
+
+        part = Part(jax.tree_util.tree_map(taken, laid), taken(batches), taken(heads))
+        return turn(part, jax.tree_util.tree_map(taken, per_row), (b, h), carry)
+
+    count = _known(p.batch) * (p.kv_heads if g.level == 2 else 1)
+    carry, results = jax.lax.scan(one, carry, jnp.arange(count, dtype=jnp.int32))
+
+    def joined(a: Array) -> Array:
+        return a.reshape(_known(p.batch), p.kv_heads, *a.shape[3:])
+
+    return carry, jax.tree_util.tree_map(joined, results)
+
+
+def line_of(schedule: Schedule, at: tuple[Array, Array]) -> Schedule:
+    """The schedule of one turn: (lines, width) and twice (lines,)."""
+    b, h = at
+    found = []
+    for a in schedule:
+        a = jnp.asarray(a)
+        b_at = b if a.shape[0] > 1 else jnp.int32(0)
+        h_at = h if a.shape[1] > 1 else jnp.int32(0)
+        found.append(a[b_at, h_at])
+    return Schedule(*found)

@@ -1,0 +1,229 @@
+"""One tile: its positions, which of them are allowed, and the logits there.
+
+Inside, arrays are (B, Hk, G, T, D): G query heads to a key head, whose rows are folded into one
+tall matrix for every product, so that keys and values are never repeated. A tile of rows and keys
+is (B', Hk', G, block_q, block_k), where B' and Hk' are all batches and key heads, or the one that
+an outer loop has come to.
+
+A tile that the block map calls full has `allowed` None: nothing is selected there. Rows and keys
+that fill up the last tile are zeros; of the keys, the mask of that tile says that they are none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attn_core.backends.jax.arrays import DTYPES, Reading
+from attn_core.backends.jax.philox import keep_at
+from attn_core.language.values import drop_threshold
+from attn_core.spec import Operands, Problem
+
+Array = Any
+
+
+class Geometry(NamedTuple):
+    """Static sizes of the loops.
+
+    Attributes:
+        block_q, block_k: rows and keys of a tile.
+        rows, columns: tiles along queries and keys.
+        level: 0, all batches and heads in one tile; 1, a loop over batches; 2, and over key heads.
+    """
+
+    block_q: int
+    block_k: int
+    rows: int
+    columns: int
+    level: int
+
+
+class Laid(NamedTuple):
+    """The arrays laid out and padded to whole tiles; B' and Hk' are B and Hk before they are cut.
+
+    Attributes:
+        query: (B', Hk', G, rows * block_q, D).
+        key, value: (B', Hk', columns * block_k, D or Dv).
+        offset: int32 (B' or 1, 1, 1, 1, 1).
+        kv_lengths, q_lengths: the same, or None.
+    """
+
+    query: Array
+    key: Array
+    value: Array
+    offset: Array
+    kv_lengths: Array | None
+    q_lengths: Array | None
+
+
+class Part(NamedTuple):
+    """The batches and key heads of one turn of the outer loop.
+
+    Attributes:
+        laid: their arrays.
+        b: int32 (B', 1, 1, 1, 1), the batches.
+        h: int32 (1, Hk', G, 1, 1), the query heads.
+    """
+
+    laid: Laid
+    b: Array
+    h: Array
+
+
+class Logits(NamedTuple):
+    """Of one tile: scaled scores with score and bias, and where they are allowed.
+
+    Attributes:
+        z: accumulation dtype (B', Hk', G, block_q, block_k).
+        allowed: boolean, broadcasting to z; None where all is.
+        slope: d score / d s, or None without a score or where it was not asked for.
+        sites: for each look-up of the score, (d score / d value, the indices of the value).
+    """
+
+    z: Array
+    allowed: Array | None
+    slope: Array | None = None
+    sites: Sequence[tuple[Array, Sequence[Array]]] = ()
+
+
+def dot(p: Problem, a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """Products over the last two axes, batched over B' and Hk', in the accumulation dtype."""
+    precision = jax.lax.Precision.DEFAULT if p.precision == "fast" else jax.lax.Precision.HIGHEST
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((contract[0],), (contract[1],)), ((0, 1), (0, 1))),
+        precision=precision,
+        preferred_element_type=DTYPES[p.accumulation],
+    )
+
+
+def fold(x: Array) -> Array:
+    """(B', Hk', G, T, X) as (B', Hk', G * T, X)."""
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
+
+
+def unfold(x: Array, group: int) -> Array:
+    return x.reshape(*x.shape[:2], group, x.shape[2] // group, *x.shape[3:])
+
+
+def cut(x: Array, at: Array, size: int, axis: int) -> Array:
+    """Entries [at * size, (at + 1) * size) of an axis; an axis of 1 is left as it is."""
+    if x.shape[axis] == 1 and size != 1:
+        return x
+    return jax.lax.dynamic_slice_in_dim(x, at * size, size, axis)
+
+
+def indices(g: Geometry, part: Part, i: Array, j: Array) -> dict[str, Array]:
+    row = (i * g.block_q + jnp.arange(g.block_q, dtype=jnp.int32))[:, None]
+    k = j * g.block_k + jnp.arange(g.block_k, dtype=jnp.int32)
+    row, k = row[None, None, None], k[None, None, None, None]
+    return {"b": part.b, "h": part.h, "q": row + part.laid.offset, "k": k, "row": row}
+
+
+def allowed(p: Problem, x: Operands, g: Geometry, part: Part, index: dict[str, Array]) -> Array:
+    """Mask, lengths and the end of the keys; broadcasts to the tile."""
+    found = index["k"] < p.k_len
+    if p.score is not None:
+        # What a score makes of rows that are none is nobody's business.
+        found = found & (index["row"] < p.q_len)
+    if p.mask is not None:
+        found = found & Reading(p.accumulation, x.mask).read(p.mask, index, x.mask)[0]
+    if part.laid.kv_lengths is not None:
+        found = found & (index["k"] < part.laid.kv_lengths)
+    if part.laid.q_lengths is not None:
+        found = found & (index["row"] < part.laid.q_lengths)
+    return found
+
+
+def logits(
+    p: Problem,
+    x: Operands,
+    g: Geometry,
+    part: Part,
+    at: tuple[Array, Array],
+    q: Array,
+    k: Array,
+    masked: bool,
+    derivative: Any = None,
+) -> Logits:
+    """The tile at (i, j) from folded rows q and keys k; `masked` is whether it needs its mask.
+
+    Args:
+        q: (B', Hk', G * block_q, D), already scaled where `prescaled` says so.
+        derivative: of the score, from `duals.differentiate`, where slopes are wanted.
+    """
+    i, j = at
+    z = unfold(dot(p, q, k, (3, 3)), p.group)
+    if not prescaled(p):
+        z = z * p.scale
+    index = indices(g, part, i, j)
+    found = allowed(p, x, g, part, index) if masked else None
+    bias = None
+    if x.bias is not None:
+        bias = bias_tile(p, x.bias, g, part, i, j)
+        found = _and(found, bias != -jnp.inf)
+    slope, sites = None, []
+    if p.score is not None:
+        s = z if found is None else jnp.where(found, z, 0.0)
+        guard = None if found is None else jnp.broadcast_to(found, z.shape)
+        tree = p.score if derivative is None else derivative.tree
+        read = Reading(p.accumulation, x.score, guard).read(tree, {**index, "s": s}, x.score)
+        value = jnp.broadcast_to(read[0], z.shape)
+        found = _and(found, value != -jnp.inf)
+        z = value
+        if derivative is not None:
+            slope, rest = read[1], iter(read[2:])
+            for site in derivative.sites:
+                sites.append((next(rest), [next(rest) for _ in range(site.indices)]))
+    if bias is not None:
+        z = z + jnp.where(found, bias, 0.0)
+        found = _and(found, z != -jnp.inf)
+    return Logits(z, found, slope, sites)
+
+
+def prescaled(p: Problem) -> bool:
+    """Whether rows are scaled before the product: exact enough, and not with a score or bias."""
+    return p.dtype in ("float32", "float64") and p.score is None and p.bias is None
+
+
+def bias_tile(p: Problem, bias: Array, g: Geometry, part: Part, i: Array, j: Array) -> Array:
+    """The bias over the tile, (B' or 1, Hk' or 1, G or 1, block_q or 1, block_k or 1).
+
+    bias: (Bb, Hb, rows, keys), padded to whole tiles along the axes that it spans.
+    """
+    tile = cut(cut(bias, i, g.block_q, 2), j, g.block_k, 3).astype(DTYPES[p.accumulation])
+    batch = tile.shape[0]
+    if p.bias[1]:  # type: ignore[index]
+        tile = tile.reshape(batch, p.kv_heads, p.group, *tile.shape[2:])
+    else:
+        tile = tile[:, :, None]
+    if g.level >= 1 and p.bias[0]:  # type: ignore[index]
+        tile = jax.lax.dynamic_slice_in_dim(tile, part.b[0, 0, 0, 0, 0], 1, 0)
+    if g.level == 2 and p.bias[1]:  # type: ignore[index]
+        tile = jax.lax.dynamic_slice_in_dim(tile, part.h[0, 0, 0, 0, 0] // p.group, 1, 1)
+    return tile
+
+
+def kept(p: Problem, x: Operands, g: Geometry, part: Part, i: Array, j: Array) -> Array:
+    """Dropout's mask over the tile."""
+    index = indices(g, part, i, j)
+    first = j * g.block_k
+    b, h = part.b, part.h
+    return keep_at(drop_threshold(p.rate), x.seed, b, h, index["q"], first, g.block_k)
+
+
+def seen(found: Array, shape: tuple[int, ...]) -> Array:
+    """(B', Hk', block_k): some row of the tile may see the key."""
+    return jnp.broadcast_to(found, shape).any((2, 3))
+
+
+def only(x: Array, keys: Array) -> Array:
+    return jnp.where(keys[..., None], x, 0.0)
+
+
+def _and(found: Array | None, more: Array) -> Array:
+    return more if found is None else found & more
