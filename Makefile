@@ -25,8 +25,8 @@ comma := ,
 empty :=
 space := $(empty) $(empty)
 
-# tf-cpu, not tf: the tests run on TensorFlow's wheel without CUDA.
-extras_torch := torch triton
+# tf-cpu, not tf: the tests run on TensorFlow's wheel without CUDA. The peers are torch's.
+extras_torch := torch triton peers
 extras_tf := tf-cpu
 extras_jax := jax
 EXTRAS := dev viz yaml $(foreach name,$(FRAMEWORKS),$(or $(extras_$(name)),$(error \

@@ -10,9 +10,10 @@ same. `docs/SPEC.md` says what every option means. Importing this package import
 from typing import Any
 
 from attn_core import backends, config, masks, scores
-from attn_core.api import attention
+from attn_core.api import attention, weights
 from attn_core.config import use
-from attn_core.language.expr import cast, exp, log, maximum, minimum, operand, row, tanh, where
+from attn_core.language.expr import cast, exp, log, maximum, minimum, row, tanh, where
+from attn_core.language.operands import operand
 from attn_core.language.values import Dropout, Mask, Score, mask, score
 from attn_core.registry import UnsupportedError
 from attn_core.spec import AttentionOutput
@@ -41,6 +42,7 @@ __all__ = [
     "scores",
     "tanh",
     "use",
+    "weights",
     "where",
 ]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from attn_core import check, registry
+from attn_core.chosen import chosen, narrowed
 from attn_core.language.values import Dropout, Mask, Score
 from attn_core.spec import AttentionOutput, Operands
 
@@ -115,6 +116,78 @@ def attention(
     plan = registry.choose(backend, problem, impl)
     output: AttentionOutput = backend.attend(plan, operands)
     return output if return_lse or return_weights else output.out
+
+
+def weights(
+    query: Any,
+    key: Any,
+    *,
+    heads: Any | None = None,
+    queries: Any | None = None,
+    mask: Mask | Any | None = None,
+    bias: Any | None = None,
+    score: Score | None = None,
+    scale: float | None = None,
+    sinks: Any | None = None,
+    kv_lengths: Any | None = None,
+    q_lengths: Any | None = None,
+    query_offset: Any | None = None,
+    layout: str = "BHTD",
+    precision: str | None = None,
+    impl: str = "auto",
+) -> Any:
+    """Softmax weights of chosen heads and query rows: what they attend to.
+
+        weights[b, n, i, k] = softmax over k of row queries[i] of head heads[n]
+
+    They are what `attention(..., return_weights=True)` gives there, at O(chosen * Tk) time and
+    memory, since a row's softmax depends on no other row. Differentiable.
+
+    Args:
+        query, key: (B, Hq, Tq, D) and (B, Hk, Tk, D), in `layout`.
+        heads: an int or host ints, the query heads; all when left out.
+        queries: an int or host ints, rows of the query array (not absolute positions); all when
+            left out, and the result is then as large as all weights are.
+        The others are those of `attention`.
+
+    Returns:
+        (B, len(heads), len(queries), Tk), dtype of query, in every layout. Rows that may see no
+        key, and padded rows, are 0.
+
+    Raises:
+        TypeError, ValueError: an argument is not of its form, or a head or row is not there.
+        UnsupportedError, ImportError: as in `attention`.
+
+    Example::
+
+        attn_core.weights(query, key, mask=attn_core.masks.causal(), heads=[0, 3], queries=[7])
+    """
+    backend, host = registry.find(query)
+    problem, operands = check.resolve(
+        backend,
+        host,
+        query,
+        key,
+        key,
+        mask=mask,
+        bias=bias,
+        score=score,
+        scale=scale,
+        sinks=sinks,
+        kv_lengths=kv_lengths,
+        q_lengths=q_lengths,
+        query_offset=query_offset,
+        dropout=None,
+        layout=layout,
+        precision=precision,
+        return_lse=False,
+        return_weights=True,
+    )
+    picked = chosen("heads", heads, problem.heads, "Hq")
+    rows = chosen("queries", queries, problem.q_len, "Tq")
+    take = registry.load("numpy").take if host else backend.take
+    found = attention(**narrowed(problem, operands, picked, rows, take), impl=impl)
+    return found.weights
 
 
 def resolve(arguments: dict[str, Any]) -> tuple[Any, Any, Operands]:

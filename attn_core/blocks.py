@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from attn_core.language.expr import Table
 from attn_core.language.intervals import HOST, Intervals
+from attn_core.language.operands import Table
 from attn_core.language.tree import Step, Tree
 
 __all__ = ["EMPTY", "FULL", "PARTIAL", "BlockMap", "block_grid", "block_map", "block_ranges"]
@@ -144,6 +144,11 @@ class BlockMap:
         return grid.reshape(self.batch, self.heads, *self.grid)
 
 
+def _differs(x: Array | None) -> bool:
+    """Whether there may be one for each batch; one that holds for all has length 1, or no axis."""
+    return x is not None and len(x.shape) > 0 and x.shape[0] != 1
+
+
 class _Layout:
     """What both doors need: the reading, the extents of the map and the operands of the lengths."""
 
@@ -170,9 +175,9 @@ class _Layout:
         self.offsets = ops.index(offsets) if isinstance(offsets, int) else ops.array(offsets)
         self.kv_lengths = None if kv_lengths is None else ops.array(kv_lengths)
         self.q_lengths = None if q_lengths is None else ops.array(q_lengths)
-        shifted = len(self.offsets.shape) > 0 and tree.reads("q")
-        lengths = kv_lengths is not None or q_lengths is not None
-        self.batch = extents[0] if tree.reads("b") or shifted or lengths else 1
+        shifted = _differs(self.offsets) and tree.reads("q")
+        cut = _differs(self.kv_lengths) or _differs(self.q_lengths)
+        self.batch = extents[0] if tree.reads("b") or shifted or cut else 1
         self.heads = extents[1] if tree.reads("h") else 1
 
     def status(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from attn_core import masks
-from attn_core.language.expr import Table
+from attn_core.language.operands import Table
 from attn_core.language.tree import Step
 from attn_core.language.values import Mask, Score
 from attn_core.registry import owner

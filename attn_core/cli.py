@@ -163,7 +163,7 @@ def write_golden(
     ] = None,
 ) -> None:
     """Write golden vectors: inputs, options, the judge's results and allowances."""
-    from attn_core.conformance.golden import write
+    from attn_core.conformance.golden_write import write
     from attn_core.conformance.judgement import chosen
 
     try:
@@ -191,7 +191,7 @@ def check_golden(
     ] = None,
 ) -> None:
     """Verify golden vectors, then hold backends to them; exit 1 on a failure."""
-    from attn_core.conformance import golden, report
+    from attn_core.conformance import golden, golden_check, report
     from attn_core.conformance.judgement import Verdict
 
     console = Console()
@@ -206,7 +206,7 @@ def check_golden(
                 bar.update(task, advance=1, description=f"{verdict.backend} {verdict.case}")
 
             for name in names:
-                verdicts += golden.check(directory, name, seen=seen)
+                verdicts += golden_check.check(directory, name, seen=seen)
     except golden.GoldenError as error:
         Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from attn_core.language.expr import operand, row
+from attn_core.language.expr import row
+from attn_core.language.operands import operand
 from attn_core.language.values import Mask, mask
 
 __all__ = [

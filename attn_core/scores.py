@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from attn_core.language.expr import cast, maximum, minimum, operand, tanh, where
+from attn_core.language.expr import cast, maximum, minimum, tanh, where
+from attn_core.language.operands import operand
 from attn_core.language.values import Score, score
 
 __all__ = ["alibi", "relative_bias", "softcap"]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from attn_core.conformance.subjects import Subject, subject
@@ -112,6 +114,69 @@ def torch_flex() -> Subject:
         )
 
     return flex
+
+
+def transformers_eager() -> Subject:
+    """Hugging Face transformers' `eager_attention_forward`, chosen as a model would choose it.
+
+    Each model has its own copy of that function: Llama's is the plain one, Gemma 2's takes a
+    softcap, gpt-oss's takes sinks, and none takes both. The mask is additive and in the dtype of
+    the query: 0, or the least finite number. A bias goes in with it, since it is all they add.
+    """
+    import torch
+
+    with _checkout_off_the_path():
+        from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2
+        from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss
+        from transformers.models.llama.modeling_llama import eager_attention_forward as llama
+
+    @subject("torch", name="transformers-eager", either=("softcap", "sinks"))
+    def eager(
+        query: Any,
+        key: Any,
+        value: Any,
+        mask: Any = None,
+        bias: Any = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Any = None,
+    ) -> Any:
+        added = bias
+        if mask is not None:
+            # `masking_utils.eager_mask` says the same, but has no axis for heads, and its
+            # parameters change from release to release.
+            least = torch.finfo(query.dtype).min
+            hides = torch.where(mask, torch.zeros((), dtype=query.dtype), least)
+            added = hides if bias is None else bias + hides
+        # What the functions read off the layer that calls them.
+        layer: Any = torch.nn.Module().eval()
+        layer.num_key_value_groups = query.shape[1] // key.shape[1]
+        more: dict[str, Any] = {}
+        chosen = llama
+        if softcap is not None:
+            chosen, more = gemma2, {"softcap": softcap}
+        elif sinks is not None:
+            chosen, layer.sinks = gpt_oss, sinks
+        out, weights = chosen(layer, query, key, value, added, scaling=scale, **more)
+        return out.transpose(1, 2), None, weights
+
+    return eager
+
+
+@contextmanager
+def _checkout_off_the_path() -> Iterator[None]:
+    """sys.path without our source tree, which is on it where a command is typed there.
+
+    transformers asks once, as it is imported, for Hugging Face's package `kernels`, and would find
+    our folder of that name, which refuses to be imported so.
+    """
+    root = Path(__file__).resolve().parent.parent
+    path = sys.path[:]
+    sys.path[:] = [entry for entry in path if Path(entry).resolve() != root]
+    try:
+        yield
+    finally:
+        sys.path[:] = path
 
 
 def jax_nn() -> Subject:
@@ -225,6 +290,7 @@ PEERS: dict[str, Callable[[], Subject]] = {
     "torch-sdpa": torch_sdpa,
     "torch-mha": torch_mha,
     "torch-flex": torch_flex,
+    "transformers-eager": transformers_eager,
     "jax-nn": jax_nn,
     "flax-nnx": flax_nnx,
     "keras-tf": keras_tf,

@@ -64,6 +64,7 @@ class Subject:
         grouped: whether Hk may be less than Hq.
         widths: whether Dv may differ from D.
         alone: words, such as causal, that it does not take beside a mask or bias.
+        either: options of which it takes one at a time.
         backward: whether it can be differentiated; outputs alone are judged otherwise.
     """
 
@@ -75,6 +76,7 @@ class Subject:
     grouped: bool = True
     widths: bool = True
     alone: tuple[str, ...] = ()
+    either: tuple[str, ...] = ()
     backward: bool = True
 
     def put(self, asked: Question) -> tuple[dict[str, Any], str]:
@@ -97,6 +99,9 @@ class Subject:
                     return {}, name
                 call[name] = judge[name]
         missing = self._score(asked, call) or self._mask(asked, call)
+        both = [name for name in self.either if name in call]
+        if not missing and len(both) > 1:
+            missing = " beside ".join(both)
         return call, missing
 
     def _score(self, asked: Question, call: dict[str, Any]) -> str:
@@ -164,6 +169,7 @@ def subject(
     grouped: bool = True,
     widths: bool = True,
     alone: tuple[str, ...] = (),
+    either: tuple[str, ...] = (),
     backward: bool = True,
 ) -> Callable[[Callable[..., Any]], Subject]:
     """Make a function a subject; see the head of this file for the parameters it may have.
@@ -176,6 +182,8 @@ def subject(
         widths: whether values may be of another width than keys.
         alone: words, such as "causal", that it does not take beside a mask or bias; beside one,
             they become part of the mask.
+        either: options of which it takes one at a time, such as ("softcap", "sinks"); a case that
+            needs two of them is not offered.
         backward: whether it can be differentiated; outputs alone are judged otherwise.
     """
     if framework not in BACKENDS:
@@ -207,6 +215,7 @@ def subject(
             grouped=grouped,
             widths=widths,
             alone=alone,
+            either=either,
             backward=backward,
         )
 

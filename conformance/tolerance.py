@@ -69,25 +69,39 @@ def share(
         through_score: a gradient of a case with a score.
         summed: the largest sum of absolute values that the result adds up.
     """
-    got, plain = got.astype(np.float64), plain.astype(np.float64)
-    if got.shape != want.shape:
-        return float("inf")
+    error, spread = measured(want, plain, summed)
+    return used(got, want, allowance(error, spread, dtype, direction, logit, through_score))
+
+
+def measured(want: np.ndarray, plain: np.ndarray, summed: float = 0.0) -> tuple[float, float]:
+    """The plain computation's largest error, and the spread."""
     finite = np.isfinite(want)
-    if not np.array_equal(got[~finite], want[~finite]):
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    got, want, plain = got[finite], want[finite], plain[finite]
-    if not np.isfinite(got).all():
-        return float("inf")
-    spread = float(np.abs(want).max())
-    error = float(np.abs(got - want).max())
+    spread = float(np.abs(want[finite]).max(initial=0.0))
     if spread == 0.0:
-        # The judge says exactly zero, and so must everybody.
-        return 0.0 if error == 0.0 else float("inf")
-    spread = max(spread, summed)
-    reach = np.abs(plain - want)
-    naive = float(reach[np.isfinite(reach)].max()) if np.isfinite(reach).any() else 0.0
+        return 0.0, 0.0
+    reach = np.abs(plain.astype(np.float64)[finite] - want[finite])
+    return float(reach[np.isfinite(reach)].max(initial=0.0)), max(spread, summed)
+
+
+def allowance(
+    error: float, spread: float, dtype: str, direction: str, logit: float, through_score: bool
+) -> float:
+    """The largest absolute error that passes; `error` is the plain computation's."""
+    if spread == 0.0:
+        return 0.0  # the judge says exactly zero, and so must everybody
     cap = CAP[direction][dtype] * spread * max(1.0, logit)
     doubt = JUDGE * spread if through_score else 0.0
-    return error / (min(2 * naive + FLOOR[dtype] * spread, cap) + doubt)
+    return float(min(2 * error + FLOOR[dtype] * spread, cap) + doubt)
+
+
+def used(got: np.ndarray, want: np.ndarray, allowed: float) -> float:
+    """The error as a share of `allowed`; inf for another shape, a wrong infinity or any NaN."""
+    if got.shape != want.shape:
+        return float("inf")
+    got, finite = got.astype(np.float64), np.isfinite(want)
+    if not np.array_equal(got[~finite], want[~finite]) or not np.isfinite(got[finite]).all():
+        return float("inf")
+    error = float(np.abs(got[finite] - want[finite]).max(initial=0.0))
+    if error == 0.0:
+        return 0.0
+    return error / allowed if allowed else float("inf")

@@ -13,7 +13,8 @@ import numpy as np
 
 from attn_core import masks, scores
 from attn_core.conformance.questions import Rule, Shape
-from attn_core.language.expr import exp, log, maximum, minimum, operand, row, tanh, where
+from attn_core.language.expr import exp, log, maximum, minimum, row, tanh, where
+from attn_core.language.operands import operand
 from attn_core.language.values import mask, score
 
 

@@ -11,17 +11,23 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import TextIO
 
 from attn_core import registry
 from attn_core.conformance import subjects
 from attn_core.conformance.judgement import judge
 
 
-def main() -> None:
-    spec, form = sys.argv[1:3]
-    # Verdicts keep the real stdout; whatever a framework prints goes to stderr.
+def own_stdout() -> TextIO:
+    """The real stdout, for verdicts alone: whatever a framework prints goes to stderr from now."""
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    return channel
+
+
+def main() -> None:
+    spec, form = sys.argv[1:3]
+    channel = own_stdout()
     # A stranger's module stands where the command was typed.
     sys.path.append(os.getcwd())
     subject = subjects.find(spec)

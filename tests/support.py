@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from attn_core.backends.numpy.arrays import Reading
-from attn_core.language.expr import Table
+from attn_core.language.operands import Table
 from attn_core.language.values import Mask, Score
 
 Shape = tuple[int, int, int, int]

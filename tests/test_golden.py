@@ -19,9 +19,11 @@ import pytest
 from typer.testing import CliRunner
 
 from attn_core import cli, registry
-from attn_core.conformance import golden, tolerance
+from attn_core.conformance import golden, golden_check, tolerance
 from attn_core.conformance.cases import CASES, SAMPLE
-from attn_core.conformance.judgement import BY_NAME, expected
+from attn_core.conformance.golden_check import check
+from attn_core.conformance.golden_write import shipped, write
+from attn_core.conformance.judgement import BY_NAME, Verdict, expected
 from attn_core.conformance.questions import Case
 from attn_core.conformance.runner import Work, attend
 
@@ -35,7 +37,7 @@ MODULE = {"torch": "torch", "tf": "tensorflow", "jax": "jax"}
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A set of three cases; nobody alters it."""
-    return golden.write(tmp_path_factory.mktemp("golden") / "few", FEW)
+    return write(tmp_path_factory.mktemp("golden") / "few", FEW)
 
 
 @pytest.fixture
@@ -76,9 +78,9 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def test_every_case_survives_the_round_trip_and_passes(tmp_path: Path) -> None:
     """`check` reads the folder alone, so this says that the folder says enough."""
     told: list[str] = []
-    folder = golden.write(tmp_path / "all", seen=told.append)
+    folder = write(tmp_path / "all", seen=told.append)
     assert told == [case.name for case in CASES]
-    verdicts = golden.check(folder)
+    verdicts = check(folder)
     assert [v.case for v in verdicts] == told
     assert [(v.case, v.problem, v.shares) for v in verdicts if not v.passed] == []
 
@@ -115,7 +117,7 @@ def test_dropout_is_stored_as_bits_and_as_words(written: Path) -> None:
 
 
 def test_16_bit_inputs_are_stored_in_their_own_dtype(tmp_path: Path) -> None:
-    folder = golden.write(tmp_path / "half", ["plain-bfloat16", "plain-float16"])
+    folder = write(tmp_path / "half", ["plain-bfloat16", "plain-float16"])
     raw = dict(safetensors.deserialize((folder / "plain-bfloat16.safetensors").read_bytes()))
     assert raw["query"]["dtype"] == "BF16"
     assert raw["out"]["dtype"] == "F64"
@@ -126,10 +128,10 @@ def test_16_bit_inputs_are_stored_in_their_own_dtype(tmp_path: Path) -> None:
 
 
 def test_allowances_are_those_of_the_suite_and_follow_from_the_index(tmp_path: Path) -> None:
-    cases: tuple[Any, ...] = (*golden.shipped(), *SAMPLE)
-    folder = golden.write(tmp_path / "sample", cases)
+    cases: tuple[Any, ...] = (*shipped(), *SAMPLE)
+    folder = write(tmp_path / "sample", cases)
     rules = json.loads((folder / golden.INDEX).read_text("utf-8"))["tolerance"]
-    by_name = {c.name: c for c in golden.shipped()} | BY_NAME
+    by_name = {c.name: c for c in shipped()} | BY_NAME
     for entry in golden.verify(folder):
         _, judged, pulled, textbook = expected(by_name[entry["name"]])
         tensors = golden.load(folder, entry)
@@ -163,7 +165,7 @@ def test_allowances_are_those_of_the_suite_and_follow_from_the_index(tmp_path: P
                 through_score=row["through_score"],
                 summed=textbook.summed.get(name, 0.0),
             )
-            ours = golden._share(off, want, row["allowed"])
+            ours = tolerance.used(off, want, row["allowed"])
             assert suite == pytest.approx(ours, rel=1e-9), (entry["name"], what)
 
 
@@ -172,8 +174,8 @@ def test_allowances_are_those_of_the_suite_and_follow_from_the_index(tmp_path: P
 
 def test_writing_twice_gives_the_same_bytes_in_any_process(written: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from attn_core.conformance import golden; "
-        "golden.write(sys.argv[1], sys.argv[2:])"
+        "import sys; from attn_core.conformance.golden_write import write; "
+        "write(sys.argv[1], sys.argv[2:])"
     )
     for seed in ("1", "2"):
         folder = tmp_path / seed
@@ -195,14 +197,14 @@ def test_sums_are_those_of_sha256sum(written: Path) -> None:
 
 def test_a_golden_set_is_replaced_whole_and_an_empty_folder_is_filled(few: Path) -> None:
     (few / golden.SUMS).unlink()  # a damaged set is one still
-    golden.write(few, ["plain"])
+    write(few, ["plain"])
     assert set(files(few)) == {"plain.safetensors", golden.INDEX, golden.SUMS}
     assert [path.name for path in few.parent.iterdir()] == ["few"]
     empty = few.parent / "empty"
     empty.mkdir()
-    golden.write(empty, ["plain"])
+    write(empty, ["plain"])
     assert files(empty) == files(few)
-    assert all(v.passed for v in golden.check(empty))
+    assert all(v.passed for v in check(empty))
 
 
 def test_what_is_no_golden_set_is_left_alone(few: Path, tmp_path: Path) -> None:
@@ -210,15 +212,15 @@ def test_what_is_no_golden_set_is_left_alone(few: Path, tmp_path: Path) -> None:
     letters.mkdir()
     (letters / "dear.txt").write_text("yours")
     with pytest.raises(ValueError, match=r"must be new, empty or a golden set. Got .*'dear.txt'"):
-        golden.write(letters, ["plain"])
+        write(letters, ["plain"])
     assert files(letters) == {"dear.txt": b"yours"}
     (few / "mine.txt").write_text("mine")
     before = files(few)
     with pytest.raises(ValueError, match=r"nothing but its golden set .* Got 'mine.txt' beside"):
-        golden.write(few, ["plain"])
+        write(few, ["plain"])
     assert files(few) == before
     with pytest.raises(ValueError, match=r"must be a folder\. Got a file"):
-        golden.write(letters / "dear.txt", ["plain"])
+        write(letters / "dear.txt", ["plain"])
 
 
 def test_a_write_that_fails_leaves_nothing_behind(
@@ -232,7 +234,7 @@ def test_a_write_that_fails_leaves_nothing_behind(
 
     for folder in (few, few.parent / "new"):
         with pytest.raises(KeyboardInterrupt):
-            golden.write(folder, ["plain", "scale"], seen=failing)
+            write(folder, ["plain", "scale"], seen=failing)
     assert files(few) == before
     assert [path.name for path in few.parent.iterdir()] == ["few"]
 
@@ -245,13 +247,13 @@ def test_a_write_that_fails_leaves_nothing_behind(
 
     monkeypatch.setattr(Path, "rename", full)
     with pytest.raises(OSError, match="disk full"):
-        golden.write(few, ["plain"])
+        write(few, ["plain"])
     assert files(few) == before
 
 
 def test_an_unknown_case_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must be names of cases. Got 'plian'. Did you mean"):
-        golden.write(tmp_path / "new", ["plian"])
+        write(tmp_path / "new", ["plian"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -259,7 +261,7 @@ def test_an_unknown_case_is_refused(tmp_path: Path) -> None:
 def test_a_missing_library_is_named_with_its_extra(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = golden.write(tmp_path / "half", ["plain-bfloat16"])
+    folder = write(tmp_path / "half", ["plain-bfloat16"])
     real = builtins.__import__
 
     def without(name: str, *rest: Any, **more: Any) -> Any:
@@ -269,7 +271,7 @@ def test_a_missing_library_is_named_with_its_extra(
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=rf"{missing}.*pip install 'attn-core\[golden\]'"):
-        golden.check(folder)
+        check(folder)
 
 
 # --- Corruption. ----------------------------------------------------------------------------------
@@ -344,27 +346,27 @@ def listed_once_more(folder: Path) -> None:
 def test_damage_is_named(damage: Callable[[Path], Any], words: str, few: Path) -> None:
     damage(few)
     with pytest.raises(golden.GoldenError, match=words):
-        golden.check(few)
+        check(few)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         golden.GoldenError, match=r"must hold a golden set.* Got .*nowhere: No such"
     ):
-        golden.check(tmp_path / "nowhere")
+        check(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("found", [0, 2, "1", None])
 def test_another_format_is_refused_by_name(found: Any, few: Path) -> None:
     forge(few, lambda index: index.update(format=found, generator="attn-core 9.9"))
     with pytest.raises(golden.GoldenError, match=r"must be 1, .* Got .*, written by attn-core 9.9"):
-        golden.check(few)
+        check(few)
 
 
 def test_unknown_keys_are_left_alone(few: Path) -> None:
     """The promise to readers in docs/GOLDEN.md, kept by ours."""
     forge(few, lambda index: (index.update(more=1), index["cases"][0].update(colour="red")))
-    assert all(v.passed for v in golden.check(few))
+    assert all(v.passed for v in check(few))
 
 
 # --- Wrong implementations. -----------------------------------------------------------------------
@@ -384,7 +386,7 @@ def planted(alter: Callable[[dict[str, Any]], Any]) -> Any:
 
 
 def failing(alter: Callable[[dict[str, Any]], Any], folder: Path) -> dict[str, Any]:
-    return {v.case: v for v in golden.check(folder, planted(alter)) if not v.passed}
+    return {v.case: v for v in check(folder, planted(alter)) if not v.passed}
 
 
 def untouched(arguments: dict[str, Any]) -> None:
@@ -470,7 +472,7 @@ def test_a_verdict_says_what_failed_and_where(written: Path) -> None:
 def test_a_framework_is_asked_in_a_process_of_its_own(backend: str, written: Path) -> None:
     loaded = MODULE[backend] in sys.modules
     told: list[Any] = []
-    verdicts = golden.check(written, backend, seen=told.append)
+    verdicts = check(written, backend, seen=told.append)
     assert [(v.case, v.backend, v.problem) for v in verdicts] == [(n, backend, "") for n in FEW]
     assert all(v.passed for v in verdicts)
     assert told == verdicts
@@ -482,7 +484,7 @@ def test_a_worker_that_dies_costs_its_case_alone(
 ) -> None:
     # The worker imports sitecustomize first: this one ends the process within one case.
     (tmp_path / "sitecustomize.py").write_text(
-        "import os, attn_core.conformance.golden as g\n"
+        "import os, attn_core.conformance.golden_check as g\n"
         "ask = g._ask\n"
         "def dying(entry, *rest):\n"
         "    if entry['name'] == 'sinks-mixed': os._exit(7)\n"
@@ -491,7 +493,7 @@ def test_a_worker_that_dies_costs_its_case_alone(
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     work = Work("numpy", "eager", tuple(FEW))
-    verdicts = attend(work, golden.worker(written, "numpy"))
+    verdicts = attend(work, golden_check.worker(written, "numpy"))
     assert [v.passed for v in verdicts] == [True, False, True]
     assert "status 7" in verdicts[1].problem
 
@@ -506,20 +508,20 @@ def test_a_worker_that_cannot_start_is_an_error(
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(ImportError, match="torch is broken"):
-        golden.check(written, "torch")
+        check(written, "torch")
 
 
 def test_an_unknown_backend_is_refused(written: Path) -> None:
     with pytest.raises(ValueError, match="Did you mean 'torch'"):
-        golden.check(written, "torhc")
+        check(written, "torhc")
 
 
 # --- The shipped set. -----------------------------------------------------------------------------
 
 
 def test_the_shipped_set_passes_and_is_small() -> None:
-    verdicts = golden.check()
-    assert [v.case for v in verdicts] == [case.name for case in golden.shipped()]
+    verdicts = check()
+    assert [v.case for v in verdicts] == [case.name for case in shipped()]
     assert all(v.passed for v in verdicts)
     assert sum(len(content) for content in files(golden.SHIPPED_AT).values()) < 300_000
 
@@ -535,7 +537,7 @@ def test_the_shipped_set_holds_every_option_and_dtype() -> None:
         assert hard in words
     # A case of the shipped set is found in the suite by what follows "small-".
     cases: dict[str, Case] = BY_NAME
-    for case in golden.shipped():
+    for case in shipped():
         assert cases[case.name.removeprefix("small-")].changes == case.changes
 
 
@@ -543,7 +545,7 @@ def test_writing_the_shipped_set_again_gives_the_same_set(tmp_path: Path) -> Non
     """Inputs bit for bit. Results to rounding: another processor's matrix products and
     exponentials may differ in a float64's last bit, and a score's derivative, being a difference
     quotient, makes that 2**-35 or so."""
-    again = golden.write(tmp_path / "again", golden.shipped())
+    again = write(tmp_path / "again", shipped())
     for old, new in zip(golden.verify(), golden.verify(again), strict=True):
         for key in set(old) - {"sha256", "largest_logit", "results"}:
             assert old[key] == new[key], (old["name"], key)
@@ -593,9 +595,9 @@ def test_the_command_checks_the_shipped_set_and_fails_by_its_exit_status(
 ) -> None:
     done = command("check")
     assert done.exit_code == 0, done.output
-    assert f"{len(golden.shipped())} passed, 0 failed" in done.stdout
+    assert f"{len(shipped())} passed, 0 failed" in done.stdout
     monkeypatch.setattr(
-        golden, "check", lambda *_, **__: [golden.Verdict("plain", "numpy", "eager", {"out": 3.0})]
+        golden_check, "check", lambda *_, **__: [Verdict("plain", "numpy", "eager", {"out": 3.0})]
     )
     done = command("check")
     assert done.exit_code == 1

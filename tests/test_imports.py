@@ -17,6 +17,7 @@ PACKAGES = {
     "attn_core.conformance": ROOT / "conformance",
 }
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "jaxlib", "flax", "triton"}
+PEERS = {"transformers"}
 OWN = {"numpy": set(), "torch": {"torch"}, "tf": {"tensorflow", "keras"}, "jax": {"jax", "flax"}}
 MODULE = {"numpy": "numpy", "torch": "torch", "tf": "tensorflow", "jax": "jax"}
 
@@ -46,7 +47,7 @@ each_backend = pytest.mark.parametrize(
 
 
 def test_importing_attn_core_loads_no_framework():
-    assert not loaded_by("import attn_core") & FRAMEWORKS
+    assert not loaded_by("import attn_core") & (FRAMEWORKS | PEERS)
 
 
 def test_asking_the_doors_loads_no_framework():
@@ -193,8 +194,9 @@ def conformance_objection(module, name, root, lazily):
         return None  # optional, and asked for by name
     if root == "pytest" and module == "attn_core.conformance.plugin":
         return None  # pytest itself imports the plugin
-    if module == "attn_core.conformance.peers" and root in ("torch", "jax", "flax", "keras"):
-        # The peers are the frameworks' own functions; each adapter imports its own when asked.
+    asked = {"torch", "jax", "flax", "keras"} | PEERS
+    if module == "attn_core.conformance.peers" and root in asked:
+        # The peers are libraries' own functions; each adapter imports its own when asked.
         return None if lazily else "a peer's library is imported when its adapter is made"
     return "conformance reaches frameworks only through the verbs"
 
@@ -246,6 +248,8 @@ def test_import_direction_by_name():
         ("attn_core.kernels.forward", "from attn_core import spec"),
         ("attn_core.conformance.subjects", "def f():\n    import tensorflow as tf"),
         ("attn_core.conformance.subjects", "def f():\n    import attn_core.backends.tf"),
+        ("attn_core.conformance.subjects", "def f():\n    import transformers"),
+        ("attn_core.conformance.peers", "import transformers"),
     ],
 )
 def test_import_direction_catches(module, source):
@@ -267,6 +271,7 @@ def test_import_direction_catches(module, source):
         ("attn_core.backends.jax.layers", "from . import arrays"),
         ("attn_core.backends.torch.triton", "def f():\n    import attn_core.kernels"),
         ("attn_core.kernels.forward", "import triton.language as tl"),
+        ("attn_core.conformance.peers", "def f():\n    from transformers import masking_utils"),
     ],
 )
 def test_import_direction_allows(module, source):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from attn_core import masks
 from attn_core.language import expr
 from attn_core.language.intervals import HOST, Intervals, check_range
+from attn_core.language.operands import operand
 from attn_core.language.ranges import Ranges
 from attn_core.language.rules import Bool, Int, Rules
 from attn_core.language.tree import INT_MAX, INT_MIN, Step
@@ -102,7 +103,7 @@ def test_bounds_saturate(x: int, y: int) -> None:
 def test_look_ups_over_ranges_are_exact(data: Any) -> None:
     size = data.draw(st.integers(1, 40))
     table = np.random.default_rng(size).integers(-99, 99, (3, size))
-    tree = mask(lambda b, h, q, k: expr.operand(table)[b, k] > 0).tree
+    tree = mask(lambda b, h, q, k: operand(table)[b, k] > 0).tree
     at = next(at for at, step in enumerate(tree.steps) if step.op == "lookup")
     lo, hi = data.draw(_ordered(-5, 45))
     b = data.draw(st.integers(0, 2))
@@ -120,7 +121,7 @@ def test_look_ups_over_ranges_are_exact(data: Any) -> None:
 @settings(max_examples=100, deadline=None)
 def test_look_ups_over_two_ranges_enclose(rows: Any, keys: Any) -> None:
     table = np.random.default_rng(5).integers(-99, 99, (12, 13))
-    tree = mask(lambda b, h, q, k: expr.operand(table)[expr.row, k] > 0).tree
+    tree = mask(lambda b, h, q, k: operand(table)[expr.row, k] > 0).tree
     at = next(at for at, step in enumerate(tree.steps) if step.op == "lookup")
     seen = table[rows[0] : rows[1] + 1, keys[0] : keys[1] + 1]
     index = [Int(np.array([lo]), np.array([hi])) for lo, hi in (rows, keys)]
@@ -151,7 +152,7 @@ def test_conjunctions_see_more_than_their_parts() -> None:
     assert _read(rows, (5, 9), (0, 3), offset=2) == (True, True)
     absolute = mask(lambda b, h, q, k: (abs(q - k) <= 4) & (k - q >= 5))
     assert not _read(absolute, (0, 9), (0, 9))[0]
-    starts = expr.operand(np.array([0, 0, 2, 2, 4, 4]))
+    starts = operand(np.array([0, 0, 2, 2, 4, 4]))
     ragged = mask(lambda b, h, q, k: (k >= starts[q]) & (q >= k))
     assert not _read(ragged, (4, 5), (0, 3))[0]
     assert _read(ragged, (4, 5), (4, 4)) == (True, True)
@@ -183,10 +184,10 @@ _IDS = np.arange(10, dtype=np.int32)
         masks.dilated(7, 3, 0),
         masks.graph(np.array([[0, 1]]), 10),
         mask(lambda b, h, q, k: q * 2000 > k * 2000 // 3),
-        mask(lambda b, h, q, k: expr.operand(_IDS, bounds=(-5, 100))[q] * 7 > k),
-        mask(lambda b, h, q, k: expr.maximum(expr.operand(_IDS)[q], -50) - 2 > k),
-        mask(lambda b, h, q, k: expr.cast(expr.operand(_IDS > 3)[q], int) * 1000 > k),
-        score(lambda s, b, h, q, k: s * expr.operand(np.ones(10))[q] - abs(q - k) * 0.5),
+        mask(lambda b, h, q, k: operand(_IDS, bounds=(-5, 100))[q] * 7 > k),
+        mask(lambda b, h, q, k: expr.maximum(operand(_IDS)[q], -50) - 2 > k),
+        mask(lambda b, h, q, k: expr.cast(operand(_IDS > 3)[q], int) * 1000 > k),
+        score(lambda s, b, h, q, k: s * operand(np.ones(10))[q] - abs(q - k) * 0.5),
         score(lambda s, b, h, q, k: s + expr.cast(expr.cast(s, int), float)),
     ],
     ids=str,
@@ -199,7 +200,7 @@ def test_arithmetic_within_int32_is_accepted(built: Any) -> None:
     ("built", "words"),
     [
         (
-            mask(lambda b, h, q, k: expr.operand(_IDS)[q] * 4 > k),
+            mask(lambda b, h, q, k: operand(_IDS)[q] * 4 > k),
             (
                 r"^`mask` must keep its integer arithmetic within int32 .* Got `int0\[q\] \* 4`, "
                 r"which can reach -?8589934\d+\. .*core\.operand\(array, bounds=\(low, high\)\)"
@@ -207,12 +208,12 @@ def test_arithmetic_within_int32_is_accepted(built: Any) -> None:
         ),
         (mask(lambda b, h, q, k: q * q > k), r"Got `q \* q`, which can reach 1000000000000\. "),
         (
-            mask(lambda b, h, q, k: expr.operand(_IDS)[k] + 1 > q),
+            mask(lambda b, h, q, k: operand(_IDS)[k] + 1 > q),
             r"Got `int0\[k\] \+ 1`, which can",
         ),
-        (mask(lambda b, h, q, k: abs(expr.operand(_IDS)[k]) > q), r"Got `abs\(int0\[k\]\)`"),
+        (mask(lambda b, h, q, k: abs(operand(_IDS)[k]) > q), r"Got `abs\(int0\[k\]\)`"),
         (
-            mask(lambda b, h, q, k: expr.operand(_IDS)[k] // (q - k) > q),
+            mask(lambda b, h, q, k: operand(_IDS)[k] // (q - k) > q),
             r"Got `int0\[k\] // \(q - k\)`, which can reach 2147483648\. ",
         ),
         (

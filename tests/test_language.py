@@ -19,7 +19,7 @@ import attn_core
 from attn_core import mask, operand, row, score
 from attn_core.backends.numpy.arrays import Reading
 from attn_core.language.duals import differentiate
-from attn_core.language.expr import Operand, Table
+from attn_core.language.operands import Operand, Table
 from attn_core.language.text import text
 from attn_core.language.tree import INT_MAX, INT_MIN
 
@@ -420,7 +420,7 @@ def deep_chain(steps):
 
 def test_deep_trees_are_fast_and_do_not_recurse():
     steps = 20_000
-    start = time.perf_counter()
+    start = time.process_time()
     made = score(deep_chain(steps))
     again = score(deep_chain(steps))
     assert len(made.tree.steps) > steps
@@ -436,7 +436,7 @@ def test_deep_trees_are_fast_and_do_not_recurse():
         expected = (expected + float(i % 7)) * 0.5
     assert found.item() == pytest.approx(expected)
     made.then(made)
-    took = time.perf_counter() - start
+    took = time.process_time() - start
     assert len(printed) < 100 * steps
     assert took < 4, took
 
@@ -449,9 +449,9 @@ def test_deep_masks_through_attention():
         return x
 
     x = np.ones((1, 1, 3, 2), "float32")
-    start = time.perf_counter()
+    start = time.process_time()
     out = attn_core.attention(x, x, x, mask=mask(fn), return_weights=True)
-    assert time.perf_counter() - start < 6
+    assert time.process_time() - start < 6
     assert (out.weights[0, 0] > 0).tolist() == np.tril(np.ones((3, 3), bool)).tolist()
 
 
@@ -462,13 +462,13 @@ def test_widely_shared_trees_stay_small():
             x = x * 0.5 + x * 0.25
         return x
 
-    start = time.perf_counter()
+    start = time.process_time()
     made = score(fn)
     assert len(made.tree.steps) < 6_010
     assert len(text(made.tree)) < 500_000
     assert len(differentiate(made.tree).tree.steps) < 30_000
     assert scored(made, np.ones((1, 1, 1, 1))).item() == pytest.approx(0.75**2000)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 def test_shared_steps_are_written_once():

@@ -8,6 +8,7 @@ import numpy as np
 
 from attn_core import masks
 from attn_core.language import expr
+from attn_core.language.operands import operand
 from attn_core.language.values import Mask, mask
 
 _RNG = np.random.default_rng(11)
@@ -15,7 +16,7 @@ _IDS = np.sort(_RNG.integers(0, 5, (2, 40)), axis=1).astype(np.int32)
 _FLAGS = _RNG.random(40) < 0.1
 _DENSE = _RNG.random((1, 2, 30, 40)) < 0.05
 _EDGES = _RNG.integers(0, 40, (30, 2))
-_SHIFTS = expr.operand(_RNG.integers(-9, 9, (2, 3)).astype(np.int32), bounds=(-9, 9))
+_SHIFTS = operand(_RNG.integers(-9, 9, (2, 3)).astype(np.int32), bounds=(-9, 9))
 
 
 def _arithmetic(b: Any, h: Any, q: Any, k: Any) -> Any:

@@ -6,6 +6,7 @@ python tools/departures.py --page      writes the page again from the measuremen
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -55,7 +56,7 @@ def page(verdicts: list[Verdict], environment: dict[str, object]) -> str:
     peers = list(dict.fromkeys(v.backend for v in verdicts))
     packages = environment["packages"]
     assert isinstance(packages, dict)
-    shown = ("torch", "jax", "flax", "keras", "tensorflow", "numpy")
+    shown = ("torch", "transformers", "jax", "flax", "keras", "tensorflow", "numpy")
     # TensorFlow's CPU wheel is the same code under another name.
     found = {name: packages.get(name) or packages.get(f"{name}-cpu") for name in shown}
     text = HEAD.format(
@@ -98,7 +99,7 @@ def _cause(verdict: Verdict) -> str:
 
 
 def _docstring(peer: str) -> str:
-    return str(PEERS[peer].__doc__).strip()
+    return inspect.cleandoc(str(PEERS[peer].__doc__))
 
 
 if __name__ == "__main__":

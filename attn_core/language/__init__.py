@@ -2,6 +2,7 @@
 
 tree      what a mask or score is: a static straight-line programme
 expr      what its Python function sees while it is traced
+operands  the arrays and host numbers it looks values up in
 values    Mask, Score, Dropout: the tree and the arrays that travel with it
 text      a tree as Python, and back
 arrays    a tree as values over a tile of indices

@@ -42,6 +42,11 @@ class Ranges:
         """(lo, hi) of the look-up at this step; `index` holds an interval for each axis."""
         ops, step = self.ops, self.tree.steps[at]
         number = int(step.value or 0)
+        if None in tuple(self.arrays[number].shape):
+            # An operand of unknown shape (tf.function) may hold anything.
+            if step.kind == "int":
+                return ops.index(INT_MIN), ops.index(INT_MAX)
+            return ops.array(False), ops.array(True)
         shape = tuple(int(size) for size in self.arrays[number].shape)
         if 0 in shape:
             # Nothing can be read there; 0 and False is what a missing entry counts as.

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from attn_core.language.expr import Expr, Table, position, set_tape
+from attn_core.language.expr import Expr, position, set_tape
+from attn_core.language.operands import Table
 from attn_core.language.text import text
 from attn_core.language.tree import Tape, Tree
 

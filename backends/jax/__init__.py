@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from attn_core.backends.jax import chunked, reference
 from attn_core.backends.jax import pytrees as _pytrees
 from attn_core.backends.jax.arrays import from_host, is_wide, x64
 from attn_core.backends.jax.documents import scaled_dot_product_attention
-from attn_core.language.expr import Table
+from attn_core.language.operands import Table
 from attn_core.language.values import Dropout, Mask, Score, seed_array
 from attn_core.spec import AttentionOutput, Facts, Operands, Plan, Problem, as_output
 
@@ -131,6 +131,11 @@ def from_numpy(x: Any) -> Any:
 
 def to_numpy(x: Any) -> Any:
     return np.array(x)
+
+
+def take(x: Any, index: Sequence[int], axis: int) -> Any:
+    """Entries of an axis, by host ints."""
+    return jnp.take(x, np.asarray(index, np.int32), axis, mode="clip")
 
 
 def _array(x: Any, accumulation: str) -> Any:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from attn_core.backends.jax import chunked_backward, chunked_forward, reference
+from attn_core.backends.jax.arrays import is_wide, x64
 from attn_core.backends.jax.chunked_parts import (
     cut_up,
     lay_out,
@@ -24,7 +25,7 @@ from attn_core.backends.jax.chunked_parts import (
     whole,
 )
 from attn_core.backends.jax.chunked_tile import Part
-from attn_core.registry import UnsupportedError
+from attn_core.backends.jax.orders import once, reverse_only
 from attn_core.spec import AttentionOutput, Operands, Problem
 
 Array = Any
@@ -41,7 +42,9 @@ def refusals(p: Problem) -> list[str]:
 def attend(p: Problem, x: Operands) -> AttentionOutput:
     if 0 in (p.batch, p.q_len, p.k_len):
         return reference.attend(p, x)
-    return _attend(p, x)
+    if x.bias is not None:
+        x = x._replace(bias=x.bias.reshape((1,) * (4 - x.bias.ndim) + x.bias.shape))
+    return _attend(p, reverse_only(x))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -66,27 +69,10 @@ def _forward(p: Problem, x: Operands) -> tuple[AttentionOutput, Any]:
 
 
 def _pull(p: Problem, saved: Any, cotangents: AttentionOutput) -> tuple[Operands]:
-    return (_gradients(p, saved, cotangents),)
+    # JAX calls this after `attend` has returned, with x64 as it is around the caller.
+    with x64(any(is_wide(a) for a in jax.tree_util.tree_leaves((saved, cotangents)))):
+        (x, out, m, log_l, alive), cotangents = once((saved, cotangents))
+        return (chunked_backward.backward(p, x, out, m, log_l, alive, cotangents),)
 
 
 _attend.defvjp(_forward, _pull)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gradients(p: Problem, saved: Any, cotangents: AttentionOutput) -> Operands:
-    x, out, m, log_l, alive = saved
-    return chunked_backward.backward(p, x, out, m, log_l, alive, cotangents)
-
-
-def _again(p: Problem, saved: Any, cotangents: AttentionOutput) -> tuple[Operands, None]:
-    return _gradients(p, saved, cotangents), None
-
-
-def _refuse(p: Problem, saved: Any, cotangents: Any) -> Any:
-    raise UnsupportedError(
-        'derivatives of derivatives need impl="reference". Got impl="chunked", which has the first '
-        "derivative only."
-    )
-
-
-_gradients.defvjp(_again, _refuse)

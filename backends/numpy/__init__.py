@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from attn_core.api import attention, resolve
 from attn_core.backends.numpy import reference
-from attn_core.language.expr import Table
+from attn_core.language.operands import Table
 from attn_core.spec import AttentionOutput, Facts, Operands, Plan, Problem, as_output
 
 NAME = "numpy"
@@ -85,6 +85,11 @@ def from_numpy(x: Any) -> Any:
 
 def to_numpy(x: Any) -> Any:
     return x
+
+
+def take(x: Any, index: Sequence[int], axis: int) -> Any:
+    """Entries of an axis, by host ints."""
+    return np.take(x, np.asarray(index, np.int64), axis)
 
 
 def _arrays(problem: Problem, operands: Operands) -> Operands:

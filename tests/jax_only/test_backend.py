@@ -391,7 +391,14 @@ def test_half(dtype, form):
     given = {n: x.astype(dtype) for n, x in PLAIN.items()}
     pulled = cotangents(shapes_of(PLAIN), dtype)
     output, gradients = backend.vjp(
-        {**arrays({**given, **ALL}, dtype), **EXTRAS, "score": scores.alibi(SLOPES)}, pulled, form
+        {
+            **arrays({**given, **ALL}, dtype),
+            **EXTRAS,
+            "score": scores.alibi(SLOPES),
+            "impl": "reference",
+        },
+        pulled,
+        form,
     )
     judged = {**given, **ALL_JUDGED}
     judged["bias"], judged["sinks"] = ALL["bias"].astype(dtype), SINKS.astype(dtype)
@@ -423,7 +430,8 @@ def test_float64_arrays_without_x64(form):
     assert out.dtype == np.float64
     close("out", out, reference.attention(**given).out, 1e-14)
     assert jax.jit(attn_core.attention)(*wide.values()).dtype == np.float64
-    assert jax.jvp(attn_core.attention, *[tuple(wide.values())] * 2)[1].dtype == np.float64
+    plain = partial(attn_core.attention, impl="reference")
+    assert jax.jvp(plain, *[tuple(wide.values())] * 2)[1].dtype == np.float64
 
 
 def test_numpy_in_numpy_out():
@@ -470,8 +478,8 @@ def test_precision():
         return str(jax.make_jaxpr(partial(attn_core.attention, precision=precision))(*x.values()))
 
     for precision in (None, "highest"):
-        assert programme(precision).count("precision=Precision.HIGHEST") == 0
-        assert programme(precision).count("Precision.HIGHEST") == 4
+        assert "Precision.HIGHEST" in programme(precision)
+        assert "Precision.DEFAULT" not in programme(precision)
     assert "HIGHEST" not in programme("fast")
     close("fast", attn_core.attention(**x, precision="fast"), reference.attention(**PLAIN).out)
 
@@ -494,9 +502,9 @@ def test_keys_and_values_are_never_expanded():
                     yield from shapes(inner.jaxpr)
 
     made = set(shapes(programme.jaxpr))
-    assert (B, 6, 5, 11) in made
+    assert (B, 2, 3 * 5, 11) in made
     # Width of a key or value beside all of the keys: only with two heads, never six or 2 x 3.
-    rows = [s for s in made if 11 in s and (3 in s or 13 in s)]
+    rows = [s for s in made if sorted(s[-2:]) in ([3, 11], [11, 13])]
     assert rows
     assert all(np.prod(s) <= B * 2 * 11 * 13 for s in rows), rows
 
@@ -741,7 +749,7 @@ def test_ids_of_64_bits():
 # Transforms ---------------------------------------------------------------------------------------
 
 
-def smooth(x):
+def smooth(x, impl="reference"):
     """Every option, as a function of all that is differentiable."""
     return attn_core.attention(
         x["query"],
@@ -755,6 +763,7 @@ def smooth(x):
         q_lengths=np.array([5, 4]),
         query_offset=np.array([1, 2]),
         dropout=Dropout(0.3, 11),
+        impl=impl,
         **EXTRAS,
     )
 
@@ -845,7 +854,8 @@ def test_hessian_with_rows_that_see_nothing():
 
     def loss(query):
         given = {**x, "query": query, "sinks": jnp.asarray(SINKS)}
-        return (attn_core.attention(**given, mask=EMPTY_ROWS, q_lengths=4) ** 2).sum()
+        out = attn_core.attention(**given, mask=EMPTY_ROWS, q_lengths=4, impl="reference")
+        return (out**2).sum()
 
     hessian = np.asarray(jax.jit(jax.hessian(loss))(x["query"]))
     assert np.isfinite(hessian).all()

@@ -350,7 +350,7 @@ def test_the_flag_is_read_when_traced() -> None:
             return attention(q, k, v)
 
     assert frames(f, [(q,), (q + 1,)]) == [1, 1]
-    with pytest.raises(Exception, match="chunked"), attn_core.use(impl="chunked"):
+    with pytest.raises(Exception, match="native"), attn_core.use(impl="native"):
         compiled(lambda q: attention(q, k, v, impl="auto"))[0](q)
 
 

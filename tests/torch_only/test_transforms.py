@@ -1,5 +1,7 @@
 """torch.func and autograd over the torch backend: vmap, jvp, grad, Hessians, against the judge.
 
+Forward mode and second derivatives are the reference's alone.
+
 Nothing here repeats conformance, which asks for outputs and first gradients alone.
 """
 
@@ -205,6 +207,7 @@ def everything(q: Any, k: Any, v: Any, bias: Any, sinks: Any, slopes: Any) -> An
         dropout=Dropout(0.3, 12),
         return_lse=True,
         return_weights=True,
+        impl="reference",
     )
     return got.out, torch.where(torch.isfinite(got.lse), got.lse, 0.0), got.weights
 
@@ -275,9 +278,8 @@ def test_gradgradcheck_with_a_divided_and_logged_score(layout: str) -> None:
         def fn(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
             return attn_core.log(attn_core.exp(s / table[h]) + table[h]) * abs(s - 0.1 * q)
 
-        return attention(
-            q, k, v, score=attn_core.score(fn), mask=masks.causal(), query_offset=-1, layout=layout
-        )
+        options = {"mask": masks.causal(), "query_offset": -1, "layout": layout}
+        return attention(q, k, v, score=attn_core.score(fn), **options, impl="reference")
 
     given = [x.requires_grad_() for x in (*at, slopes)]
     assert torch.autograd.gradcheck(f, given, check_forward_ad=True, fast_mode=True)
@@ -290,7 +292,8 @@ def test_hessian_is_the_difference_of_the_judges_gradients() -> None:
 
     def f(q: Any, sinks: Any) -> Any:
         options = {"mask": masks.causal(), "query_offset": -1, "dropout": Dropout(0.3, 12)}
-        return (attention(q, k, v, bias=bias, sinks=sinks, **options) * upstream).sum()
+        found = attention(q, k, v, bias=bias, sinks=sinks, **options, impl="reference")
+        return (found * upstream).sum()
 
     def judge(q: np.ndarray, sinks: np.ndarray) -> np.ndarray:
         rows, keys = np.mgrid[:4, :4]
@@ -334,9 +337,8 @@ def test_no_poison_in_any_order() -> None:
     spoilt[2][:, :, 3] = -torch.inf
 
     def f(q: Any, k: Any, v: Any) -> Any:
-        score = scores.softcap(2.0)
-        got = attention(q, k, v, score=score, mask=masks.causal(), query_offset=-1)
-        return got.square().sum()
+        options = {"score": scores.softcap(2.0), "mask": masks.causal(), "query_offset": -1}
+        return attention(q, k, v, **options, impl="reference").square().sum()
 
     along = tuple(torch.ones_like(x) for x in clean)
     for kind in (lambda *x: jvp(f, x, along)[1], hessian(f, argnums=(0, 1, 2))):

@@ -1,0 +1,142 @@
+"""The weights of chosen heads and rows: the same question asked of fewer queries.
+
+A row's softmax needs nothing of any other row, so the weights of a few rows are an attention of
+those rows alone, at O(chosen * Tk) time and memory. Only the positions must be told: the mask and
+score of the smaller problem look its h, row and q up where the larger one has them,
+
+    h   -> heads[h]
+    row -> rows[row]
+    q   -> rows[row] + offset[b]
+
+and padded rows, which the smaller problem does not know by their place, become part of its mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import index
+from typing import Any
+
+import numpy as np
+
+from attn_core.language.tree import Tape, Tree
+from attn_core.language.values import Mask, Score
+from attn_core.spec import FAR, Operands, Problem
+
+Array = Any
+Take = Callable[[Any, Sequence[int], int], Any]
+
+
+def chosen(name: str, given: Any, size: int | None, axis: str) -> list[int] | None:
+    """`heads` or `queries` as a list of host ints within [0, size); None is all of them."""
+    if given is None:
+        return None
+    try:
+        found = [index(i) for i in (given if np.iterable(given) else [given])]
+    except TypeError:
+        raise TypeError(
+            f"`{name}` must be an int or host ints. Got {type(given).__name__}."
+        ) from None
+    for i in found:
+        if i < 0 or (size is not None and i >= size):
+            raise ValueError(f"`{name}` must lie within [0, {axis}) = [0, {size}). Got {i}.")
+    return found
+
+
+def narrowed(
+    p: Problem, x: Operands, heads: list[int] | None, rows: list[int] | None, take: Take
+) -> dict[str, Any]:
+    """The arguments of `attention` that ask for the weights of these heads and rows.
+
+    `take(array, indices, axis)` is the framework's gather.
+    """
+    head_axis, row_axis = (1, 2) if p.layout == "BHTD" else (2, 1)
+    query, key, bias, sinks = x.query, x.key, x.bias, x.sinks
+    if heads is not None:
+        query = take(query, heads, head_axis)
+        key = take(key, [h // p.group for h in heads], head_axis)
+        sinks = None if sinks is None else take(sinks, heads, 0)
+    if rows is not None:
+        query = take(query, rows, row_axis)
+    if bias is not None and p.bias is not None:
+        for picked, spanned, axis in ((heads, p.bias[1], -3), (rows, p.bias[2], -2)):
+            if picked is not None and spanned:
+                bias = take(bias, picked, len(bias.shape) + axis)
+    score = None if p.score is None else Score(*_moved(p, x, p.score, x.score, heads, rows))
+    return {
+        "query": query,
+        "key": key,
+        "value": key,  # any value will do
+        "mask": Mask(*_moved(p, x, p.mask, x.mask, heads, rows)),
+        "bias": bias,
+        "score": score,
+        "scale": p.scale,
+        "sinks": sinks,
+        "kv_lengths": _plain(x.kv_lengths),
+        "query_offset": "start",
+        "layout": p.layout,
+        "precision": p.precision,
+        "return_weights": True,
+    }
+
+
+def _plain(lengths: Any) -> Any:
+    """Host lengths as the user may give them: one for all, or a list."""
+    if not isinstance(lengths, tuple):
+        return lengths
+    return lengths[0] if len(lengths) == 1 else list(lengths)
+
+
+def _moved(
+    p: Problem,
+    x: Operands,
+    tree: Tree | None,
+    arrays: Sequence[Any],
+    heads: list[int] | None,
+    rows: list[int] | None,
+) -> tuple[Tree, tuple[Any, ...]]:
+    """The tree over the positions of the larger problem; of a mask also its padded rows."""
+    tape = Tape()
+    h, row, b = tape.index("h"), tape.index("row"), tape.index("b")
+    if heads is not None:
+        # Held within what they are known to be, so that the int32 rule knows it too.
+        h = _within(tape, tape.lookup(np.array(heads, np.int32), "int", [h]), 0, p.heads - 1)
+    if rows is not None:
+        row = tape.lookup(np.array(rows, np.int32), "int", [row])
+        row = _within(tape, row, 0, (FAR if p.q_len is None else max(p.q_len, 1)) - 1)
+    q = row
+    if p.offset == "given":
+        offset = _one_each(tape, x.query_offset, b)
+        q = tape.apply("add", row, _within(tape, offset, -FAR, FAR))
+    elif p.offset == "end":
+        ends = []
+        for lengths, size in ((x.kv_lengths, p.k_len), (x.q_lengths, p.q_len)):
+            end = tape.const(size or 0)
+            if lengths is not None:
+                most = FAR if size is None else size
+                end = _within(tape, _one_each(tape, lengths, b), 0, most)
+            elif size is None:
+                raise ValueError(
+                    '`query_offset="end"` must come with known Tq and Tk where rows are chosen. '
+                    "Got an unknown size: give the offset itself."
+                )
+            ends.append(end)
+        q = tape.apply("add", row, tape.apply("sub", *ends))
+    bind = {"h": h, "row": row, "q": q}
+    at = tape.const(True) if tree is None else tape.replay(tree, arrays, bind)
+    if (tree is None or tape.kind(at) == "bool") and x.q_lengths is not None:
+        valid = tape.apply("lt", row, _one_each(tape, x.q_lengths, b))
+        at = tape.apply("and", at, valid)
+    return tape.finish(at)
+
+
+def _one_each(tape: Tape, given: Any, b: int) -> int:
+    """Lengths or offsets looked up by batch; of length 1 they hold for all."""
+    if isinstance(given, tuple):
+        given = np.array(given, np.int32)
+    return tape.lookup(given, "int", [b] if len(given.shape) else [])
+
+
+def _within(tape: Tape, at: int, low: int, high: int) -> int:
+    at = tape.apply("maximum", at, tape.const(low))
+    return tape.apply("minimum", at, tape.const(high))
