@@ -9,6 +9,7 @@ A backend is a module `attn_core.backends.<name>` with these verbs, in this orde
     attend(plan, operands)          AttentionOutput
     vjp(arguments, cotangents)      outputs and gradients, for conformance
     from_numpy(x), to_numpy(x)
+    take(x, index, axis)            entries of an axis, by host ints
 
 and two facts: IMPLEMENTATIONS, the names it has, best first, and tracing(), whether the framework
 is tracing Python itself right now. To add one, write that module and add a loader below.
