@@ -43,6 +43,10 @@ def _cases(incomplete: str) -> list[str]:
     return [name for name in named([]) if name.startswith(incomplete)]
 
 
+def _tiers(incomplete: str) -> list[str]:
+    return [name for name in ("smoke", "full", "exhaustive") if name.startswith(incomplete)]
+
+
 @suite.command("run")
 def run_suite(
     backend: Annotated[
@@ -64,12 +68,20 @@ def run_suite(
             autocompletion=_peers,
         ),
     ] = None,
-    tier: Annotated[str, typer.Option(help="smoke, full or exhaustive.")] = "full",
-    timeout: Annotated[float, typer.Option(help="Seconds a case may take.")] = 300.0,
-    jobs: Annotated[int, typer.Option(help="Worker processes at a time.")] = 2,
-    json: Annotated[Path | None, typer.Option(help="Also write the verdicts here.")] = None,
-    junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML here.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write one HTML page here.")] = None,
+    tier: Annotated[
+        str, typer.Option(help="smoke, full or exhaustive.", autocompletion=_tiers)
+    ] = "full",
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a case may take.")] = 300.0,
+    jobs: Annotated[int, typer.Option(min=1, help="Worker processes at a time.")] = 2,
+    json: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Also write the verdicts here.")
+    ] = None,
+    junit: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Also write JUnit XML here.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Also write one HTML page here.")
+    ] = None,
     failures: Annotated[bool, typer.Option(help="Show only cases that fail.")] = False,
 ) -> None:
     """Judge backends against the float64 judge; exit 1 on a failure."""
@@ -117,7 +129,13 @@ def run_suite(
     if interrupted:
         console.print(f"interrupted: {len(verdicts)} of {total} asked")
         raise typer.Exit(130)
-    raise typer.Exit(1 if any(v.status in ("failed", "error") for v in verdicts) else 0)
+    silent = [
+        name for name in names if not any(v.backend == name and not v.missing for v in verdicts)
+    ]
+    for name in silent:
+        console.print(f"{name} answered no case: nothing has been judged.", markup=False)
+    bad = silent or any(v.status in ("failed", "error") for v in verdicts)
+    raise typer.Exit(1 if bad else 0)
 
 
 def _progress() -> Progress:

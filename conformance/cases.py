@@ -224,6 +224,8 @@ def _cases() -> list[Case]:
         ),
         Case("sinks", (sunk(),)),
         Case("sinks-mixed", (sunk([-np.inf, 0.5, -np.inf, 8.0]), _HOLES), shape=_SQUARE),
+        # Far above every logit: whoever leaves them out of the maximum overflows.
+        Case("sinks-huge", (sunk([150.0, -150.0, 90.0, 400.0]),)),
         Case("sinks-padded", (sunk(), given(kv_lengths=[0, 4], q_lengths=[3, 5]))),
         Case("empty-rows", (_HOLES,), shape=_SQUARE),
         Case("empty-all", (plain(lambda: masks.prefix(0), lambda b, h, q, k, i: False),)),
@@ -267,6 +269,7 @@ def _cases() -> list[Case]:
         sunk(),
         dropped(0.2, 11),
     )
+    found += _tiles()
     found.append(Case("everything", everything))
     found.append(Case("everything-bthd", everything, layout="BTHD"))
     by_name = {case.name: case for case in found}
@@ -328,6 +331,33 @@ def _pairs() -> list[Case]:
     return found
 
 
+def _tiles() -> list[Case]:
+    """Lengths around the tiles that implementations cut attention into, and common head widths."""
+    few = Shape(batch=1, heads=2, kv_heads=1, width=64, v_width=64)
+    wide = few._replace(width=128, v_width=128)
+    packed = masked(vocabulary.packed_causal)
+    return [
+        Case("tiles-63-65", (_END, _CAUSAL), few._replace(q_len=63, k_len=65)),
+        Case(
+            "tiles-64-129", (biased(1, 2, 3), sunk([0.5, -1.0])), few._replace(q_len=64, k_len=129)
+        ),
+        Case("tiles-128-127", (_END, _WINDOW), wide._replace(q_len=128, k_len=127)),
+        Case(
+            "tiles-130-poison",
+            (given(kv_lengths=[70]), poisoned("key", "value")),
+            few._replace(q_len=130, k_len=130),
+        ),
+        Case("tiles-257-300", (_END, _CAUSAL, _SOFTCAP), few._replace(q_len=257, k_len=300)),
+        Case("tiles-300-packed", (packed,), few._replace(q_len=300, k_len=300)),
+        Case(
+            "tiles-1-513",
+            (offset("end", [399]), _WINDOW, given(kv_lengths=[400])),
+            few._replace(q_len=1, k_len=513),
+        ),
+        Case("tiles-520-dropout", (dropped(0.25, 9),), few._replace(q_len=520, k_len=520)),
+    ]
+
+
 def _models() -> list[Case]:
     """Attention as it is called in models people run, small."""
     full = Shape(batch=2, heads=4, kv_heads=4, q_len=17, k_len=17, width=16, v_width=16)
@@ -380,13 +410,23 @@ SAMPLE: tuple[str, ...] = (
     *("sinks-mixed", "empty-rows", "dropout", "poison-all", "none-keys", "everything"),
     *("everything-bfloat16", "everything-float16", "plain-float64"),
 )
-"""The named sample for forms that are slow to compile (torch inductor)."""
+"""The named sample for forms that are slow to compile (torch inductor, TensorFlow XLA)."""
 
 _TELLING = (
     *("plain-float64", "heads-gqa-6-2-bfloat16", "everything-float16", "mask-dense-2"),
     *("pair-softcap-bias", "pair-alibi-sinks", "pair-causal-scale", "bias-bhqk"),
 )
-_PASSED_OVER = ("pair-", "width-", "bias-b", "bias-s", "mask-d", "mask-l")
+_PASSED_OVER = (
+    "pair-",
+    "tiles-2",
+    "tiles-3",
+    "tiles-5",
+    "width-",
+    "bias-b",
+    "bias-s",
+    "mask-d",
+    "mask-l",
+)
 
 SMOKE: tuple[str, ...] = tuple(
     case.name

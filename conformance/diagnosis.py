@@ -84,7 +84,9 @@ def _of_output(asked: Question, judged: reference.Judged, textbook: Textbook, ou
     if asked.dtype == "float64" and 2.0**-32 < error / (spread or 1) < 2.0**-16:
         return "float64 computed in float32 inside"
     if asked.dtype in ("float32", "float64") and 2.0**-15 < error / (spread or 1) < 2.0**-6:
-        return "rounding of a narrower type (TF32, float16 or bfloat16 inside)"
+        return (
+            "rounding of a narrower type (TF32, float16 or bfloat16 inside), or noise of its size"
+        )
     return ""
 
 

@@ -51,7 +51,7 @@ class Verdict:
     @property
     def passed(self) -> bool:
         inside = all(used <= 1 for used in self.shares.values())  # NaN is not
-        return not self.problem and not self.missing and inside
+        return not self.problem and not self.missing and bool(self.shares) and inside
 
     @property
     def status(self) -> str:
@@ -109,9 +109,9 @@ def judge(name: str, subject: Subject, backend: Any, form: str) -> Verdict:
         _refused(verdict, WRONG[name], subject, backend)
         verdict.seconds = time.perf_counter() - started
         return verdict
-    case = BY_NAME[name].fitted(subject.grouped, subject.widths)
+    case = BY_NAME[name].fitted(subject.grouped, subject.widths, subject.dtypes)
     if case is None:
-        verdict.missing = "grouped heads, or values of another width"
+        verdict.missing = "grouped heads, values of another width, or the dtype"
         return verdict
     asked = case.question()
     call, verdict.missing = subject.put(asked)
@@ -122,6 +122,8 @@ def judge(name: str, subject: Subject, backend: Any, form: str) -> Verdict:
             verdict.problem = f"{type(error).__name__}: {error}".strip()
         else:
             _compare(verdict, case, backend, got, found, outputs)
+            if verdict.status == "failed" and not isinstance(subject, Ours):
+                _repeated(verdict, subject, backend, call, got)
     verdict.seconds = time.perf_counter() - started
     return verdict
 
@@ -140,6 +142,8 @@ def _refused(verdict: Verdict, misuse: Misuse, subject: Subject, backend: Any) -
             verdict.problem = (
                 f"must raise {misuse.error.__name__}: {text} Got {type(error).__name__}: {error}"
             )
+        else:
+            verdict.shares["error"] = 0.0
     else:
         verdict.problem = f"must raise {misuse.error.__name__}: {text} Got a result."
 
@@ -148,17 +152,51 @@ def _answer(
     subject: Subject, backend: Any, form: str, asked: Question, call: dict[str, Any]
 ) -> tuple[AttentionOutput, dict[str, Any], tuple[str, ...]]:
     """What the subject returns, the gradients it gives, and which outputs it has."""
-    given = arrays(backend, call, traced=form != "eager" and isinstance(subject, Ours))
+    # Copies, since some frameworks share memory with NumPy and a subject may write.
+    copies = {n: _copy(x) if isinstance(x, np.ndarray) else x for n, x in call.items()}
+    given = arrays(backend, copies, traced=form != "eager" and isinstance(subject, Ours))
     outputs: tuple[str, ...] = OUTPUTS
     if not isinstance(subject, Ours):
         # What it returns is known once it has been called; cotangents go to that alone.
         first = as_output(subject.function(**given))
+        _untouched(backend, call, given)
+        if first.out is None:
+            raise TypeError("a subject must return out, or (out, lse, weights). Got no out.")
         outputs = tuple(name for name in OUTPUTS if getattr(first, name) is not None)
         if not subject.backward:
             return first, {}, outputs
     cotangents = {name: backend.from_numpy(asked.cotangents[name]) for name in outputs}
     got, found = backend.vjp(given, cotangents, form, subject.function)
+    _untouched(backend, call, given)
     return got, found, outputs
+
+
+def _copy(x: np.ndarray) -> np.ndarray:
+    """Of the same strides, which are what some cases are about."""
+    if x.flags.c_contiguous or not x.size:
+        return x.copy()
+    spread = np.zeros((*x.shape[:-1], x.shape[-1] * 2 + 1), x.dtype)
+    spread[..., 1::2] = x
+    return spread[..., 1::2]
+
+
+def _untouched(backend: Any, call: dict[str, Any], given: dict[str, Any]) -> None:
+    for name, before in call.items():
+        if isinstance(before, np.ndarray):
+            now = given[name]
+            after = now if isinstance(now, np.ndarray) else np.asarray(backend.to_numpy(now))
+            if after.dtype == before.dtype and after.tobytes() != before.tobytes():
+                raise ValueError(f"a subject must not write into its inputs. Got a new `{name}`.")
+
+
+def _repeated(
+    verdict: Verdict, subject: Subject, backend: Any, call: dict[str, Any], got: AttentionOutput
+) -> None:
+    """Whether a failed subject answers the same thing twice; if not, that is the cause."""
+    again = as_output(subject.function(**arrays(backend, call, traced=False)))
+    one, other = (np.asarray(backend.to_numpy(x.out)) for x in (got, again))
+    if verdict.form == "eager" and one.shape == other.shape and one.tobytes() != other.tobytes():
+        verdict.cause = "two calls with the same arguments differ"
 
 
 def _compare(
@@ -193,6 +231,8 @@ def _compare(
         want, ordinary = getattr(judged, output), textbook.outputs[output]
         compare(output, getattr(got, output), dtype, want, ordinary, direction="out")
     scored = "score" in asked.judge
+    if "slopes" in found:
+        found = {**found, "score": (found["slopes"],)}
     for key in ("query", "key", "value", "bias", "sinks"):
         if key in found:
             compare(

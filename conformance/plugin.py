@@ -9,6 +9,7 @@ that reason. They run in pytest's own process, so give each framework a run of i
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -37,12 +38,17 @@ def pytest_collection_modifyitems(
     specs = config.getoption("--attn-subject")
     if not specs:
         return
+    from attn_core.conformance import subjects
     from attn_core.conformance.runner import plan
 
+    # A stranger's module stands where the command was typed.
+    sys.path.append(str(config.invocation_params.dir))
     form = config.getoption("--attn-form")
     try:
         work = plan(specs, [form], tier=config.getoption("--attn-tier"))
-    except ValueError as error:
+        for spec in specs:
+            subjects.find(spec)
+    except (ValueError, TypeError, ImportError) as error:
         raise pytest.UsageError(str(error)) from error
     for spec, form, names in work:
         for name in names:

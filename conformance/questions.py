@@ -63,11 +63,18 @@ class Case:
     dtype: str = "float32"
     layout: str = "BHTD"
 
-    def fitted(self, grouped: bool, widths: bool) -> Case | None:
-        """The case for a subject without grouped heads, or of one width for keys and values.
+    def fitted(self, grouped: bool, widths: bool, dtypes: tuple[str, ...]) -> Case | None:
+        """The case for a subject without grouped heads, of one width for keys and values, or
+        without float32.
 
-        Sizes that are nobody's point are made equal; None where they are what the case is about.
+        Sizes that are nobody's point are made equal, and float32 becomes the subject's first
+        dtype; None where they are what the case is about.
         """
+        dtype = self.dtype
+        if dtype not in dtypes:
+            if dtype != "float32" or not dtypes or "1e9" in self.name or "least" in self.name:
+                return None
+            dtype = dtypes[0]
         size, usual = self.shape, Shape()
         if not grouped and size.heads != size.kv_heads:
             if (size.heads, size.kv_heads) != (usual.heads, usual.kv_heads):
@@ -77,7 +84,7 @@ class Case:
             if (size.width, size.v_width) != (usual.width, usual.v_width):
                 return None
             size = size._replace(v_width=size.width)
-        return replace(self, shape=size)
+        return replace(self, shape=size, dtype=dtype)
 
     def question(self) -> Question:
         """The question, made anew; equal for equal seeds."""

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from signal import Signals
 from threading import Event, Timer
 from typing import NamedTuple
 
@@ -26,12 +27,15 @@ FORMS = {
 }
 """Every form of every backend; the first is the default."""
 
-_SAMPLED = ("inductor",)
+_SAMPLED = ("inductor", "xla")
 """Forms too slow to compile for every case: they get the named sample."""
 
 _FEW = 40
 TIMEOUT = 300.0
 """Seconds that a case may take."""
+
+STARTUP = 120.0
+"""Seconds, at least, that importing a framework and a subject may take."""
 
 
 class Work(NamedTuple):
@@ -189,13 +193,17 @@ def _worker(
             process.stdin.close()
         except BrokenPipeError:
             pass  # it died while starting; its exit status says so below
-        ready = process.stdout.readline() == "ready\n"
         late = Event()
 
         def expire() -> None:
             late.set()
             process.kill()
 
+        clock = Timer(max(timeout, STARTUP), expire)
+        clock.start()
+        ready = process.stdout.readline() == "ready\n"
+        clock.cancel()
+        answered = 0
         while True:
             clock = Timer(timeout, expire)
             clock.start()
@@ -204,14 +212,19 @@ def _worker(
             if not line or stop.is_set():
                 break
             verdicts.append(Verdict(**json.loads(line)))
+            answered += 1
             seen(verdicts[-1])
         if stop.is_set():
             process.kill()
         status = process.wait()
+        if late.is_set() and not ready:
+            limit = max(timeout, STARTUP)
+            return ready, f"{work.subject} was not imported within {limit:g} s, and was ended"
         if late.is_set():
             return ready, f"it gave no answer within {timeout:g} s, and was ended"
-        if status == 0:
+        if status == 0 and answered == len(work.cases):
             return ready, ""
         log.seek(0)
         last = [line for line in log.read().splitlines() if line.strip()][-1:] or ["no message"]
-        return ready, f"the worker ended with status {status}: {last[0]}"
+        how = f"signal {Signals(-status).name}" if status < 0 else f"status {status}"
+        return ready, f"the worker ended with {how}: {last[0]}"

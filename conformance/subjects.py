@@ -195,6 +195,11 @@ def subject(
     def made(function: Callable[..., Any]) -> Subject:
         parameters = list(inspect.signature(function).parameters.values())
         named = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+        fixed = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
+        if fixed:
+            raise TypeError(
+                f"the parameters of a subject must be taken by name. Got {fixed}, positional only."
+            )
         for wanted in ("query", "key", "value"):
             if wanted not in named:
                 raise TypeError(
@@ -246,7 +251,11 @@ def find(spec: str) -> Subject:
             f"a subject must be one of {', '.join(known)}, or package.module:function. "
             f"Got {spec!r}.{nearest(spec, known)}"
         )
-    found = getattr(import_module(head), tail, None)
+    module = import_module(head)
+    if not hasattr(module, tail):
+        known = tuple(n for n, x in vars(module).items() if isinstance(x, Subject))
+        raise ValueError(f"{head} must have a subject {tail!r}. Got none.{nearest(tail, known)}")
+    found = getattr(module, tail)
     if not isinstance(found, Subject):
         raise TypeError(
             f"{spec!r} must be a function under @attn_core.conformance.subject(framework). "

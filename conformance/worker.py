@@ -32,6 +32,11 @@ def main() -> None:
     sys.path.append(os.getcwd())
     subject = subjects.find(spec)
     backend = registry.load(subject.framework)
+    if form not in backend.FORMS:
+        raise SystemExit(
+            f"`form` must be one of {', '.join(backend.FORMS)} for {spec}, a subject of "
+            f"{subject.framework}. Got {form}."
+        )
     print("ready", file=channel)
     for line in sys.stdin:
         verdict = judge(line.strip(), subject, backend, form)

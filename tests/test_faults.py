@@ -176,7 +176,7 @@ FAULTS = {
     "sinks scaled": "sinks multiplied by the scale",
     "heads": "key heads repeated in the wrong order (h % Hk)",
     "layout": "BHTD read as BTHD",
-    "tf32": "rounding of a narrower type (TF32, float16 or bfloat16 inside)",
+    "tf32": "rounding of a narrower type (TF32, float16 or bfloat16 inside), or noise of its size",
     "float32 inside": "float64 computed in float32 inside",
     "nan rows": "rows that see no key are NaN instead of 0",
     "mean rows": "rows that see no key are the mean of the values instead of 0",
@@ -267,6 +267,9 @@ def test_a_subject_is_refused_with_the_nearest_word() -> None:
         (lambda q: (_ for _ in ()).throw(RuntimeError("no kernel")), "RuntimeError: no kernel"),
         (lambda q: q.astype(np.float64), "must be float32. Got float64"),
         (lambda q: q[:1], "must have shape"),
+        (lambda q: None, "must return out, or (out, lse, weights). Got no out."),
+        (lambda q: (None, None, None), "must return out, or (out, lse, weights). Got no out."),
+        (lambda q: q.__imul__(2), "must not write into its inputs. Got a new `query`."),
     ],
 )
 def test_whatever_a_subject_returns_is_reported(answer: Any, words: str) -> None:
@@ -277,6 +280,49 @@ def test_whatever_a_subject_returns_is_reported(answer: Any, words: str) -> None
     verdict = judgement.judge("plain", odd, NUMPY, "eager")
     assert verdict.status == "error"
     assert words in verdict.problem
+
+
+def test_a_subject_without_float32_is_asked_in_its_own_dtype() -> None:
+    @subject("numpy", dtypes=("float16",), backward=False)
+    def half(query: Any, key: Any, value: Any, mask: Any = None, scale: float = 1.0) -> Any:
+        with np.errstate(all="ignore"):
+            q, k, v = (a.astype(np.float32) for a in (query, key, value))
+            out, *_ = attend("", q, k, v, mask=mask, scale=scale, query_offset=0)
+            return out.astype(np.float16)
+
+    asked = [judgement.judge(name, half, NUMPY, "eager") for name in cases.SMOKE]
+    offered = {v.case for v in asked if v.status == "passed"}
+    assert {"plain", "mask-causal", "model-vit"} <= offered
+    assert [v.case for v in asked if v.status not in ("passed", "not offered")] == []
+
+    @subject("numpy", dtypes=("float16",), backward=False)
+    def ignoring(query: Any, key: Any, value: Any, mask: Any = None, scale: float = 1.0) -> Any:
+        return half.function(query, key, value, None, scale)
+
+    assert judgement.judge("mask-causal", ignoring, NUMPY, "eager").cause == "mask ignored"
+
+
+def test_a_subject_that_answers_differently_each_time_is_told_so() -> None:
+    rng = np.random.default_rng(0)
+
+    @subject("numpy", backward=False)
+    def noisy(query: Any, key: Any, value: Any) -> Any:
+        return rng.standard_normal((*query.shape[:3], value.shape[3])).astype(query.dtype)
+
+    verdict = judgement.judge("plain", noisy, NUMPY, "eager")
+    assert verdict.cause == "two calls with the same arguments differ"
+
+
+def test_only_a_case_that_crosses_a_tile_shows_a_fault_beyond_it() -> None:
+    @subject("numpy")
+    def long(query: Any, key: Any, value: Any, mask: Any = None, scale: float = 1.0) -> Any:
+        out, *_ = attend("", query, key, value, mask=mask, scale=scale, query_offset=0)
+        out[:, :, 63:] *= np.float32(1.01)
+        return out
+
+    red = {n for n in cases.SMOKE if judgement.judge(n, long, NUMPY, "eager").status == "failed"}
+    assert "tiles-128-127" in red
+    assert all(name.startswith("tiles-") for name in red)
 
 
 def test_every_option_of_every_case_makes_a_difference() -> None:

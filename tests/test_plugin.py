@@ -69,6 +69,18 @@ def test_it_is_silent_where_it_is_not_asked_for(project: Path) -> None:
     assert "1 passed" in done.stdout
 
 
+def test_a_project_needs_no_configuration(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(SUBJECT.replace("{mask}", "mask"))
+    script = Path(sys.executable).with_name("pytest")
+    command = [str(script), "-p", "no:cacheprovider", "--attn-subject", "mine:mine", "-k", "plain"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    command[4] = "mine:mien"
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 4
+    assert "mine must have a subject 'mien'. Got none. Did you mean 'mine'?" in done.stderr
+
+
 def test_it_runs_in_parallel_under_xdist(project: Path) -> None:
     done = run(project, "--attn-subject", "mine:mine", "-n", "2", "-k", "mask-", "-v")
     assert done.returncode == 0, done.stdout

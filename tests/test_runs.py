@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import attn_core
+from attn_core import cli
 from attn_core.backends import numpy as backend
-from attn_core.conformance import cases, judgement, misuse, subjects
+from attn_core.conformance import cases, judgement, misuse, runner, subjects
 from attn_core.conformance.runner import Work, plan, run, shared_out
 
 HANGING = """
@@ -71,6 +73,51 @@ def test_a_subject_that_takes_its_process_down_costs_its_case(
     verdicts = run(["stranger:slow"], cases=["plain", "model-vit", "width-1"])
     assert {v.case for v in verdicts if v.problem} == {"model-vit"}
     assert len(verdicts) == 3
+
+
+def test_a_process_that_ends_well_without_an_answer_costs_its_case(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stranger(tmp_path, "if query.shape[2] == 26: os._exit(0)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    verdicts = run(["stranger:slow"], cases=["plain", "model-vit", "width-1"])
+    problem = {v.case: v.problem for v in verdicts}["model-vit"]
+    assert problem.startswith("the worker ended with status 0")
+    assert len(verdicts) == 3
+
+
+def test_a_subject_that_cannot_be_imported_in_time_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "forever.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(runner, "STARTUP", 3.0)
+    with pytest.raises(ImportError, match="forever:f was not imported within 3 s"):
+        run(["forever:f"], cases=["plain"], timeout=2)
+
+
+def test_bad_arguments_are_said_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stranger(tmp_path, "pass")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(ImportError, match="`form` must be one of eager for stranger:slow"):
+        run(["stranger:slow"], forms=["jit"], cases=["plain"])
+    with pytest.raises(ImportError, match=r"must have a subject 'slwo'. Got none. Did you mean"):
+        run(["stranger:slwo"], cases=["plain"])
+    command = ["conformance", "run", "--subject", "stranger:slow", "--case", "plain"]
+    for wrong in (["--jobs", "0"], ["--timeout", "0"], ["--html", str(tmp_path)]):
+        assert CliRunner().invoke(cli.app, [*command, *wrong]).exit_code == 2
+
+
+def test_a_subject_that_answers_nothing_is_not_green(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stranger(tmp_path, "pass")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = CliRunner().invoke(
+        cli.app, ["conformance", "run", "--subject", "stranger:slow", "--case", "sinks-mixed"]
+    )
+    assert done.exit_code == 1
+    assert "stranger:slow answered no case: nothing has been judged." in done.stdout
 
 
 def test_ctrl_c_keeps_what_was_done(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def vjp(
     with x64(any(is_wide(x) for x in jax.tree_util.tree_leaves((arguments, cotangents)))):
         leaves = dict(arguments)
         inputs: dict[str, Any] = {}
-        for name in ("query", "key", "value", "bias", "sinks"):
+        for name in ("query", "key", "value", "bias", "sinks", "slopes"):
             if leaves.get(name) is not None:
                 inputs[name] = _array(leaves.pop(name), "float32")
         score = leaves.pop("score", None)
