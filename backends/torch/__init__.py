@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from types import FunctionType
 from typing import Any
@@ -11,22 +11,22 @@ import numpy as np
 import torch
 
 from attn_core.api import attention
+from attn_core.backends.torch import chunked, reference
 from attn_core.backends.torch import pytrees as _pytrees
-from attn_core.backends.torch import reference
 from attn_core.backends.torch.arrays import DTYPES
 from attn_core.backends.torch.documents import scaled_dot_product_attention
 from attn_core.check_positions import range_problem
-from attn_core.language.expr import Table
+from attn_core.language.operands import Table
 from attn_core.language.values import Score
 from attn_core.spec import AttentionOutput, Facts, Operands, Plan, Problem, as_output
 
 __all__ = ["scaled_dot_product_attention"]
 
 NAME = "torch"
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("chunked", "reference")
 FORMS = ("eager", "aot_eager", "inductor")
 
-_HANDLERS = {"reference": reference.attend}
+_HANDLERS = {"chunked": chunked.attend, "reference": reference.attend}
 _NAMES = {
     getattr(torch, name): name
     for name in (
@@ -76,7 +76,7 @@ def admit(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
 def refusals(problem: Problem, impl: str) -> list[str]:
     if impl not in IMPLEMENTATIONS:
         return [f"`impl` must be one of {', '.join(IMPLEMENTATIONS)} in backend torch. Got {impl}."]
-    reasons = []
+    reasons = chunked.refusals(problem) if impl == "chunked" else []
     if problem.precision == "highest" and problem.dtype == "float32":
         switch = torch.get_float32_matmul_precision()
         if switch != "highest":
@@ -108,7 +108,7 @@ def vjp(
     torch.compile(fullgraph=True) with that backend.
     """
     leaves = dict(arguments)
-    for name in ("query", "key", "value", "bias", "sinks"):
+    for name in ("query", "key", "value", "bias", "sinks", "slopes"):
         if leaves.get(name) is not None:
             leaves[name] = leaves[name].detach().requires_grad_()
     score = leaves.get("score")
@@ -172,6 +172,11 @@ def to_numpy(x: Any) -> Any:
 
         return x.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return x.numpy()
+
+
+def take(x: Any, index: Sequence[int], axis: int) -> Any:
+    """Entries of an axis, by host ints."""
+    return torch.index_select(x, axis, torch.tensor(index, dtype=torch.int64, device=x.device))
 
 
 def _tensors(problem: Problem, operands: Operands, device: torch.device) -> Operands:

@@ -33,6 +33,21 @@ def keep(threshold: int, seed: Any, batch: Any, heads: int, q: Array, k_len: Any
     return drawn[..., :k_len] >= threshold
 
 
+def keep_tile(
+    threshold: int, words: tuple[int, int], b: Array, h: Array, q: Array, first: int, count: int
+) -> Array:
+    """The keep mask over keys [first, first + count) of a tile, its indices being 5-D.
+
+    first is a multiple of 4, the keys that one counter draws.
+    """
+    wide = {"dtype": torch.int64, "device": q.device}
+    blocks = torch.arange(first // 4, -(-(first + count) // 4), **wide)
+    counter = [blocks, q.to(torch.int64) & _M, h.to(torch.int64), b.to(torch.int64)]
+    shape = torch.broadcast_shapes(*[c.shape for c in counter])
+    x = philox([c.expand(shape) for c in counter], *words)
+    return torch.stack(x, -1).flatten(-2)[..., :count] >= threshold
+
+
 def words(seed: Any) -> tuple[Array, Array]:
     """(low, high) 32-bit words of a seed."""
     if isinstance(seed, torch.Tensor) and seed.dim() == 0:
@@ -43,7 +58,7 @@ def words(seed: Any) -> tuple[Array, Array]:
     return seed[0], seed[1]
 
 
-def philox(x: list[Array], low: Array, high: Array) -> list[Array]:
+def philox(x: list[Array], low: Any, high: Any) -> list[Array]:
     """Ten rounds over four 32-bit words held in int64."""
     for i in range(10):
         if i:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils import _pytree
 
-from attn_core.language.expr import Table
+from attn_core.language.operands import Table
 from attn_core.language.text import parse, text
 from attn_core.language.values import Dropout, Mask, Score, flatten, rebuild_dropout, unflatten
 

@@ -89,7 +89,7 @@ def indices(p: Problem, x: Operands, batch: Any, heads: int, q_len: Any, k_len: 
     }
 
 
-def offset(p: Problem, x: Operands, q_len: Any, k_len: Any) -> Array:
+def offset(p: Any, x: Operands, q_len: Any, k_len: Any) -> Array:
     """query_offset as int32, (B or 1, 1, 1, 1)."""
     if p.offset == "zero":
         return torch.zeros((1, 1, 1, 1), dtype=torch.int32, device=x.query.device)

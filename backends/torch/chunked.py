@@ -1,0 +1,339 @@
+"""Query tiles against live key tiles: linear memory, forward and backward, for every option.
+
+The block map of the mask says which tiles are live; only they are computed, and only the partial
+ones evaluate the mask. The backward pass rebuilds each tile from the statistics (m, log l) of its
+rows.
+
+Tiles are a loop in Python that only real tensors can run. So there are two operators,
+`attn_core::chunked_forward` and `attn_core::chunked_backward`, opaque to torch.compile and export,
+which take tensors and, as text, what is static; called with tensors as they are, without a
+compiler, the loop is run at once. An `autograd.Function` binds the two, and another one the second
+so that whoever differentiates twice, or forwards, is told that only `reference` does: without it
+an operator's tangents would silently be zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from operator import index
+from typing import Any
+
+import torch
+
+from attn_core.backends.torch.chunked_backward import Saved, Upstream, backward
+from attn_core.backends.torch.chunked_forward import forward
+from attn_core.backends.torch.chunked_parts import Ask, Work, operands_of, read, written
+from attn_core.registry import UnsupportedError
+from attn_core.spec import AttentionOutput, Operands, Problem
+
+Array = Any
+
+# Of the flat arguments: query, key, value, bias, sinks, kv_lengths, q_lengths, query_offset, seed,
+# then operands. What has a gradient: the first five and the score's.
+_FIXED, _DIFFERENTIABLE = 9, 5
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+# What torch.compiler.assume_constant_result does, without loading torch's compiler (and triton).
+written._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def refusals(p: Problem) -> list[str]:
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return ["torch.func inside torch.compile is not implemented. Got a transform in the graph."]
+    return []
+
+
+def attend(p: Problem, x: Operands) -> AttentionOutput:
+    seed = x.seed
+    if isinstance(seed, tuple):
+        seed = torch.tensor(seed, dtype=torch.int64, device=x.query.device)
+    rest = (x.kv_lengths, x.q_lengths, x.query_offset, seed, *x.mask, *x.score)
+    given = (x.query, x.key, x.value, x.bias, x.sinks, *rest)
+    if torch.compiler.is_compiling():
+        mask, score = _plain(p.mask), _plain(p.score)
+        extras = (p.return_lse, p.return_weights)
+        text = written(p.layout, p.offset, p.rate, mask, score, len(x.mask), *extras)
+        found = _forward_op(text, p.scale, *_packed(given))
+    else:
+        ask = Ask(
+            p.layout, p.offset, p.rate, p.mask, p.score, len(x.mask), p.return_lse, p.return_weights
+        )
+        found = _Attend.apply(ask, p.scale, len(x.mask), *given)
+    return AttentionOutput(
+        found[0], found[1] if p.return_lse else None, found[2] if p.return_weights else None
+    )
+
+
+def _plain(tree: Any) -> tuple[Any, ...] | None:
+    """A tree in plain numbers: of a mask that is an argument of what is compiled they are none."""
+    if tree is None:
+        return None
+    steps = []
+    for op, kind, args, value in tree.steps:
+        value = index(value) if isinstance(value, int) else value
+        steps.append((op, kind, tuple([index(at) for at in args]), value))
+    return tuple(steps), tuple([index(at) for at in tree.results])
+
+
+# --- The two operators. ---------------------------------------------------------------------------
+
+
+# One argument for each: of a list with None in it torch does not know which entries need gradients.
+_GIVEN = (
+    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? kv_lengths, "
+    "Tensor? q_lengths, Tensor? query_offset, Tensor? seed, Tensor[] operands"
+)
+_UPSTREAM = "Tensor[] saved, Tensor? d_out, Tensor? d_lse, Tensor? d_weights"
+
+
+@torch.library.custom_op(
+    "attn_core::chunked_forward",
+    mutates_args=(),
+    schema=f"(str ask, float scale, {_GIVEN})"
+    " -> (Tensor out, Tensor lse, Tensor weights, Tensor m, Tensor log_l, Tensor alive)",
+)
+def _forward_op(ask: str, scale: float, *given: Any) -> tuple[Array, ...]:
+    """As `chunked_forward.forward`."""
+    return _forward(read(ask), scale, _flat(given))
+
+
+@torch.library.custom_op(
+    "attn_core::chunked_backward",
+    mutates_args=(),
+    schema=f"(str ask, float scale, bool[] wanted, {_GIVEN}, {_UPSTREAM}) -> Tensor[]",
+)
+def _backward_op(ask: str, scale: float, wanted: Sequence[bool], *given: Any) -> list[Array]:
+    """As `chunked_backward.backward`."""
+    saved, *upstream = given[_FIXED + 1 :]
+    return _backward(read(ask), scale, wanted, _flat(given), saved, upstream)
+
+
+def _forward(ask: Ask, scale: float, given: Sequence[Any]) -> tuple[Array, ...]:
+    with _without_autocast(given[0]):
+        return forward(Work(ask, scale, operands_of(ask, given)))
+
+
+def _backward(
+    ask: Ask,
+    scale: float,
+    wanted: Sequence[bool],
+    given: Sequence[Any],
+    saved: Sequence[Array],
+    upstream: Sequence[Array | None],
+) -> list[Array]:
+    out, lse, weights = upstream
+    # A compiler may hand over zeros, of no shape, for what was never returned.
+    up = Upstream(out, lse if ask.lse else None, weights if ask.weights else None)
+    with _without_autocast(given[0]):
+        return backward(Work(ask, scale, operands_of(ask, given)), Saved(*saved), up, wanted)
+
+
+def _without_autocast(x: Array) -> Any:
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+@_forward_op.register_fake
+def _(ask: str, scale: float, query: Array, key: Array, value: Array, *rest: Any) -> Any:
+    asked = read(ask)
+    first = asked.layout == "BHTD"
+    batch, *middle = query.shape[:3]
+    heads, q_len = middle if first else reversed(middle)
+    rows = (batch, heads, q_len)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    m = query.new_empty(rows, dtype=dtype)
+    return (
+        query.new_empty(*query.shape[:3], value.shape[3]),
+        query.new_empty(rows if asked.lse else (0,), dtype=dtype),
+        query.new_empty((*rows, key.shape[2 if first else 1]) if asked.weights else (0,)),
+        m,
+        torch.empty_like(m),
+        query.new_empty(rows, dtype=torch.bool),
+    )
+
+
+@_backward_op.register_fake
+def _(ask: str, scale: float, wanted: Sequence[bool], *given: Any) -> Any:
+    flat = _flat(given)
+    places = (*flat[:_DIFFERENTIABLE], *flat[_FIXED + read(ask).masks :])
+    return [x.new_empty(x.shape) for x, yes in zip(places, wanted, strict=True) if yes]
+
+
+def _looped(call: Any) -> Any:
+    """The rule of vmap: once for each example, since masks and dropout count the batch."""
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, tuple[int, ...]]:
+        each = [call(*_select(args, in_dims, n)) for n in range(info.batch_size)]
+        found = tuple([torch.stack(x) for x in zip(*each, strict=True)])
+        return (list(found) if isinstance(each[0], list) else found), (0,) * len(found)
+
+    return rule
+
+
+def _select(x: Any, dim: Any, n: int) -> Any:
+    if isinstance(x, (tuple, list)):
+        return [_select(y, d, n) for y, d in zip(x, dim, strict=True)]
+    return x if dim is None else x.select(dim, n)
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    ask, scale, *given = inputs
+    out, _, _, *rows = output
+    ctx.static = (ask, scale, read(ask).masks)
+    ctx.save_for_backward(*_flat(given), out, *rows)
+    ctx.mark_non_differentiable(*rows)
+    ctx.set_materialize_grads(False)
+
+
+def _pull(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
+    ask, scale, masks = ctx.static
+    *given, out, m, log_l, alive = ctx.saved_tensors
+    needed = _flat(ctx.needs_input_grad[2:])
+    wanted = [*needed[:_DIFFERENTIABLE], *needed[_FIXED + masks :]]
+    saved = [out, m, log_l, alive]
+    found = _backward_op(ask, scale, wanted, *_packed(given), saved, *upstream[:3])
+    grads = _spread(found, wanted, masks)
+    return None, None, *grads[:_FIXED], grads[_FIXED:]
+
+
+def _pull_twice(ctx: Any, *upstream: Any) -> Any:
+    raise _refused("derivatives of derivatives need")
+
+
+# Where a compiler sees the operators themselves; it refuses second derivatives on its own.
+_forward_op.register_autograd(_pull, setup_context=_keep)
+_backward_op.register_autograd(_pull_twice)
+_forward_op.register_vmap(_looped(_forward_op))
+_backward_op.register_vmap(_looped(_backward_op))
+
+
+# --- What binds them. -----------------------------------------------------------------------------
+
+
+class _Attend(torch.autograd.Function):
+    """Arguments: the Ask, scale, the number of the mask's operands, then the tensors."""
+
+    @staticmethod
+    def forward(ask: Ask, scale: float, masks: int, *given: Any) -> tuple[Array, ...]:
+        if _real(given):
+            return _forward(ask, scale, given)
+        return _forward_op(ask.written(), scale, *_packed(given))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ask, scale, masks, *given = inputs
+        out, _, _, *rows = output
+        ctx.static = (ask, scale, masks)
+        ctx.save_for_backward(*given, out, *rows)
+        ctx.mark_non_differentiable(*rows)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
+        ask, scale, masks = ctx.static
+        *given, out, m, log_l, alive = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
+        wanted = [*needed[:_DIFFERENTIABLE], *needed[_FIXED + masks :]]
+        saved = (out, m, log_l, alive)
+        found = _Pull.apply(ask, scale, wanted, *saved, *upstream[:3], *given)
+        return None, None, None, *_spread(found, wanted, masks)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise _refused("forward-mode derivatives need")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _looped(_Attend.apply)(info, in_dims, *args)
+
+
+class _Pull(torch.autograd.Function):
+    """Arguments: the Ask, scale, wanted, four saved, three upstream, then the tensors."""
+
+    @staticmethod
+    def forward(ask: Ask, scale: float, wanted: Sequence[bool], *tensors: Any) -> tuple[Array, ...]:
+        if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors):
+            return _grads_batched(ask, scale, wanted, tensors)
+        saved, up, given = tensors[:4], tensors[4:7], tensors[7:]
+        if _real(tensors):
+            return tuple(_backward(ask, scale, wanted, given, saved, up))
+        return tuple(_backward_op(ask.written(), scale, wanted, *_packed(given), list(saved), *up))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        raise _refused("derivatives of derivatives need")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise _refused("derivatives of derivatives need")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _looped(_Pull.apply)(info, in_dims, *args)
+
+
+def _grads_batched(
+    ask: Ask, scale: float, wanted: Sequence[bool], tensors: Sequence[Any]
+) -> tuple[Array, ...]:
+    """The gradients under `torch.autograd.grad(..., is_grads_batched=True)`.
+
+    It maps with a vmap older than torch.func's, which asks no Function for a rule.
+    """
+    torch._C._vmapmode_increment_nesting()
+    level = torch._C._vmapmode_decrement_nesting()
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    mapped = [x is not None and batched(x) for x in tensors]
+    # The size given counts only for what this level does not map, and then that is mapped too.
+    pairs = list(zip(tensors, mapped, strict=True))
+    count = max(len(torch._remove_batch_dim(x, level, 1, 0)) for x, yes in pairs if yes)
+    each = [torch._remove_batch_dim(x, level, count, 0) if yes else x for x, yes in pairs]
+    torch._C._vmapmode_decrement_nesting()
+    try:
+        found = [
+            _Pull.apply(
+                ask, scale, wanted, *_select(each, [0 if yes else None for yes in mapped], n)
+            )
+            for n in range(count)
+        ]
+    finally:
+        torch._C._vmapmode_increment_nesting()
+    return tuple(torch._add_batch_dim(torch.stack(x), 0, level) for x in zip(*found, strict=True))
+
+
+def _refused(what: str) -> UnsupportedError:
+    return UnsupportedError(
+        f'{what} impl="reference". Got impl="chunked", which has the first derivative only, '
+        "backwards."
+    )
+
+
+def _packed(given: Sequence[Any]) -> tuple[Any, ...]:
+    """The tensors as an operator takes them: the operands are one list."""
+    return (*given[:_FIXED], list(given[_FIXED:]))
+
+
+def _flat(given: Sequence[Any]) -> tuple[Any, ...]:
+    """And back, whatever follows."""
+    return (*given[:_FIXED], *given[_FIXED])
+
+
+def _spread(found: Sequence[Array], wanted: Sequence[bool], masks: int) -> list[Array | None]:
+    """Gradients where their tensors stood, None for the others."""
+    each = iter(found)
+    grads = [next(each) if yes else None for yes in wanted]
+    between = [None] * (_FIXED - _DIFFERENTIABLE + masks)
+    return [*grads[:_DIFFERENTIABLE], *between, *grads[_DIFFERENTIABLE:]]
+
+
+def _real(tensors: Sequence[Any]) -> bool:
+    """Whether these hold numbers that a loop in Python may read, and no mode wants to see it."""
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    return all(x is None or (type(x) in _PLAIN and not x.is_meta) for x in tensors)
