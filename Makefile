@@ -53,6 +53,10 @@ test: $(STAMP)
 		if [ $$rc -eq 5 ]; then echo "no tests there"; elif [ $$rc -ne 0 ]; then exit $$rc; fi; \
 	done
 	$(BIN)/attn-core conformance run --form all --failures $(SUBJECTS)
+ifneq ($(strip $(FRAMEWORKS)),)
+	$(BIN)/attn-core conformance run --tier smoke --failures \
+		$(foreach name,$(FRAMEWORKS),--subject $(name):reference)
+endif
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

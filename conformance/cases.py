@@ -409,8 +409,9 @@ SAMPLE: tuple[str, ...] = (
     *("offset-each", "lengths-and-mask", "score-free", "score-t5", "bias-bhqk", "bias-hides"),
     *("sinks-mixed", "empty-rows", "dropout", "poison-all", "none-keys", "everything"),
     *("everything-bfloat16", "everything-float16", "plain-float64"),
+    *("tiles-64-129", "tiles-130-poison", "tiles-300-packed"),
 )
-"""The named sample for forms that are slow to compile (torch inductor, TensorFlow XLA)."""
+"""The named sample for forms that are slow to compile: inductor, XLA, unknown sizes."""
 
 _TELLING = (
     *("plain-float64", "heads-gqa-6-2-bfloat16", "everything-float16", "mask-dense-2"),

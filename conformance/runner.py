@@ -27,7 +27,7 @@ FORMS = {
 }
 """Every form of every backend; the first is the default."""
 
-_SAMPLED = ("inductor", "xla")
+_SAMPLED = ("inductor", "dynamic", "xla")
 """Forms too slow to compile for every case: they get the named sample."""
 
 _FEW = 40

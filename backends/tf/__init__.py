@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import isfunction
 from typing import Any
 
@@ -11,19 +11,19 @@ import tensorflow as tf
 
 import attn_core
 from attn_core.api import attention
-from attn_core.backends.tf import reference
+from attn_core.backends.tf import chunked, reference
 from attn_core.backends.tf.documents import scaled_dot_product_attention
-from attn_core.language.expr import Table
+from attn_core.language.operands import Table
 from attn_core.language.values import Score
 from attn_core.spec import AttentionOutput, Facts, Operands, Plan, Problem, as_output
 
 __all__ = ["scaled_dot_product_attention"]
 
 NAME = "tf"
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("chunked", "reference")
 FORMS = ("eager", "function", "dynamic", "xla")
 
-_HANDLERS = {"reference": reference.attend}
+_HANDLERS = {"chunked": chunked.attend, "reference": reference.attend}
 
 
 def _leave_alone(functions: list[Any]) -> None:
@@ -166,9 +166,14 @@ def to_numpy(x: Any) -> Any:
     return np.asarray(x.numpy())
 
 
+def take(x: Any, index: Sequence[int], axis: int) -> Any:
+    """Entries of an axis, by host ints."""
+    return tf.gather(x, tf.constant(index, tf.int32), axis=axis)
+
+
 def _differentiable(arguments: dict[str, Any]) -> dict[Any, Any]:
     """The inputs that have gradients: by argument name, operands of the score by number."""
-    names = ("query", "key", "value", "bias", "sinks")
+    names = ("query", "key", "value", "bias", "sinks", "slopes")
     found: dict[Any, Any] = {n: arguments[n] for n in names if arguments.get(n) is not None}
     if arguments.get("score") is not None:
         tables = enumerate(arguments["score"].arrays)

@@ -17,19 +17,37 @@ _M = 0xFFFFFFFF
 
 def keep(threshold: int, seed: Any, batch: Any, heads: int, q: Array, k_len: Any) -> Array:
     """Boolean (B, Hq, Tq, Tk), True = kept. q: (B or 1, Tq) absolute positions."""
-    low, high = words(seed)
-    blocks = (k_len + 3) // 4
-    counter = (
-        tf.cast(tf.range(blocks), tf.uint64),
-        tf.cast(tf.cast(q, tf.int64) & _M, tf.uint64)[:, None, :, None],
-        tf.cast(tf.range(heads), tf.uint64)[:, None, None],
-        tf.cast(tf.range(batch), tf.uint64)[:, None, None, None],
-    )
     rows = tf.shape(q)[-1] if q.shape[-1] is None else q.shape[-1]
-    shape = (batch, heads, rows, blocks)
-    x = philox([tf.broadcast_to(c, shape) for c in counter], low, high)
-    drawn = tf.reshape(tf.stack(x, -1), (batch, heads, rows, blocks * 4))
-    return drawn[..., :k_len] >= threshold
+    place = (
+        tf.range(batch)[:, None, None, None],
+        tf.range(heads)[:, None, None],
+        q[:, None, :, None],
+    )
+    return keep_at(threshold, seed, place, (batch, heads, rows), (0, k_len))
+
+
+def keep_at(
+    threshold: int,
+    seed: Any,
+    place: tuple[Array, Array, Array],
+    outer: tuple[Any, ...],
+    keys: tuple[Any, Any],
+) -> Array:
+    """Boolean (*outer, keys), True = kept, for a tile of positions.
+
+    Args:
+        place: b, h and q, which broadcast to (*outer, 1).
+        outer: the tile's shape but for its keys.
+        keys: the first key, a multiple of 4, and how many there are.
+    """
+    low, high = words(seed)
+    first, count = keys
+    blocks = (count + 3) // 4
+    b, h, q = [tf.cast(tf.cast(x, tf.int64) & _M, tf.uint64) for x in place]
+    k = tf.cast(tf.range(blocks) + first // 4, tf.uint64)
+    x = philox([tf.broadcast_to(c, (*outer, blocks)) for c in (k, q, h, b)], low, high)
+    drawn = tf.reshape(tf.stack(x, -1), (*outer, blocks * 4))
+    return drawn[..., :count] >= threshold
 
 
 def words(seed: Any) -> tuple[Array, Array]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from attn_core.backends.tf.arrays import sizes
+
 Array = Any
 
 
@@ -54,4 +56,5 @@ class Tiles:
         return tf.reduce_sum(x, -1)
 
     def descending(self, x: Array) -> Array:
-        return tf.argsort(-x, -1, stable=True)
+        # top_k puts equal ones as they stand, and XLA has it for int32.
+        return tf.math.top_k(tf.cast(x, tf.int32), sizes(x)[-1]).indices

@@ -1,0 +1,180 @@
+"""Query tiles against live key tiles: linear memory, forward and backward, for every option.
+
+The block map of the mask says which tiles are live; only they are computed, and only the partial
+ones evaluate the mask. The backward pass computes each tile again from the statistics (m, l) of its
+rows. The loops are `tf.while_loop`s, bound by `tf.custom_gradient`; a derivative of the gradients,
+and forward mode, raise.
+
+In eager mode they run as `tf.function`s, one for each kind of problem: a second length of an axis
+leaves that axis unknown, so that further ones trace nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any
+
+import tensorflow as tf
+
+from attn_core.backends.tf import chunked_backward, chunked_forward, reference
+from attn_core.backends.tf.arrays import sizes
+from attn_core.backends.tf.chunked_forward import Rows
+from attn_core.backends.tf.chunked_grid import geometry, plan
+from attn_core.backends.tf.chunked_tile import lay_out
+from attn_core.registry import UnsupportedError
+from attn_core.spec import AttentionOutput, Operands, Problem
+
+Array = Any
+
+
+def attend(p: Problem, x: Operands) -> AttentionOutput:
+    if 0 in (p.batch, p.q_len, p.k_len):
+        return reference.attend(p, x)
+    if isinstance(x.seed, tuple):
+        x = x._replace(seed=tf.constant(x.seed, tf.uint64))
+    if x.bias is not None and x.bias.shape.rank == 2:
+        x = x._replace(bias=x.bias[None, None])
+    for name in ("kv_lengths", "q_lengths", "query_offset"):
+        given = getattr(x, name)
+        if given is not None and given.shape.rank == 0:
+            x = x._replace(**{name: given[None]})
+    _agree(p, x)
+    leaves = tf.nest.flatten(x)
+    present = [i for i, leaf in enumerate(leaves) if leaf is not None]
+
+    def operands(flat: Sequence[Array]) -> Operands:
+        filled = list(leaves)
+        for i, tensor in zip(present, flat, strict=True):
+            filled[i] = tensor
+        packed: Operands = tf.nest.pack_sequence_as(x, filled)
+        return packed
+
+    names = ["out"] + ["lse"] * p.return_lse + ["weights"] * p.return_weights
+
+    @tf.custom_gradient
+    def run(*flat: Array) -> tuple[list[Array], Callable[..., list[Array | None]]]:
+        # What is computed in here is hidden from tapes, which would keep every tile of it.
+        hidden = operands([tf.stop_gradient(a) for a in flat])
+        rows = _compiled(_kind(p))[0](hidden) if tf.executing_eagerly() else _forward(p, hidden)
+        rows = Rows(*[None if r is None else tf.stop_gradient(r) for r in rows])
+        # The logarithm of 0 is what a row without a sum has.
+        lse = rows.m + tf.math.log(rows.total)
+        results = {"out": rows.out, "lse": lse, "weights": rows.weights}
+        saved = rows._replace(weights=None)
+
+        def pull(*cotangents: Array) -> list[Array | None]:
+            return _gradients(p, operands, flat, saved, dict(zip(names, cotangents, strict=True)))
+
+        return [tf.identity(results[name]) for name in names], pull
+
+    found = dict(zip(names, run(*[leaves[i] for i in present]), strict=True))
+    return AttentionOutput(found["out"], found.get("lse"), found.get("weights"))
+
+
+def _gradients(
+    p: Problem,
+    operands: Callable[[Sequence[Array]], Operands],
+    flat: Sequence[Array],
+    saved: Rows,
+    cotangents: dict[str, Array],
+) -> list[Array | None]:
+    """Gradients of the operands, themselves without a derivative."""
+    moving = [i for i, a in enumerate(flat) if a.dtype.is_floating]
+    names = list(cotangents)
+
+    @tf.custom_gradient
+    def run(*given: Array) -> tuple[list[Array], Callable[..., Any]]:
+        hidden = [tf.stop_gradient(a) for a in given]
+        x = operands(hidden[: len(flat)])
+        pulled = dict(zip(names, hidden[len(flat) :], strict=True))
+        asked = (pulled["out"], pulled.get("lse"), pulled.get("weights"))
+        backward = _compiled(_kind(p))[1] if tf.executing_eagerly() else partial(_backward, p)
+        leaves = [a for a in tf.nest.flatten(backward(x, saved, asked)) if a is not None]
+
+        def refuse(*_: Array) -> Any:
+            raise UnsupportedError(
+                'derivatives of derivatives, and forward mode, need impl="reference". Got '
+                'impl="chunked", which has first derivatives only, by a tape.'
+            )
+
+        return leaves, refuse
+
+    found = dict(zip(moving, run(*flat, *cotangents.values()), strict=True))
+    return [found.get(i) for i in range(len(flat))]
+
+
+def _forward(p: Problem, x: Operands) -> Rows:
+    g = geometry(p, x)
+    inputs = lay_out(p, x, g)
+    axis = 2 if p.layout == "BHTD" else 1
+    size = (sizes(x.query)[0], sizes(x.query)[axis], sizes(x.key)[axis])
+    return chunked_forward.forward(p, inputs, g, plan(p, inputs, g, x), x.sinks, size)
+
+
+def _backward(p: Problem, x: Operands, rows: Rows, cotangents: Any) -> Operands:
+    found = chunked_backward.backward(p, x, geometry(p, x), rows, cotangents)
+    # Every float has a gradient: zeros for one that the score does not move by.
+    score = tuple(
+        tf.zeros_like(a) if d is None and a.dtype.is_floating else d
+        for a, d in zip(x.score, found.score, strict=True)
+    )
+    return found._replace(score=score)
+
+
+def _kind(p: Problem) -> Problem:
+    """The problem without its sizes, which a tf.function reads off its arguments."""
+    return replace(
+        p, host=False, batch=None, q_len=None, k_len=None, mask_operands=(), score_operands=()
+    )
+
+
+@lru_cache(maxsize=128)
+def _compiled(kind: Problem) -> tuple[Callable[..., Rows], Callable[..., Operands]]:
+    """Forward and backward as functions of eager tensors."""
+
+    def sized(x: Operands) -> Problem:
+        axis = 2 if kind.layout == "BHTD" else 1
+        batch = next((a.shape[0] for a in x[:3] if a.shape[0] is not None), None)
+        k_len = x.key.shape[axis]
+        if k_len is None:
+            k_len = x.value.shape[axis]
+        return replace(kind, batch=batch, q_len=x.query.shape[axis], k_len=k_len)
+
+    def forward(x: Operands) -> Rows:
+        return _forward(sized(x), x)
+
+    def backward(x: Operands, rows: Rows, cotangents: Any) -> Operands:
+        return _backward(sized(x), x, rows, cotangents)
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        traced = tf.function(function, autograph=False, reduce_retracing=True)
+        # Called by itself, a concrete function is not suspected of being retraced in a loop, which
+        # TensorFlow counts over all problems together.
+        return lambda *given: traced.get_concrete_function(*given)(*given)
+
+    return compiled(forward), compiled(backward)
+
+
+def _agree(p: Problem, x: Operands) -> None:
+    """What `check` could not hold against unknown sizes; tiles are filled up, and would hide it."""
+    axis = 2 if p.layout == "BHTD" else 1
+    batch, q_len = sizes(x.query)[0], sizes(x.query)[axis]
+    k_len = sizes(x.key)[axis]
+    full = (batch, p.heads, q_len, k_len)
+    reference.fit(p.mask, x.mask, full)
+    reference.fit(p.score, x.score, full)
+    wanted: list[tuple[str, Any, Any, bool]] = [
+        ("key's B", sizes(x.key)[0], batch, False),
+        ("value's B", sizes(x.value)[0], batch, False),
+        ("value's Tk", sizes(x.value)[axis], k_len, False),
+    ]
+    if x.bias is not None:
+        axes = zip(("B", "Hq", "Tq", "Tk"), sizes(x.bias), full, strict=True)
+        wanted += [(f"bias's {name}", size, most, True) for name, size, most in axes]
+    for name, size, most, one in wanted:
+        if isinstance(size, int) and (isinstance(most, int) or (one and size == 1)):
+            continue
+        fits = tf.equal(size, most) | (tf.equal(size, 1) if one else False)
+        tf.debugging.Assert(fits, [f"{name} must fit", size, most])

@@ -1,0 +1,355 @@
+"""The backward pass: for every column of tiles, dK and dV over its live tiles of rows, and dQ.
+
+With e = exp(s - m) of a tile, and l and delta = sum(dO * O) of its rows::
+
+    dV += e^T (dO / l)          P = e / l, whose division is done on the rows beforehand
+    g   = e * (dO / l V^T - (delta - dlse) / l)
+    dQ += scale * ds K          ds = g * d score / d s
+    dK += scale * ds^T Q
+
+Tiles are computed again from (m, l); dQ is added up in tiles of the accumulation dtype. Whatever is
+not allowed is selected away before it meets a product or a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from attn_core.backends.tf import chunked_tile as tiles
+from attn_core.backends.tf.arrays import DTYPES, clamp, sizes
+from attn_core.backends.tf.chunked_forward import Rows, held, inverted, line, over_tiles
+from attn_core.backends.tf.chunked_grid import Plan, plan, schedule
+from attn_core.backends.tf.chunked_tile import Geometry, Inputs, Logits, Part, Tiled
+from attn_core.language.duals import Derivative, differentiate
+from attn_core.spec import Operands, Problem
+
+Array = Any
+
+
+class _Pulled(NamedTuple):
+    """What flows back, in tiles of rows.
+
+    Attributes:
+        out: dO / l, (parts * rows, B', Hk', G * block_q, Dv).
+        base: (delta - dlse) / l, m, 1 / l: (parts * rows, B', Hk', G * block_q, 1).
+        weights: tiles of dW, or None.
+    """
+
+    out: Array
+    base: Array
+    m: Array
+    inverse: Array
+    weights: Tiled | None
+
+
+def backward(
+    p: Problem,
+    asked: Operands,
+    g: Geometry,
+    rows: Rows,
+    cotangents: tuple[Array, Array | None, Array | None],
+) -> Operands:
+    """Gradients of query, key, value, bias, sinks and the score's floats; None for the rest."""
+    dtype = DTYPES[p.accumulation]
+    d_out, d_lse, d_weights = cotangents
+    blocks = (g.rows, g.block_q)
+    turn = (lambda a: a) if p.layout == "BHTD" else lambda a: tf.transpose(a, (0, 2, 1, 3))
+    alive = turn(rows.alive[..., None])
+    query = tf.where(alive, asked.query, tf.zeros_like(asked.query))
+    x = tiles.lay_out(p, asked._replace(query=query), g)
+    todo = plan(p, x, g, asked)
+    d_out = tf.where(alive, tf.cast(d_out, dtype), tf.zeros_like(d_out, dtype))
+    delta = tf.reduce_sum(d_out * tf.cast(rows.out, dtype), -1, keepdims=True)
+    delta = turn(delta)
+    summed = tf.not_equal(rows.total, 0)[..., None]
+    inverse = inverted(rows.total)[..., None]
+    spread = None if d_weights is None else tiles.spread(tf.cast(d_weights, dtype), p, g)
+    d_out = d_out * turn(inverse)
+
+    def cut(a: Array) -> Array:
+        return tiles.cut(a, g, blocks, p.group)
+
+    pulled = _Pulled(
+        tiles.cut(d_out, g, blocks, p.group, p.layout),
+        delta,
+        cut(rows.m[..., None]),
+        cut(inverse),
+        spread,
+    )
+    if spread is not None:
+        size = (sizes(rows.m)[0], sizes(rows.m)[2])
+        delta += tiles.join(
+            _weighed(p, x, g, todo, pulled, spread), g, blocks, p.group, size, "BHTD"
+        )
+    t = delta
+    if d_lse is not None:
+        # Padded rows, and those without keys and sink, hand nothing on.
+        t = delta - tf.where(summed, d_lse[..., None], tf.zeros_like(delta))
+    pulled = pulled._replace(base=cut(t * inverse))
+    d_sinks = None
+    if asked.sinks is not None:
+        sinks = tf.cast(asked.sinks, dtype)[:, None, None]
+        share = tf.exp(sinks - rows.m[..., None]) * inverse
+        moved = tf.where(tf.equal(sinks, -np.inf), tf.zeros_like(share), -share * t)
+        d_sinks = tf.cast(tf.reduce_sum(moved, (0, 2, 3)), asked.sinks.dtype)
+    found = _columns(p, x, g, todo, pulled)
+    return _restored(p, asked, x, g, found)._replace(sinks=d_sinks)
+
+
+class _Sums(NamedTuple):
+    """The gradients in tiles (as TensorArrays while the loops run) and the tables of a score."""
+
+    query: Any
+    key: Any
+    value: Any
+    bias: Any
+    tables: tuple[Array, ...]
+
+
+def _columns(p: Problem, x: Inputs, g: Geometry, todo: Plan, pulled: _Pulled) -> _Sums:
+    dtype = DTYPES[p.accumulation]
+    derivative = None if p.score is None else differentiate(p.score)
+    count, by_columns = g.parts[0] * g.parts[1] * g.columns, schedule(todo, columns=True)
+
+    def fresh(shape: tuple[Any, ...]) -> Any:
+        return tf.TensorArray(dtype, count, element_shape=tiles.static(shape))
+
+    start = _Sums(
+        held(tf.zeros(sizes(x.query), dtype)),
+        fresh((g.batches, g.heads, g.block_k, p.width)),
+        fresh((g.batches, g.heads, g.block_k, p.v_width)),
+        None if x.bias is None else held(tf.zeros(sizes(x.bias.tiles), dtype)),
+        # One entry more, for an operand that turns out to be empty.
+        tuple([tf.zeros((_entries(x.score[n]) + 1,), dtype) for n in _moving(derivative)]),
+    )
+
+    def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        part, j = tiles.part_of(p, x, g, n // g.columns), n % g.columns
+        k, v = (tiles.keys_of(p, a, n) for a in (x.key, x.value))
+        now = _packed(carry, start)
+        dk, dv = (
+            tf.zeros((g.batches, g.heads, g.block_k, last), dtype) for last in (p.width, p.v_width)
+        )
+        body = _tile(p, x, g, part, pulled, (j, k, v), derivative, start)
+        at = line(g, todo, part, g.columns, j)
+        inner = _flat(now._replace(key=dk, value=dv))
+        new = _packed(over_tiles(todo, by_columns, at, body, inner), start)
+        dk = new.key if tiles.prescaled(p) else new.key * p.scale
+        written = (now.key.write(n, dk), now.value.write(n, new.value))
+        return _flat(new._replace(key=written[0], value=written[1]))
+
+    done = _packed(tiles.loop(0, count, turn, _flat(start)), start)
+    query, key, value, bias = (a if a is None else a.stack() for a in done[:4])
+    return _Sums(query, key, value, bias, done.tables)
+
+
+def _tile(
+    p: Problem,
+    x: Inputs,
+    g: Geometry,
+    part: Part,
+    pulled: _Pulled,
+    column: tuple[Array, Array, Array],
+    derivative: Derivative | None,
+    like: _Sums,
+) -> Any:
+    """What one tile adds to the sums of its column, and to its rows of dQ."""
+    j, k_all, v_all = column
+
+    def body(masked: bool) -> Any:
+        def step(i: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            sums = _packed(carry, like)
+            n = _rows(g, part, i)
+            q = tiles.query_of(p, x, n)
+            found = tiles.logits(p, x, g, part, (i, j), q, k_all, masked, derivative)
+            k, v = k_all, v_all
+            if found.allowed is not None:
+                seen = tiles.seen(found.allowed)
+                k, v = (tf.where(seen, a, tf.zeros_like(a)) for a in (k, v))
+            kept, slope = _slopes(p, x, g, part, pulled, (i, j), found, v)
+            d_out = tf.gather(pulled.out, n)
+            value = sums.value + tf.matmul(_folded(kept, g), d_out, transpose_a=True)
+            bias, tables = sums.bias, sums.tables
+            if x.bias is not None:
+                number = x.bias.number(part, i, j)
+                added = tf.reshape(_reduced(slope, x.bias.size), x.bias.inner)
+                bias = bias.write(number, bias.read(number) + added)
+            if derivative is not None:
+                tables = _tables(p, x, derivative, found, slope, tables)
+                slope = slope * found.slope
+                if found.allowed is not None:
+                    slope = tf.where(found.allowed, slope, tf.zeros_like(slope))
+            ds = _folded(slope, g)
+            query = sums.query.write(n, sums.query.read(n) + tf.matmul(ds, k))
+            key = sums.key + tf.matmul(ds, q, transpose_a=True)
+            return _flat(_Sums(query, key, value, bias, tables))
+
+        return step
+
+    return body
+
+
+def _slopes(
+    p: Problem,
+    x: Inputs,
+    g: Geometry,
+    part: Part,
+    pulled: _Pulled,
+    at: tuple[Array, Array],
+    found: Logits,
+    v: Array,
+) -> tuple[Array, Array]:
+    """(e after dropout, gradient of the logits), both over the tile."""
+    n = _rows(g, part, at[0])
+    shape = (*g.outer(p), 1)
+    m, base = (tf.reshape(tf.gather(a, n), shape) for a in (pulled.m, pulled.base))
+    e = tf.exp(found.z - m)
+    if found.allowed is not None:
+        e = tf.where(found.allowed, e, tf.zeros_like(e))
+    dp = tf.matmul(tf.gather(pulled.out, n), v, transpose_b=True)
+    dp = tf.reshape(dp, tf.shape(e) if None in tuple(e.shape) else e.shape)
+    kept = e
+    if p.rate:
+        keep = tiles.kept(p, x, g, part, *at)
+        kept, dp = (tf.where(keep, a * (1 / (1 - p.rate)), tf.zeros_like(a)) for a in (e, dp))
+    if pulled.weights is not None:
+        inverse = tf.reshape(tf.gather(pulled.inverse, n), shape)
+        dp = dp + tiles.tile_of(pulled.weights, part, *at) * inverse
+    slope = e * (dp - base)
+    if found.allowed is not None:
+        slope = tf.where(found.allowed, slope, tf.zeros_like(slope))
+    return kept, slope
+
+
+def _weighed(
+    p: Problem, x: Inputs, g: Geometry, todo: Plan, pulled: _Pulled, weights: Tiled
+) -> Array:
+    """sum_k P dW of every row, in tiles: what the weights' own cotangent adds to delta."""
+    dtype = DTYPES[p.accumulation]
+    outer = (g.batches, g.heads, p.group * g.block_q, 1)
+    count, by_rows = g.parts[0] * g.parts[1] * g.rows, schedule(todo)
+
+    def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        part, i = tiles.part_of(p, x, g, n // g.rows), n % g.rows
+        q = tiles.query_of(p, x, n)
+        m = tf.reshape(tf.gather(pulled.m, n), (*g.outer(p), 1))
+
+        def body(masked: bool) -> Any:
+            def step(j: Array, now: tuple[Array]) -> tuple[Array]:
+                number = (part.batch * g.parts[1] + part.head) * g.columns + j
+                k = tiles.keys_of(p, x.key, number)
+                found = tiles.logits(p, x, g, part, (i, j), q, k, masked)
+                moved = tf.exp(found.z - m) * tiles.tile_of(weights, part, i, j)
+                if found.allowed is not None:
+                    moved = tf.where(found.allowed, moved, tf.zeros_like(moved))
+                added = tf.reduce_sum(moved, -1, keepdims=True)
+                return (now[0] + tf.reshape(added, outer),)
+
+            return step
+
+        at = line(g, todo, part, g.rows, i)
+        (total,) = over_tiles(todo, by_rows, at, body, (tf.zeros(outer, dtype),))
+        return (carry[0].write(n, total * tf.gather(pulled.inverse, n)),)
+
+    start = tf.TensorArray(dtype, count, element_shape=tiles.static(outer))
+    return tiles.loop(0, count, turn, (start,))[0].stack()
+
+
+def _tables(
+    p: Problem,
+    x: Inputs,
+    derivative: Derivative,
+    found: Logits,
+    slope: Array,
+    tables: tuple[Array, ...],
+) -> tuple[Array, ...]:
+    """The gradients of a score's operands, with what this tile adds."""
+    sums = dict(zip(_moving(derivative), tables, strict=True))
+    for site, (adjoint, index) in zip(derivative.sites, found.sites, strict=True):
+        moved = slope * adjoint
+        if found.allowed is not None:
+            moved = tf.where(found.allowed, moved, tf.zeros_like(moved))
+        # Summed first along the axes that the look-up does not tell apart.
+        alike = [a for a in range(5) if all(len(i.shape) == 0 or i.shape[a] == 1 for i in index)]
+        moved = tf.reduce_sum(moved, alike, keepdims=True)
+        shape = sizes(x.score[site.operand])
+        place = tf.zeros((1, 1, 1, 1, 1), tf.int64)
+        for at, size in zip(clamp(shape, index), shape, strict=True):
+            place = place * tf.cast(size, tf.int64) + at
+        # In an operand that turns out to be empty there is but the entry beyond.
+        place = tf.minimum(place, _entries(x.score[site.operand]))
+        place = tf.reshape(tf.broadcast_to(place, tf.shape(moved)), (-1, 1))
+        added = tf.reshape(moved, (-1,))
+        sums[site.operand] = tf.tensor_scatter_nd_add(sums[site.operand], place, added)
+    return tuple(sums.values())
+
+
+def _restored(p: Problem, asked: Operands, x: Inputs, g: Geometry, found: _Sums) -> Operands:
+    """Tiles put together, each gradient in its input's shape and dtype."""
+    axis = 2 if p.layout == "BHTD" else 1
+    made: dict[str, Array] = {}
+    for name, blocks, group in (
+        ("query", (g.rows, g.block_q), p.group),
+        ("key", (g.columns, g.block_k), 1),
+        ("value", (g.columns, g.block_k), 1),
+    ):
+        array, tiled = getattr(asked, name), getattr(found, name)
+        now = sizes(array)
+        if name == "query":
+            tiled = tiled * p.scale
+        tiled = tiles.join(tiled, g, blocks, group, (now[0], now[axis]), p.layout)
+        made[name] = tf.cast(tiled, array.dtype)
+    bias = None
+    if x.bias is not None:
+        bias = tf.cast(tiles.gather_up(found.bias, x.bias), asked.bias.dtype)
+    score: list[Any] = [None] * len(asked.score)
+    if p.score is not None:
+        for number, table in zip(_moving(differentiate(p.score)), found.tables, strict=True):
+            array = asked.score[number]
+            score[number] = tf.cast(tf.reshape(table[:-1], sizes(array)), array.dtype)
+    return Operands(**made, bias=bias, score=tuple(score))
+
+
+def _reduced(x: Array, size: Sequence[Any]) -> Array:
+    """Sums over the axes of a tile along which an array of this size has one entry."""
+    known = [a for a, n in enumerate(size) if isinstance(n, int) and n == 1 and x.shape[a] != 1]
+    unknown = [a for a, n in enumerate(size) if not isinstance(n, int)]
+    if not unknown:
+        return tf.reduce_sum(x, known, keepdims=True)
+    ones = tf.equal(tf.stack([size[a] for a in unknown]), 1)
+    axes = tf.concat([tf.constant(known, tf.int32), tf.boolean_mask(unknown, ones)], 0)
+    return tf.reduce_sum(x, axes, keepdims=True)
+
+
+def _moving(derivative: Derivative | None) -> list[int]:
+    """Numbers of the operands that have a gradient."""
+    return [] if derivative is None else sorted({site.operand for site in derivative.sites})
+
+
+def _entries(table: Array) -> Any:
+    known = table.shape.num_elements()
+    return tf.size(table, tf.int64) if known is None else known
+
+
+def _folded(x: Array, g: Geometry) -> Array:
+    batch, heads, group, rows, last = sizes(x)
+    return tf.reshape(x, (batch, heads, group * rows, last))
+
+
+def _rows(g: Geometry, part: Part, i: Array) -> Array:
+    return (part.batch * g.parts[1] + part.head) * g.rows + i
+
+
+def _flat(sums: _Sums) -> tuple[Any, ...]:
+    return (*[a for a in sums[:4] if a is not None], *sums.tables)
+
+
+def _packed(flat: Sequence[Any], like: _Sums) -> _Sums:
+    """The inverse of `_flat`; `like` says whether there is a bias."""
+    rest = iter(flat)
+    query, key, value, bias = (None if a is None else next(rest) for a in like[:4])
+    return _Sums(query, key, value, bias, tuple(rest))

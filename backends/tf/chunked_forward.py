@@ -1,0 +1,230 @@
+"""The forward pass: for every row of tiles, softmax built up over its live tiles of keys.
+
+The running maximum m and sum l of a row are those of the keys seen so far; a new tile rescales what
+is there. Rows end as (out, m, l): with a single number, m + log l, a row of large biases could not
+be rebuilt. A row without a sum has m = l = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from attn_core.backends.tf import chunked_tile as tiles
+from attn_core.backends.tf.arrays import DTYPES
+from attn_core.backends.tf.chunked_grid import Plan, schedule
+from attn_core.backends.tf.chunked_tile import Geometry, Inputs, Part
+from attn_core.schedule import Schedule
+from attn_core.spec import Problem
+
+Array = Any
+
+
+class Rows(NamedTuple):
+    """What a forward pass leaves of every row.
+
+    Attributes:
+        out: (B, Hq, Tq, Dv) in the problem's layout, dtype of query.
+        m, total: (B, Hq, Tq), the maximum and the sum of exp(s - m), accumulation dtype.
+        alive: boolean, the row may see a key.
+        weights: (B, Hq, Tq, Tk), dtype of query, or None.
+    """
+
+    out: Array
+    m: Array
+    total: Array
+    alive: Array
+    weights: Array | None = None
+
+
+def forward(
+    p: Problem, x: Inputs, g: Geometry, todo: Plan, sinks: Array | None, size: tuple[Any, Any, Any]
+) -> Rows:
+    """All rows. `sinks` is (Hq,) or None, `size` is (B, Tq, Tk) as they are."""
+    count, by_rows = g.parts[0] * g.parts[1] * g.rows, schedule(todo)
+    outer = (g.batches, g.heads, p.group * g.block_q)
+    dtype = DTYPES[p.accumulation]
+    shapes = [(DTYPES[p.dtype], p.v_width), (dtype, 1), (dtype, 1), (tf.bool, 1)]
+    arrays: list[Any] = [
+        tf.TensorArray(kind, count, element_shape=tiles.static((*outer, last)))
+        for kind, last in shapes
+    ]
+    like = None
+    if p.return_weights:
+        full = (size[0], p.heads, size[1], size[2])
+        like = tiles.spread(tf.zeros(full, DTYPES[p.dtype]), p, g)
+        arrays.append(held(like.tiles))
+
+    def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        part, i = tiles.part_of(p, x, g, n // g.rows), n % g.rows
+        found = _row(p, x, g, todo, by_rows, part, (n, i), sinks)
+        carry = (*[a.write(n, r) for a, r in zip(carry, found, strict=False)], *carry[4:])
+        if like is not None:
+            weights = _weights(p, x, g, todo, by_rows, part, (n, i), found, like, carry[4])
+            carry = (*carry[:4], weights)
+        return carry
+
+    done = [a.stack() for a in tiles.loop(0, count, turn, arrays)]
+    blocks, layouts = (g.rows, g.block_q), (p.layout, *["BHTD"] * 3)
+    out, *statistics = [
+        tiles.join(a, g, blocks, p.group, size[:2], layout)
+        for a, layout in zip(done, layouts, strict=False)
+    ]
+    m, total, alive = (a[..., 0] for a in statistics)
+    return Rows(out, m, total, alive, None if like is None else tiles.gather_up(done[4], like))
+
+
+def _row(
+    p: Problem,
+    x: Inputs,
+    g: Geometry,
+    todo: Plan,
+    by_rows: Schedule,
+    part: Part,
+    at: tuple[Array, Array],
+    sinks: Array | None,
+) -> tuple[Array, Array, Array, Array]:
+    """(out, m, total, alive) of row i of tiles, folded."""
+    n, i = at
+    dtype = DTYPES[p.accumulation]
+    q = tiles.query_of(p, x, n)
+    shape = (g.batches, g.heads, p.group * g.block_q)
+
+    def body(masked: bool) -> Any:
+        def step(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            m, total, acc = carry
+            number = _keys(g, part, j)
+            k, v = (tiles.keys_of(p, a, number) for a in (x.key, x.value))
+            found = tiles.logits(p, x, g, part, (i, j), q, k, masked)
+            hidden = found.z
+            if found.allowed is not None:
+                hidden = tf.where(found.allowed, found.z, tf.fill(tf.shape(found.z), _low(dtype)))
+                v = tf.where(tiles.seen(found.allowed), v, tf.zeros_like(v))
+            hidden = tf.reshape(hidden, (*shape, g.block_k))
+            highest = tf.maximum(m, tf.reduce_max(hidden, -1, keepdims=True))
+            base = tf.where(tf.equal(highest, -np.inf), tf.zeros_like(highest), highest)
+            # What is hidden gives 0, or NaN in a row that is NaN.
+            e = tf.exp(hidden - base)
+            fade = tf.exp(m - base)
+            total = total * fade + tf.reduce_sum(e, -1, keepdims=True)
+            if p.rate:
+                keep = tf.reshape(tiles.kept(p, x, g, part, i, j), (*shape, g.block_k))
+                e = tf.where(keep, e * (1 / (1 - p.rate)), tf.zeros_like(e))
+            return highest, total, acc * fade + tf.matmul(e, v)
+
+        return step
+
+    start = (
+        tf.fill((*shape, 1), _low(dtype)),
+        tf.zeros((*shape, 1), dtype),
+        tf.zeros((*shape, p.v_width), dtype),
+    )
+    m, total, acc = over_tiles(todo, by_rows, line(g, todo, part, g.rows, i), body, start)
+    alive = tf.not_equal(total, 0)
+    if sinks is not None:
+        sink = _sink_rows(p, g, part, tf.cast(sinks, dtype), i)
+        highest = tf.maximum(m, sink)
+        base = tf.where(tf.equal(highest, -np.inf), tf.zeros_like(highest), highest)
+        fade = tf.exp(m - base)
+        total, acc, m = total * fade + tf.exp(sink - base), acc * fade, highest
+    m = tf.where(tf.equal(m, -np.inf), tf.zeros_like(m), m)
+    divisor = tf.where(tf.equal(total, 0), tf.ones_like(total), total)
+    out = tf.where(alive, acc / divisor, tf.zeros_like(acc))
+    return tf.cast(out, DTYPES[p.dtype]), m, total, alive
+
+
+def _sink_rows(p: Problem, g: Geometry, part: Part, sinks: Array, i: Array) -> Array:
+    """The sink of each folded row of tile i; padded rows have none."""
+    sink = tf.gather(sinks, part.h)
+    if part.q_lengths is not None:
+        row = tf.reshape(tf.range(g.block_q) + i * g.block_q, (1, 1, 1, g.block_q, 1))
+        sink = tf.where(row < part.q_lengths, sink, _low(sink.dtype))
+    return tiles.fold(tf.broadcast_to(sink, (*g.outer(p), 1)), g, p.group)
+
+
+def _weights(
+    p: Problem,
+    x: Inputs,
+    g: Geometry,
+    todo: Plan,
+    by_rows: Schedule,
+    part: Part,
+    at: tuple[Array, Array],
+    row: tuple[Array, Array, Array, Array],
+    like: tiles.Tiled,
+    kept: Any,
+) -> Any:
+    """The weights of a row of tiles, once its statistics are known."""
+    n, i = at
+    q = tiles.query_of(p, x, n)
+    _, m, total, _ = row
+    m, inverse = (tf.reshape(r, (*g.outer(p), 1)) for r in (m, inverted(total)))
+
+    def body(masked: bool) -> Any:
+        def step(j: Array, carry: tuple[Any]) -> tuple[Any]:
+            k = tiles.keys_of(p, x.key, _keys(g, part, j))
+            found = tiles.logits(p, x, g, part, (i, j), q, k, masked)
+            w = tf.exp(found.z - m) * inverse
+            if found.allowed is not None:
+                w = tf.where(found.allowed, w, tf.zeros_like(w))
+            w = tf.reshape(tf.cast(w, DTYPES[p.dtype]), like.inner)
+            return (carry[0].write(like.number(part, i, j), w),)
+
+        return step
+
+    return over_tiles(todo, by_rows, line(g, todo, part, g.rows, i), body, (kept,))[0]
+
+
+def inverted(total: Array) -> Array:
+    """1 / l, and 0 for a row without a sum."""
+    none = tf.equal(total, 0)
+    return tf.where(none, tf.zeros_like(total), 1 / tf.where(none, tf.ones_like(total), total))
+
+
+def held(x: Array) -> Any:
+    """A TensorArray of these tiles, to be written to."""
+    return tf.TensorArray(
+        x.dtype, tf.shape(x)[0] if x.shape[0] is None else x.shape[0], element_shape=x.shape[1:]
+    ).unstack(x)
+
+
+def line(g: Geometry, todo: Plan, part: Part, count: Any, at: Array) -> Array:
+    """Number of a row (or column) of tiles in a schedule whose parts have `count` of them."""
+    along_batch, along_heads = todo.parts
+    number: Any = part.batch if along_batch else 0
+    if along_heads:
+        number = number * g.parts[1] + part.head
+    return number * count + at
+
+
+def over_tiles(
+    todo: Plan, lines: Schedule, at: Array, body: Any, carry: Sequence[Any]
+) -> tuple[Any, ...]:
+    """`body(False)` over the full tiles of a row or column, then `body(True)` over the partial."""
+    carry = tuple(carry)
+    if todo.single:
+        return tuple(body(todo.some_partial)(0, carry))
+    full, live = (tf.gather(tf.reshape(n, (-1,)), at) for n in lines[1:])
+    order = tf.reshape(lines.order, (-1,))
+    wide = tf.shape(lines.order)[-1]
+
+    def step(masked: bool) -> Any:
+        run = body(masked)
+        return lambda t, now: run(tf.gather(order, at * wide + t), now)
+
+    if todo.some_full:
+        carry = tiles.loop(tf.constant(0), full, step(False), carry)
+    if todo.some_partial:
+        carry = tiles.loop(full, live, step(True), carry)
+    return carry
+
+
+def _keys(g: Geometry, part: Part, j: Array) -> Array:
+    return (part.batch * g.parts[1] + part.head) * g.columns + j
+
+
+def _low(dtype: Any) -> Array:
+    return tf.constant(-np.inf, dtype)

@@ -1,0 +1,224 @@
+"""How a problem is cut into tiles, and which of them are computed.
+
+Blocks are about 256 by 256; where one axis is short the other is cut more coarsely, so that a tile
+keeps its area. An axis that fits into one block is a tile of just its length. Batches and heads
+join a tile as long as it stays within a few MB, and unless the map tells them apart.
+
+The status of a tile comes from the mask's intervals: on the host, where nothing that it depends on
+is a tensor, else in the graph, where sizes may be unknown. Tiles that a part holds of several
+batches or heads are live if one of them is, and full if all are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from attn_core.backends.tf.chunked_tile import Geometry, Inputs
+from attn_core.backends.tf.tiles import Tiles
+from attn_core.blocks import FULL, PARTIAL, block_map
+from attn_core.language.intervals import Intervals
+from attn_core.schedule import Schedule, of_status
+from attn_core.spec import Operands, Problem
+
+Array = Any
+
+_BLOCK = 256
+_LONGEST = 4096
+"""Rows or keys of a tile at most, where the other axis is short."""
+_AT_ONCE = 2**23
+"""Bytes that the logits of one tile may take."""
+
+
+class Plan(NamedTuple):
+    """The tiles to compute.
+
+    Attributes:
+        status: int64 (parts of the map, rows, columns), of every tile.
+        parts: how many parts the map tells apart, along batches and along key heads.
+        some_full, some_partial: whether there may be such tiles.
+        single: there is one tile, and it is live.
+    """
+
+    status: Array
+    parts: tuple[bool, bool]
+    some_full: bool
+    some_partial: bool
+    single: bool
+
+
+def geometry(p: Problem, x: Operands) -> Geometry:
+    q_axis = 2 if p.layout == "BHTD" else 1
+    batch, q_len, k_len = (
+        tf.maximum(tf.shape(array)[axis], 1) if size is None else size
+        for size, array, axis in (
+            (p.batch, x.query, 0),
+            (p.q_len, x.query, q_axis),
+            (p.k_len, x.key, q_axis),
+        )
+    )
+    area = _BLOCK * _BLOCK
+    tall = _BLOCK
+    if isinstance(k_len, int) and k_len < _BLOCK:
+        tall = min(_LONGEST, area // k_len // 8 * 8)
+    block_q, rows = _blocks(q_len, tall)
+    wide = _BLOCK
+    if isinstance(block_q, int) and block_q < _BLOCK:
+        wide = min(_LONGEST, area // block_q // 8 * 8)
+    block_k, columns = _blocks(k_len, wide)
+    known = isinstance(block_q, int) and isinstance(block_k, int)
+    single = known and rows == columns == 1
+    of_head = p.group * (block_q * block_k if known else tall * wide) * 4
+    reads_b, reads_h = _reads(p, x)
+    heads = 1 if reads_h and not single else _most(p.kv_heads, _AT_ONCE // of_head)
+    batches: Any = 1
+    if heads == p.kv_heads and (single or not reads_b):
+        room = _AT_ONCE // (heads * of_head)
+        if isinstance(batch, int):
+            batches = _most(batch, room)
+        else:
+            batches = tf.where(batch <= room, batch, 1)
+    return Geometry(
+        batch,
+        q_len,
+        k_len,
+        block_q,
+        block_k,
+        rows,
+        columns,
+        batches,
+        heads,
+        (batch // batches, p.kv_heads // heads),
+        not isinstance(q_len, int) or rows * block_q != q_len,
+        not isinstance(k_len, int) or columns * block_k != k_len,
+    )
+
+
+def _blocks(length: Any, block: int) -> tuple[Any, Any]:
+    """(size, count) of the tiles of an axis; a size is a multiple of 8 where there are several."""
+    count = -(-length // block)
+    if isinstance(length, int):
+        return (length, 1) if count == 1 else (-(-length // (8 * count)) * 8, count)
+    return tf.where(count > 1, -(-length // (8 * count)) * 8, length), count
+
+
+def _most(count: int, room: int) -> int:
+    """The greatest divisor of `count` within `room`, at least 1."""
+    return max(n for n in range(1, count + 1) if count % n == 0 and (n <= room or n == 1))
+
+
+def _reads(p: Problem, x: Operands) -> tuple[bool, bool]:
+    """Whether the map may differ from batch to batch, and from head to head."""
+    given = (x.kv_lengths, x.q_lengths)
+    batch = any(lengths is not None and lengths.shape[0] != 1 for lengths in given)
+    if p.mask is not None:
+        moved = p.offset == "given" and x.query_offset.shape.num_elements() != 1
+        batch = batch or p.mask.reads("b") or (moved and p.mask.reads("q"))
+    return batch, p.mask is not None and p.mask.reads("h")
+
+
+def plan(p: Problem, x: Inputs, g: Geometry, asked: Operands) -> Plan:
+    reads_b, reads_h = _reads(p, asked)
+    host = _host(p, g)
+    some_full = some_partial = True
+    alone = isinstance(g.rows, int) and isinstance(g.columns, int) and g.rows * g.columns == 1
+    if alone and (host is None or (host != host[:1, :1]).any()):
+        # One tile: to ask whether it may be skipped takes longer than to compute it.
+        host = np.full((1, 1, 1, 1), PARTIAL)
+    if alone:
+        host, reads_b, reads_h = host[:1, :1], False, False
+    if host is not None:
+        some_full, some_partial = bool((host == FULL).any()), bool((host == PARTIAL).any())
+    status = _traced(p, x, g, (reads_b, reads_h)) if host is None else tf.constant(host, tf.int64)
+    # (parts, B', parts, Hk' * G, rows, columns), with 1 for what the map does not tell apart.
+    inside = g.heads * p.group
+    apart = (reads_b, reads_h)
+    (batches, b), (heads, h) = (
+        ((count, size) if reads else (1, 1))
+        for reads, count, size in zip(apart, g.parts, (g.batches, inside), strict=True)
+    )
+    status = tf.reshape(status, (batches, b, heads, h, g.rows, g.columns))
+    least, most = (f(status, (1, 3)) for f in (tf.reduce_min, tf.reduce_max))
+    status = tf.where(least >= FULL, least, tf.minimum(most, PARTIAL))
+    status = tf.reshape(status, (batches * heads, g.rows, g.columns))
+    single = alone and (some_full or some_partial)
+    return Plan(status, apart, some_full, some_partial, single)
+
+
+def schedule(todo: Plan, columns: bool = False) -> Schedule:
+    """Of every row, or every column, of tiles: (parts, lines, width) and twice (parts, lines)."""
+    status = tf.transpose(todo.status, (0, 2, 1)) if columns else todo.status
+    order, full, live = (tf.cast(x, tf.int32) for x in of_status(Tiles(), status))
+    return Schedule(order, full, live)
+
+
+def _host(p: Problem, g: Geometry) -> Any:
+    """The status grid (Bm, Hm, rows, columns) where it is known now, else None."""
+    sizes = (g.batch, g.q_len, g.k_len)
+    known = all(isinstance(size, int) for size in sizes)
+    looks_up = p.mask is not None and any(step.op == "lookup" for step in p.mask.steps)
+    if not known or looks_up or p.kv_lengths or p.q_lengths or p.offset == "given":
+        return None
+    found = block_map(
+        p.mask,
+        q_len=g.q_len,
+        k_len=g.k_len,
+        block_q=g.block_q,
+        block_k=g.block_k,
+        batch=g.batch,
+        heads=p.heads,
+        offsets=g.k_len - g.q_len if p.offset == "end" else 0,
+    ).dense()
+    for padded, edge in ((_rows_count(p, g), found[..., -1, :]), (g.padded_keys, found[..., -1])):
+        if padded:
+            edge[edge == FULL] = PARTIAL
+    return found
+
+
+def _rows_count(p: Problem, g: Geometry) -> bool:
+    """Whether rows that are none make a tile partial.
+
+    Without a bias and a score they are zeros that no key hides from, and are cut off in the end.
+    """
+    return g.padded_rows and (p.bias is not None or p.score is not None)
+
+
+def _traced(p: Problem, x: Inputs, g: Geometry, apart: tuple[bool, bool]) -> Array:
+    """The status grid in the graph, int64 (B or 1, Hq or 1, rows, columns)."""
+    ops = Tiles()
+    known = isinstance(g.block_q, int) and isinstance(g.block_k, int)
+    # Unknown blocks are multiples of 8, or the only one; and no longer than this.
+    grain = (g.block_q, g.block_k) if known else (8, 8)
+    most = grain if known else (_LONGEST, _LONGEST)
+
+    def ends(count: Any, block: Any, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        first = tf.reshape(ops.index(tf.range(count) * block), shape)
+        return first, first + (ops.index(block) - 1)
+
+    rows, keys = ends(g.rows, g.block_q, (1, 1, -1, 1)), ends(g.columns, g.block_k, (1, 1, 1, -1))
+    b = tf.reshape(ops.index(tf.range(g.batch if apart[0] else 1)), (-1, 1, 1, 1))
+    h = tf.reshape(ops.index(tf.range(p.heads if apart[1] else 1)), (1, -1, 1, 1))
+    limits = (
+        (rows, x.q_lengths, g.q_len if _rows_count(p, g) else None),
+        (keys, x.kv_lengths, g.k_len if g.padded_keys else None),
+    )
+    live, whole = tf.constant(True), tf.constant(True)
+    spans = []
+    for (first, last), lengths, size in limits:
+        end = size if lengths is None else lengths
+        if end is not None:
+            cut = tf.minimum(last, tf.reshape(ops.index(end), (-1, 1, 1, 1)) - 1)
+            live, whole = live & (first <= cut), whole & (cut >= last)
+            last = tf.maximum(cut, first)
+        spans.append((first, last))
+    if p.mask is not None:
+        offset = tf.reshape(ops.index(x.offset), (-1, 1, 1, 1))
+        if not p.mask.reads("q"):
+            offset = offset[:1]
+        found = Intervals(ops, p.mask, x.mask, grain).read(b, h, spans[0], spans[1], offset, most)
+        live, whole = live & found.possible, whole & found.certain
+    status = tf.where(live, tf.where(whole, ops.index(FULL), ops.index(PARTIAL)), ops.index(0))
+    batch, heads = (g.batch if apart[0] else 1), (p.heads if apart[1] else 1)
+    return tf.broadcast_to(status, (batch, heads, g.rows, g.columns))

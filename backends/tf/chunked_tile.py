@@ -1,0 +1,434 @@
+"""One tile: its positions, which of them are allowed, and the logits there.
+
+Queries and keys are cut into tiles before the loops. G query heads share a key head, and their rows
+are folded into one tall matrix for every product, so that keys and values are never repeated:
+
+    queries     (parts * rows, B', Hk', G * block_q, D)
+    keys        (parts * columns, B', Hk', block_k, D)
+
+A *part* is what one tile holds of batches and key heads: B' of them and Hk' of them. A tile of
+logits is (B', Hk', G, block_q, block_k). What fills up the last tiles is zeros; the tile's own
+mask says that they are no keys and no rows.
+
+Sizes are ints where they are known when the call is traced, and int32 scalars elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from attn_core.backends.tf import reference
+from attn_core.backends.tf.arrays import DTYPES, Reading, sizes
+from attn_core.backends.tf.philox import keep_at
+from attn_core.language.duals import Derivative
+from attn_core.language.values import drop_threshold
+from attn_core.spec import Operands, Problem
+
+Array = Any
+
+
+class Geometry(NamedTuple):
+    """Sizes of the loops.
+
+    Attributes:
+        batch, q_len, k_len: B, Tq and Tk, at least 1: an unknown size may turn out to be 0, and is
+            then filled up to 1.
+        block_q, block_k: rows and keys of a tile.
+        rows, columns: tiles along queries and keys.
+        batches, heads: B' and Hk', batches and key heads of a part.
+        parts: how many parts there are along batches and along key heads.
+        padded_rows, padded_keys: whether the last tile may hold rows or keys that are none.
+    """
+
+    batch: Any
+    q_len: Any
+    k_len: Any
+    block_q: Any
+    block_k: Any
+    rows: Any
+    columns: Any
+    batches: Any
+    heads: int
+    parts: tuple[Any, int]
+    padded_rows: bool
+    padded_keys: bool
+
+    def outer(self, p: Problem) -> tuple[Any, ...]:
+        """(B', Hk', G, block_q), the rows of a tile."""
+        return (self.batches, self.heads, p.group, self.block_q)
+
+
+class Inputs(NamedTuple):
+    """The operands as the loops read them; `lay_out` makes them.
+
+    Attributes:
+        query, key, value: tiles, as above.
+        bias: `Tiled`, or None.
+        offset, kv_lengths, q_lengths: int32 (B,) or (1,); lengths may be None.
+        seed: Philox's key.
+        mask, score: operands of the trees; those of the score in the accumulation dtype.
+    """
+
+    query: Array
+    key: Array
+    value: Array
+    bias: Tiled | None
+    offset: Array
+    kv_lengths: Array | None
+    q_lengths: Array | None
+    seed: Array
+    mask: tuple[Array, ...]
+    score: tuple[Array, ...]
+
+
+class Tiled(NamedTuple):
+    """An array that broadcasts to (B, Hq, Tq, Tk), in tiles; axes of size 1 stay of size 1.
+
+    Attributes:
+        tiles: (number of tiles, B'', Hk'' * G'', block_q'', block_k'').
+        counts: how many tiles there are along batch, key heads, rows and keys.
+        size: (B'', Hk'', G'', block_q'', block_k''), of one tile.
+        shape: of the array.
+    """
+
+    tiles: Array
+    counts: tuple[Any, Any, Any, Any]
+    size: tuple[Any, Any, Any, Any, Any]
+    shape: tuple[Any, ...]
+
+    @property
+    def inner(self) -> tuple[Any, Any, Any, Any]:
+        """(B'', Hk'' * G'', block_q'', block_k'')."""
+        return (self.size[0], self.size[1] * self.size[2], self.size[3], self.size[4])
+
+    def number(self, part: Part, i: Array, j: Array) -> Array:
+        at: Any = 0
+        for place, count in zip((part.batch, part.head, i, j), self.counts, strict=True):
+            at = at * count + (
+                0 if isinstance(count, int) and count == 1 else _within(place, count)
+            )
+        return at
+
+
+class Part(NamedTuple):
+    """The batches and key heads that the outer loop has come to.
+
+    Attributes:
+        batch, head: numbers of the part along batches and along key heads.
+        b, h: int32 (B', 1, 1, 1, 1) and (1, Hk', G, 1, 1), the batches and query heads.
+        offset, kv_lengths, q_lengths: int32 (B' or 1, 1, 1, 1, 1); lengths may be None.
+    """
+
+    batch: Array
+    head: Array
+    b: Array
+    h: Array
+    offset: Array
+    kv_lengths: Array | None
+    q_lengths: Array | None
+
+
+class Logits(NamedTuple):
+    """Of one tile: scaled scores with score and bias, and where they are allowed.
+
+    Attributes:
+        z: accumulation dtype (B', Hk', G, block_q, block_k).
+        allowed: boolean, of the same shape; None where all is.
+        slope: d score / d s, or None without a score or where it was not asked for.
+        sites: for each look-up of the score, (d score / d value, the indices of the value).
+    """
+
+    z: Array
+    allowed: Array | None
+    slope: Array | None = None
+    sites: Sequence[tuple[Array, Sequence[Array]]] = ()
+
+
+def cut(x: Array, g: Geometry, blocks: tuple[Any, Any], heads: int, layout: str = "BHTD") -> Array:
+    """Tiles (parts * count, B', heads of a part, block, X) of an array (B, H, T, X).
+
+    `blocks` is (count, block) along T; `heads` is H / Hk, which are folded into the rows.
+    """
+    count, block = blocks
+    last = sizes(x)[-1]
+    along = 2 if layout == "BHTD" else 1
+    x = pad(x, {0: g.batch, along: count * block})
+    (batches, parts), heads_in = (g.parts, g.heads * heads)
+    if layout == "BHTD":
+        split = (batches, g.batches, parts, heads_in, count, block, last)
+        order = (0, 2, 4, 1, 3, 5, 6)
+    else:
+        split = (batches, g.batches, count, block, parts, heads_in, last)
+        order = (0, 4, 2, 1, 5, 3, 6)
+    x = tf.transpose(tf.reshape(x, split), order)
+    return tf.reshape(x, (batches * parts * count, g.batches, g.heads, heads * block, last))
+
+
+def join(
+    tiles: Array,
+    g: Geometry,
+    blocks: tuple[Any, Any],
+    heads: int,
+    size: tuple[Any, Any],
+    layout: str,
+) -> Array:
+    """The array of which these are the tiles; `size` is (B, T)."""
+    count, block = blocks
+    last = sizes(tiles)[-1]
+    (batches, parts), heads_in = g.parts, g.heads * heads
+    tiles = tf.reshape(tiles, (batches, parts, count, g.batches, heads_in, block, last))
+    if layout == "BHTD":
+        order, along = (0, 3, 1, 4, 2, 5, 6), 2
+        shape = [g.batch, parts * heads_in, count * block, last]
+    else:
+        order, along = (0, 3, 2, 5, 1, 4, 6), 1
+        shape = [g.batch, count * block, parts * heads_in, last]
+    x = tf.reshape(tf.transpose(tiles, order), shape)
+    shape[0], shape[along] = size
+    return tf.slice(x, [0] * 4, shape)
+
+
+def spread(x: Array, p: Problem, g: Geometry) -> Tiled:
+    """Tiles of a bias, or of what flows back into weights."""
+    shape = sizes(x)
+    batch, head, row, key = (_only(size == 1, size) for size in shape)
+    ones = [batch, head, head, row, key]
+    size = [_choose(one, n) for one, n in zip(ones, (*g.outer(p), g.block_k), strict=True)]
+    counts = [
+        _choose(one, n)
+        for one, n in zip((batch, head, row, key), (*g.parts, g.rows, g.columns), strict=True)
+    ]
+    inner = (size[0], size[1] * size[2], size[3], size[4])
+    x = pad(x, {axis: counts[axis] * inner[axis] for axis in range(4)})
+    split = [n for pair in zip(counts, inner, strict=True) for n in pair]
+    cells = tf.transpose(tf.reshape(x, split), (0, 2, 4, 6, 1, 3, 5, 7))
+    number = counts[0] * counts[1] * counts[2] * counts[3]
+    return Tiled(tf.reshape(cells, (number, *inner)), tuple(counts), tuple(size), shape)
+
+
+def gather_up(tiles: Array, like: Tiled) -> Array:
+    """The array whose tiles these are, of the shape that `like` was made from."""
+    x = tf.reshape(tiles, (*like.counts, *like.inner))
+    x = tf.transpose(x, (0, 4, 1, 5, 2, 6, 3, 7))
+    x = tf.reshape(x, [n * m for n, m in zip(like.counts, like.inner, strict=True)])
+    return tf.slice(x, [0] * 4, like.shape)
+
+
+def pad(x: Array, to: dict[int, Any], value: Any = 0) -> Array:
+    """`x` with zeros behind, up to these sizes along these axes."""
+    now = sizes(x)
+    behind = [to.get(axis, size) - size for axis, size in enumerate(now)]
+    if all(isinstance(n, int) and n == 0 for n in behind):
+        return x
+    return tf.pad(x, [(0, n) for n in behind], constant_values=value)
+
+
+def lay_out(p: Problem, x: Operands, g: Geometry) -> Inputs:
+    dtype = DTYPES[p.accumulation]
+
+    def per_batch(given: Array | None) -> Array | None:
+        if given is None or given.shape[0] == 1:
+            return given
+        return pad(tf.broadcast_to(given, (_real(p.batch, x.query),)), {0: g.batch})
+
+    rows, keys = (g.rows, g.block_q), (g.columns, g.block_k)
+    axis = 2 if p.layout == "BHTD" else 1
+    q_len, k_len = sizes(x.query)[axis], sizes(x.key)[axis]
+    kv_lengths, q_lengths = (
+        None if given is None else reference.lengths(given, most)
+        for given, most in ((x.kv_lengths, k_len), (x.q_lengths, q_len))
+    )
+    return Inputs(
+        cut(x.query, g, rows, p.group, p.layout),
+        cut(x.key, g, keys, 1, p.layout),
+        cut(x.value, g, keys, 1, p.layout),
+        None if x.bias is None else spread(x.bias, p, g),
+        per_batch(tf.reshape(reference.offset(p, x, q_len, k_len), (-1,))),
+        per_batch(kv_lengths),
+        per_batch(q_lengths),
+        x.seed,
+        x.mask,
+        tuple([tf.cast(t, dtype) if t.dtype.is_floating else t for t in x.score]),
+    )
+
+
+def part_of(p: Problem, x: Inputs, g: Geometry, number: Array) -> Part:
+    batch, head = number // g.parts[1], number % g.parts[1]
+    b = tf.range(g.batches) + batch * g.batches
+    h = tf.range(g.heads * p.group) + head * (g.heads * p.group)
+
+    def of_batch(given: Array | None) -> Array | None:
+        if given is None:
+            return None
+        found = given if given.shape[0] == 1 else tf.gather(given, b)
+        return tf.reshape(found, (-1, 1, 1, 1, 1))
+
+    return Part(
+        batch,
+        head,
+        tf.reshape(b, (g.batches, 1, 1, 1, 1)),
+        tf.reshape(h, (1, g.heads, p.group, 1, 1)),
+        of_batch(x.offset),
+        of_batch(x.kv_lengths),
+        of_batch(x.q_lengths),
+    )
+
+
+def indices(g: Geometry, part: Part, i: Array, j: Array) -> dict[str, Array]:
+    row = tf.reshape(tf.range(g.block_q) + i * g.block_q, (1, 1, 1, g.block_q, 1))
+    k = tf.reshape(tf.range(g.block_k) + j * g.block_k, (1, 1, 1, 1, g.block_k))
+    return {"b": part.b, "h": part.h, "q": row + part.offset, "k": k, "row": row}
+
+
+def structure(p: Problem, x: Inputs, g: Geometry, part: Part, index: dict[str, Array]) -> Array:
+    """Mask, lengths and the ends of rows and keys, over the whole tile."""
+    found = tf.ones((1, 1, 1, 1, 1), tf.bool)
+    if part.kv_lengths is not None:
+        found = found & (index["k"] < part.kv_lengths)
+    elif g.padded_keys:
+        found = found & (index["k"] < g.k_len)
+    if part.q_lengths is not None:
+        found = found & (index["row"] < part.q_lengths)
+    elif g.padded_rows:
+        found = found & (index["row"] < g.q_len)
+    if p.mask is not None:
+        found = found & Reading(p.accumulation, x.mask).read(p.mask, index, x.mask)[0]
+    return tf.broadcast_to(found, (*g.outer(p), g.block_k))
+
+
+def logits(
+    p: Problem,
+    x: Inputs,
+    g: Geometry,
+    part: Part,
+    at: tuple[Array, Array],
+    q: Array,
+    k: Array,
+    masked: bool,
+    derivative: Derivative | None = None,
+) -> Logits:
+    """The tile at (i, j) from folded rows q and keys k; `masked` is whether it needs its mask.
+
+    Args:
+        q: (B', Hk', G * block_q, D), already scaled where `prescaled` says so.
+        derivative: of the score, where slopes are wanted.
+    """
+    z = tf.reshape(tf.matmul(q, k, transpose_b=True), (*g.outer(p), g.block_k))
+    if not prescaled(p):
+        z = z * p.scale
+    if not masked and x.bias is None and p.score is None:
+        return Logits(z, None)
+    index = indices(g, part, *at)
+    allowed = structure(p, x, g, part, index) if masked else None
+    bias = None
+    if x.bias is not None:
+        bias = tf.cast(tile_of(x.bias, part, *at), z.dtype)
+    slope, sites = None, []
+    if p.score is not None:
+        s = z if allowed is None else tf.where(allowed, z, tf.zeros_like(z))
+        guard = allowed
+        tree = p.score if derivative is None else derivative.tree
+        read = Reading(p.accumulation, x.score, guard).read(tree, {**index, "s": s}, x.score)
+        z = tf.broadcast_to(read[0], tf.shape(z)) if read[0].shape != z.shape else read[0]
+        allowed = _and(allowed, tf.not_equal(z, -np.inf))
+        if derivative is not None:
+            slope, rest = read[1], iter(read[2:])
+            for site in derivative.sites:
+                sites.append((next(rest), [next(rest) for _ in range(site.indices)]))
+    if bias is not None:
+        bias = tf.broadcast_to(bias, tf.shape(z)) if bias.shape != z.shape else bias
+        allowed = _and(allowed, tf.not_equal(bias, -np.inf))
+        z = z + tf.where(allowed, bias, tf.zeros_like(bias))
+        allowed = allowed & tf.not_equal(z, -np.inf)
+    return Logits(z, allowed, slope, sites)
+
+
+def prescaled(p: Problem) -> bool:
+    """Whether rows are scaled before the product, in the accumulation dtype."""
+    return p.score is None and p.bias is None
+
+
+def query_of(p: Problem, x: Inputs, number: Array) -> Array:
+    """Folded rows of a tile in the accumulation dtype, scaled where that is done beforehand."""
+    q = tf.cast(tf.gather(x.query, number), DTYPES[p.accumulation])
+    return q * p.scale if prescaled(p) else q
+
+
+def keys_of(p: Problem, tiles: Array, number: Array) -> Array:
+    return tf.cast(tf.gather(tiles, number), DTYPES[p.accumulation])
+
+
+def tile_of(x: Tiled, part: Part, i: Array, j: Array) -> Array:
+    """The tile at (i, j), five axes of which some may be 1."""
+    return tf.reshape(tf.gather(x.tiles, x.number(part, i, j)), x.size)
+
+
+def kept(p: Problem, x: Inputs, g: Geometry, part: Part, i: Array, j: Array) -> Array:
+    """Dropout's mask over the tile."""
+    index = indices(g, part, i, j)
+    keys = (j * g.block_k, g.block_k)
+    return keep_at(drop_threshold(p.rate), x.seed, (part.b, part.h, index["q"]), g.outer(p), keys)
+
+
+def seen(allowed: Array) -> Array:
+    """(B', Hk', block_k, 1): some row of the tile may see the key."""
+    return tf.reduce_any(allowed, (2, 3))[..., None]
+
+
+def fold(x: Array, g: Geometry, group: int) -> Array:
+    """(B', Hk', G, block_q, X) as (B', Hk', G * block_q, X)."""
+    return tf.reshape(x, (g.batches, g.heads, group * g.block_q, sizes(x)[-1]))
+
+
+def static(shape: Sequence[Any]) -> tf.TensorShape:
+    """What is known of a shape when the call is traced."""
+    return tf.TensorShape([n if isinstance(n, int) else None for n in shape])
+
+
+def loop(start: Any, stop: Any, body: Any, carry: Sequence[Any]) -> tuple[Any, ...]:
+    """`carry = body(t, carry)` for t = start, ..., stop - 1."""
+    if isinstance(start, int) and isinstance(stop, int) and stop - start == 1:
+        return tuple(body(start, tuple(carry)))
+
+    def step(t: Array, *now: Any) -> tuple[Any, ...]:
+        new = body(t, now)
+        for x, before in zip(new, now, strict=True):
+            if isinstance(x, tf.Tensor):
+                x.set_shape(before.shape)
+        return (t + 1, *new)
+
+    # One turn at a time: turns side by side would each hold tiles of their own.
+    found = tf.while_loop(
+        lambda t, *_: t < stop,
+        step,
+        (tf.constant(start) if isinstance(start, int) else start, *carry),
+        parallel_iterations=1,
+    )
+    return tuple(found[1:])
+
+
+def _real(size: int | None, x: Array) -> Any:
+    return tf.shape(x)[0] if size is None else size
+
+
+def _only(one: Any, size: Any) -> Any:
+    """Whether a size is 1: a bool where that is known."""
+    return bool(one) if isinstance(size, int) else tf.equal(size, 1)
+
+
+def _choose(one: Any, size: Any) -> Any:
+    if isinstance(one, bool):
+        return 1 if one else size
+    return tf.where(one, 1, size)
+
+
+def _within(at: Array, count: Any) -> Array:
+    return at if isinstance(count, int) else tf.minimum(at, count - 1)
+
+
+def _and(found: Array | None, more: Array) -> Array:
+    return more if found is None else found & more

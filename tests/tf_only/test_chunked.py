@@ -1,0 +1,437 @@
+"""The chunked implementation: many tiles against the reference, what is skipped, what raises."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import attn_core
+from attn_core import Dropout, UnsupportedError, masks, scores
+from attn_core.backends import tf as backend
+from attn_core.backends.tf import chunked_grid, chunked_tile
+
+HQ, HK, D, DV = 4, 2, 3, 5
+
+
+def draw(*shape, seed=0, dtype=np.float64):
+    return tf.constant(np.random.default_rng([seed, *shape]).standard_normal(shape), dtype)
+
+
+def inputs(b, tq, tk, dtype=np.float64):
+    return {
+        "query": draw(b, HQ, tq, D, seed=1, dtype=dtype),
+        "key": draw(b, HK, tk, D, seed=2, dtype=dtype),
+        "value": draw(b, HK, tk, DV, seed=3, dtype=dtype),
+    }
+
+
+def answers(call, form, impl, weights=False):
+    """Outputs and gradients of everything, by name."""
+    b, tq = call["query"].shape[0], call["query"].shape[2]
+    shape = (b, HQ, tq, DV)
+    if call.get("layout") == "BTHD":
+        tq = call["query"].shape[1]
+        shape = (b, tq, HQ, DV)
+    pulled = {"out": draw(*shape, seed=4), "lse": draw(b, HQ, tq, seed=5)}
+    call = call | {"impl": impl, "return_lse": True}
+    if weights:
+        tk = call["key"].shape[1 if call.get("layout") == "BTHD" else 2]
+        call["return_weights"] = True
+        pulled["weights"] = draw(b, HQ, tq, tk, seed=6)
+    output, found = backend.vjp(call, pulled, form)
+    for i, g in enumerate(found.pop("score", ())):
+        found[f"score{i}"] = g
+    found |= output._asdict()
+    return {name: x.numpy() for name, x in found.items() if x is not None}
+
+
+def agree(call, form, weights=False):
+    found = answers(call, form, "chunked", weights)
+    want = answers(call, "eager", "reference", weights)
+    assert found.keys() == want.keys()
+    for name, x in want.items():
+        np.testing.assert_allclose(found[name], x, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Tiles of 16 by 16, and parts of few heads: every loop turns several times."""
+    monkeypatch.setattr(chunked_grid, "_BLOCK", 16)
+    monkeypatch.setattr(chunked_grid, "_LONGEST", 32)
+    monkeypatch.setattr(chunked_grid, "_AT_ONCE", 4096)
+    backend.chunked._compiled.cache_clear()
+    yield
+    backend.chunked._compiled.cache_clear()
+
+
+# --- Against the reference. -----------------------------------------------------------------------
+
+
+def options(name, b, tq, tk):
+    rng = np.random.default_rng([ord(c) for c in name])
+    ids = np.sort(rng.integers(0, 3, (b, max(tq, tk))), -1).astype(np.int32)
+    slopes = draw(HQ, seed=7)
+    table, rows = attn_core.operand(draw(b, tk, seed=8)), attn_core.operand(draw(tq, seed=9))
+
+    def hiding(s, b, h, q, k):
+        x = table[b, k]
+        return attn_core.where(x > 1.5, float("-inf"), s * x + rows[attn_core.row])
+
+    bias = rng.standard_normal((b, 1, tq, tk))
+    bias[rng.random(bias.shape) < 0.1] = -np.inf
+    ends = {
+        "kv_lengths": tf.constant(rng.integers(0, tk + 1, b)),
+        "q_lengths": tf.constant(rng.integers(0, tq + 1, b)),
+    }
+    every = {
+        "plain": {},
+        "causal": {"mask": masks.causal(), "query_offset": "end"},
+        "window": {"mask": masks.causal() & masks.window(left=9), "query_offset": "start"},
+        "documents": {
+            "mask": masks.segments(ids[:, :tq], ids[:, :tk]) & masks.causal(),
+            "query_offset": tf.constant(rng.integers(-9, 9, b)),
+            "sinks": draw(HQ, seed=10),
+        },
+        "lengths": {"mask": masks.causal(), "query_offset": "end", "sinks": slopes} | ends,
+        "by_head": {
+            "mask": attn_core.mask(lambda b, h, q, k: (q >= k) & (q - k < 12 * (h + 1))),
+            "query_offset": 3,
+        },
+        "dense": {"mask": rng.random((b, HQ, tq, tk)) < 0.4, "dropout": Dropout(0.3, 11)},
+        "bias": {"bias": tf.constant(bias), "mask": masks.prefix(tk - 1)},
+        "bias_keys": {"bias": draw(1, HQ, 1, tk, seed=12)} | ends,
+        "relative": {
+            "score": scores.relative_bias(draw(9, HQ, seed=13), buckets="clipped"),
+            "query_offset": "start",
+        },
+        "hiding": {"score": attn_core.score(hiding), "dropout": Dropout(0.2, 2**40 + 3)},
+        "everything": {
+            "score": scores.softcap(1.5).then(scores.alibi(slopes)),
+            "mask": masks.causal() | masks.prefix(3),
+            "query_offset": "end",
+            "bias": tf.constant(bias),
+            "sinks": draw(HQ, seed=14),
+            "dropout": Dropout(0.25, 5),
+        }
+        | ends,
+    }
+    return every[name]
+
+
+NAMES = (
+    *("plain", "causal", "window", "documents", "lengths", "by_head", "dense", "bias"),
+    *("bias_keys", "relative", "hiding", "everything"),
+)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("form", ["function", "dynamic"])
+@pytest.mark.parametrize("name", NAMES)
+def test_many_tiles(name, form):
+    call = inputs(3, 37, 51) | options(name, 3, 37, 51)
+    agree(call, form, weights=name in ("dense", "everything"))
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", ["documents", "bias", "everything"])
+def test_many_tiles_compiled(name):
+    agree(inputs(2, 19, 33) | options(name, 2, 19, 33), "xla", weights=name == "everything")
+
+
+@pytest.mark.usefixtures("small")
+def test_the_other_layout():
+    call = inputs(3, 37, 51)
+    call = {name: tf.transpose(x, (0, 2, 1, 3)) for name, x in call.items()}
+    agree(call | options("lengths", 3, 37, 51) | {"layout": "BTHD"}, "dynamic", weights=True)
+
+
+@pytest.mark.parametrize(("tq", "tk"), [(1, 1300), (255, 257), (256, 512), (1100, 1300)])
+def test_sizes_around_whole_tiles(tq, tk):
+    mask = masks.causal() & masks.window(left=700)
+    agree(inputs(1, tq, tk) | {"mask": mask, "query_offset": "end"}, "function")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_sums_are_kept_in_the_accumulation_dtype(dtype):
+    """2048 equal shares of 1/2048 add up to 1 in float32, and to nothing like it in bfloat16."""
+    q, k = (tf.zeros((1, 1, n, 4), dtype) for n in (3, 2048))
+    out, lse, _ = attn_core.attention(q, k, tf.ones_like(k), return_lse=True, impl="chunked")
+    assert out.dtype == tf.as_dtype(dtype)
+    np.testing.assert_allclose(tf.cast(out, tf.float32).numpy(), 1, rtol=1e-6)
+    np.testing.assert_allclose(lse.numpy(), np.log(2048), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("small")
+def test_weights_change_no_bit_of_the_output():
+    call = inputs(2, 37, 51, np.float32) | {"mask": masks.causal(), "query_offset": "end"}
+    plain = attn_core.attention(**call, impl="chunked").numpy()
+    with_weights = attn_core.attention(**call, impl="chunked", return_weights=True)
+    np.testing.assert_array_equal(plain, with_weights.out.numpy())
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("form", ["function", "dynamic"])
+def test_poison_in_padding_and_hidden_tiles(form):
+    """Keys beyond their length, rows beyond theirs, and what flows back into them."""
+    call = inputs(1, 37, 51)
+    spoilt = dict(call)
+    for name, valid in (("query", 20), ("key", 33), ("value", 33)):
+        x = call[name].numpy()
+        x[:, :, valid:] = np.nan
+        spoilt[name] = tf.constant(x)
+    ends = {
+        "kv_lengths": tf.constant([33]),
+        "q_lengths": tf.constant([20]),
+        "score": scores.softcap(2.0),
+        "impl": "chunked",
+        "return_lse": True,
+    }
+    out, lse = draw(1, HQ, 37, DV, seed=4).numpy(), draw(1, HQ, 37, seed=5).numpy()
+    pulled = {"out": tf.constant(out), "lse": tf.constant(lse)}
+    out[:, :, 20:], lse[:, :, 20:] = np.nan, np.inf
+    poison = {"out": tf.constant(out), "lse": tf.constant(lse)}
+    want, want_g = backend.vjp(call | ends, pulled, form)
+    found, found_g = backend.vjp(spoilt | ends, poison, form)
+    np.testing.assert_array_equal(found.out.numpy(), want.out.numpy())
+    for name in call:
+        np.testing.assert_array_equal(found_g[name].numpy(), want_g[name].numpy(), err_msg=name)
+
+
+# --- Tiles that are skipped. ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many tiles were computed, and how many evaluated the mask, while graphs ran."""
+    seen = {"logits": 0, "structure": 0}
+
+    def watch(name):
+        function = getattr(chunked_tile, name)
+
+        def count():
+            seen[name] += 1
+            return np.int32(0)
+
+        def watched(*args, **kwargs):
+            tf.numpy_function(count, [], tf.int32)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(chunked_tile, name, watched)
+
+    watch("logits")
+    watch("structure")
+    return seen
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("options", "live", "masked"),
+    [
+        ({"mask": masks.causal(), "query_offset": "end"}, 10, 4),
+        ({"mask": masks.causal() & masks.window(left=255), "query_offset": "end"}, 7, 7),
+        ({"kv_lengths": [600]}, 12, 4),
+        ({"q_lengths": [256]}, 4, 0),
+        ({}, 16, 0),
+    ],
+)
+def test_empty_tiles_are_skipped_and_full_ones_ask_no_mask(counted, options, known, live, masked):
+    call = inputs(1, 1024, 1024, np.float32)
+    names = list(call)
+    spec = [
+        tf.TensorSpec([1, x.shape[1], 1024 if known else None, x.shape[3]]) for x in call.values()
+    ]
+
+    @tf.function(input_signature=spec)
+    def run(*given):
+        with tf.GradientTape() as tape:
+            tape.watch(given)
+            out = attn_core.attention(**dict(zip(names, given, strict=True)), **options)
+        return out, tape.gradient(out, given)
+
+    run(*call.values())
+    assert counted == {"logits": 2 * live, "structure": 2 * masked}
+
+
+def test_lengths_that_are_tensors_skip_tiles(counted):
+    """With every size and the lengths unknown, an empty half is not computed."""
+    spec = [tf.TensorSpec((None, n, None, d)) for n, d in ((HQ, D), (HK, D), (HK, DV))]
+
+    @tf.function(input_signature=[*spec, tf.TensorSpec((None,), tf.int32)])
+    def run(q, k, v, kv_lengths):
+        return attn_core.attention(
+            q, k, v, kv_lengths=kv_lengths, mask=masks.causal(), query_offset="start"
+        )
+
+    run(*inputs(2, 1024, 1024, np.float32).values(), tf.constant([256, 0]))
+    assert counted == {"logits": 4, "structure": 1}
+
+
+def test_five_lengths_are_one_trace():
+    traced = []
+    spec = [tf.TensorSpec((None, n, None, d)) for n, d in ((HQ, D), (HK, D), (HK, DV))]
+
+    @tf.function(input_signature=spec)
+    def run(q, k, v):
+        traced.append(q.shape)
+        with tf.GradientTape() as tape:
+            tape.watch([q, k, v])
+            out = attn_core.attention(q, k, v, mask=masks.causal(), query_offset="end")
+        return out, tape.gradient(out, [q, k, v])
+
+    for tq, tk in ((5, 7), (1, 300), (300, 300), (513, 40), (0, 3)):
+        call = inputs(2, tq, tk, np.float32)
+        out, gradients = run(*call.values())
+        want = attn_core.attention(
+            **call, mask=masks.causal(), query_offset="end", impl="reference"
+        )
+        np.testing.assert_allclose(out.numpy(), want.numpy(), atol=2e-5)
+        assert [g.shape for g in gradients] == [x.shape for x in call.values()]
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize("length", [5, 600])
+def test_unknown_sizes_under_xla(length):
+    spec = [tf.TensorSpec((None, n, None, d)) for n, d in ((HQ, D), (HK, D), (HK, DV))]
+
+    def run(q, k, v):
+        with tf.GradientTape() as tape:
+            tape.watch([q, k, v])
+            out = attn_core.attention(q, k, v, mask=masks.causal(), query_offset="end")
+        return [out, *tape.gradient(out, [q, k, v])]
+
+    call = inputs(1, length, length, np.float32).values()
+    found = tf.function(run, input_signature=spec, jit_compile=True)(*call)
+    for x, y in zip(found, run(*call), strict=True):
+        np.testing.assert_allclose(x.numpy(), y.numpy(), atol=2e-5)
+
+
+def test_eager_lengths_do_not_retrace_without_bound(monkeypatch):
+    traced = []
+    forward = backend.chunked._forward
+
+    def watched(p, x):
+        traced.append((p.q_len, p.k_len))
+        return forward(p, x)
+
+    backend.chunked._compiled.cache_clear()
+    monkeypatch.setattr(backend.chunked, "_forward", watched)
+    for length in (3, 4, 9, 17, 300, 5):
+        call = inputs(1, length, length, np.float32)
+        attn_core.attention(**call, mask=masks.causal())
+    assert traced == [(3, 3), (None, None)]
+    backend.chunked._compiled.cache_clear()
+
+
+def test_other_sizes_than_each_other_are_found_at_run_time():
+    spec = [tf.TensorSpec((None, 1, None, 3)), tf.TensorSpec((None, 1, None, 3))]
+
+    @tf.function(input_signature=[*spec, tf.TensorSpec((None, None, None, None))])
+    def run(q, k, bias):
+        return attn_core.attention(q, k, k, bias=bias)
+
+    q, k = draw(2, 1, 5, 3, dtype=np.float32), draw(2, 1, 7, 3, dtype=np.float32)
+    run(q, k, tf.zeros((2, 1, 1, 7)))
+    for bias, keys in ((tf.zeros((2, 1, 1, 6)), k), (tf.zeros((2, 1, 5, 7)), k[:1])):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="must fit"):
+            run(q, keys, bias)
+
+
+# --- Memory. --------------------------------------------------------------------------------------
+
+_MEASURE = """
+import resource, sys
+import tensorflow as tf
+import attn_core
+from attn_core import masks
+
+def run(length):
+    q = tf.random.stateless_uniform((1, 2, length, 16), (1, 2))
+
+    @tf.function
+    def call(q):
+        with tf.GradientTape() as tape:
+            tape.watch(q)
+            out = attn_core.attention(q, q, q, mask=masks.causal())
+        return tape.gradient(out, q)
+
+    float(tf.reduce_sum(call(q)))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+run(1024)
+print(run(2048), run(8192))
+"""
+
+
+def test_memory_is_linear():
+    """Logits of 8192 by 8192 for two heads are 512 MiB; tiles and their sums are not."""
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE], capture_output=True, text=True, check=True
+    )
+    before, after = map(int, done.stdout.split())
+    assert after - before < 128
+
+
+# --- Other derivatives. ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_derivatives_of_derivatives_raise(compiled):
+    call = inputs(1, 5, 5)
+
+    def second(q):
+        with tf.GradientTape() as outer:
+            outer.watch(q)
+            with tf.GradientTape() as inner:
+                inner.watch(q)
+                out = attn_core.attention(**call | {"query": q}, impl="chunked")
+            first = inner.gradient(out, q)
+        return outer.gradient(first, q)
+
+    run = tf.function(second, autograph=False) if compiled else second
+    with pytest.raises(UnsupportedError, match='need impl="reference"'):
+        run(call["query"])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_forward_mode_raises(compiled):
+    call = inputs(1, 5, 5)
+
+    def tangent(q):
+        with tf.autodiff.ForwardAccumulator(q, tf.ones_like(q)) as accumulator:
+            out = attn_core.attention(**call | {"query": q}, impl="chunked")
+        return accumulator.jvp(out)
+
+    run = tf.function(tangent, autograph=False) if compiled else tangent
+    with pytest.raises(UnsupportedError, match='need impl="reference"'):
+        run(call["query"])
+
+
+def test_two_tapes_around_a_function():
+    """TensorFlow then asks for derivatives of what the backward pass keeps, too."""
+    call = inputs(1, 5, 5)
+    run = tf.function(lambda q: attn_core.attention(**call | {"query": q}, impl="chunked"))
+    q = call["query"]
+    with tf.GradientTape() as first, tf.GradientTape() as second:
+        first.watch(q)
+        second.watch(q)
+        out = run(q)
+    found = first.gradient(out, q).numpy()
+    np.testing.assert_array_equal(second.gradient(out, q).numpy(), found)
+    with tf.GradientTape() as tape:
+        tape.watch(q)
+        out = attn_core.attention(**call, impl="reference")
+    np.testing.assert_allclose(found, tape.gradient(out, q).numpy(), rtol=1e-9, atol=1e-12)
+
+
+def test_jacobians():
+    call = inputs(1, 3, 4)
+    found = []
+    for impl in ("chunked", "reference"):
+        q = call["query"]
+        with tf.GradientTape() as tape:
+            tape.watch(q)
+            out = attn_core.attention(**call, impl=impl)
+        found.append(tape.jacobian(out, q).numpy())
+    np.testing.assert_allclose(*found, rtol=1e-9, atol=1e-12)
