@@ -52,13 +52,16 @@ class Plan(NamedTuple):
 def geometry(p: Problem, x: Operands) -> Geometry:
     q_axis = 2 if p.layout == "BHTD" else 1
     batch, q_len, k_len = (
-        tf.maximum(tf.shape(array)[axis], 1) if size is None else size
+        tf.shape(array)[axis] if size is None else size
         for size, array, axis in (
             (p.batch, x.query, 0),
             (p.q_len, x.query, q_axis),
             (p.k_len, x.key, q_axis),
         )
     )
+    # An unknown size may turn out to be 0, where there still is a tile, of nothing.
+    if not isinstance(batch, int):
+        batch = tf.maximum(batch, 1)
     area = _BLOCK * _BLOCK
     tall = _BLOCK
     if isinstance(k_len, int) and k_len < _BLOCK:
@@ -98,9 +101,11 @@ def geometry(p: Problem, x: Operands) -> Geometry:
 
 def _blocks(length: Any, block: int) -> tuple[Any, Any]:
     """(size, count) of the tiles of an axis; a size is a multiple of 8 where there are several."""
-    count = -(-length // block)
     if isinstance(length, int):
+        count = -(-length // block)
         return (length, 1) if count == 1 else (-(-length // (8 * count)) * 8, count)
+    length = tf.maximum(length, 1)
+    count = -(-length // block)
     return tf.where(count > 1, -(-length // (8 * count)) * 8, length), count
 
 

@@ -35,8 +35,7 @@ class Geometry(NamedTuple):
     """Sizes of the loops.
 
     Attributes:
-        batch, q_len, k_len: B, Tq and Tk, at least 1: an unknown size may turn out to be 0, and is
-            then filled up to 1.
+        batch, q_len, k_len: B, Tq and Tk; an unknown B that turns out to be 0 is filled up to 1.
         block_q, block_k: rows and keys of a tile.
         rows, columns: tiles along queries and keys.
         batches, heads: B' and Hk', batches and key heads of a part.

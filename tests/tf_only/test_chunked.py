@@ -291,6 +291,28 @@ def test_five_lengths_are_one_trace():
     assert len(traced) == 1
 
 
+@pytest.mark.parametrize(("b", "tq", "tk"), [(2, 3, 0), (2, 0, 3), (0, 3, 4), (0, 0, 0)])
+def test_unknown_sizes_that_are_zero(b, tq, tk):
+    """With a sink, the lse of a row without keys tells whether what fills up a tile was read."""
+    spec = [tf.TensorSpec((None, n, None, d), tf.float64) for n, d in ((HQ, D), (HK, D), (HK, DV))]
+    sinks = draw(HQ, seed=15)
+
+    @tf.function(input_signature=spec)
+    def run(q, k, v):
+        with tf.GradientTape() as tape:
+            tape.watch(sinks)
+            got = attn_core.attention(q, k, v, sinks=sinks, return_lse=True, impl="chunked")
+        return got.out, got.lse, tape.gradient(got.lse, sinks)
+
+    out, lse, gradient = run(*inputs(b, tq, tk).values())
+    assert out.shape == (b, HQ, tq, DV)
+    assert lse.shape == (b, HQ, tq)
+    if not tk:
+        assert not out.numpy().any()
+        np.testing.assert_array_equal(lse, np.broadcast_to(sinks.numpy()[:, None], lse.shape))
+        np.testing.assert_allclose(gradient.numpy(), b * tq)
+
+
 @pytest.mark.parametrize("length", [5, 600])
 def test_unknown_sizes_under_xla(length):
     spec = [tf.TensorSpec((None, n, None, d)) for n, d in ((HQ, D), (HK, D), (HK, DV))]
