@@ -14,7 +14,7 @@ import pytest
 import attn_core
 from attn_core import Dropout, masks, registry, scores
 from attn_core.backends import jax as backend
-from attn_core.backends.jax import chunked, chunked_forward, chunked_parts, chunked_tile
+from attn_core.backends.jax import chunked, chunked_parts, chunked_tile
 from attn_core.registry import UnsupportedError
 
 EXTRAS = {"return_lse": True, "return_weights": True}
@@ -309,7 +309,7 @@ def chunked_problem(**changes: Any) -> Any:
     return replace(plan.problem, **changes)
 
 
-def test_the_running_sum_is_of_the_forward_pass_alone():
+def test_what_is_kept_for_the_backward_pass_is_linear():
     """Statistics kept for the backward pass are linear: out, m, log l and a flag."""
     *_, x = made(5, q_len=64, k_len=64)
     with jax.enable_x64(True):
@@ -317,4 +317,3 @@ def test_the_running_sum_is_of_the_forward_pass_alone():
     kept = sum(int(np.prod(a.shape)) for a in jax.tree.leaves(back))
     inputs = sum(a.size for a in x.values())
     assert kept <= inputs + 2 * 4 * 64 * (3 + 3)
-    assert chunked_forward.Rows._fields[:4] == ("out", "m", "log_l", "alive")

@@ -1,0 +1,57 @@
+"""What the suite asks of somebody else's torch function, and weights() on torch tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+import attn_core
+from attn_core import masks, scores
+from attn_core.backends import torch as backend
+from attn_core.conformance import judgement, subject
+
+
+def attend(query, key, value, slopes, scale, keep):
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    far = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
+    offset = torch.tensor([2, -1])[:, None, None, None]
+    s = scale * query @ key.mT - keep(slopes)[:, None, None] * (far + offset).abs()
+    return s.softmax(-1) @ value
+
+
+def verdict(keep):
+    @subject("torch")
+    def mine(query, key, value, slopes=None, scale=1.0):
+        if slopes is None:
+            slopes = torch.zeros(query.shape[1])
+        return attend(query, key, value, slopes, scale, keep)
+
+    return judgement.judge("pair-alibi-scale", mine, backend, "eager")
+
+
+def test_the_gradient_of_slopes_is_judged():
+    right, cut = verdict(lambda x: x), verdict(lambda x: x.detach())
+    assert right.passed, (right.problem, right.shares)
+    assert "d_score0" in right.shares
+    assert {what for what, used in cut.shares.items() if not used <= 1} == {"d_score0"}
+
+
+def test_weights_of_chosen_heads_and_rows():
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+
+    query, key = normal(2, 4, 30, 8), normal(2, 2, 40, 8)
+    options = {
+        "mask": masks.causal(),
+        "query_offset": "end",
+        "score": scores.alibi(normal(4)),
+        "bias": normal(1, 4, 30, 1),
+        "kv_lengths": [40, 21],
+        "q_lengths": [30, 9],
+    }
+    every = attn_core.attention(query, key, key, return_weights=True, **options).weights
+    found = attn_core.weights(query, key, heads=[3, 0], queries=[29, 4], **options)
+    torch.testing.assert_close(found, every[:, [3, 0]][:, :, [29, 4]])
