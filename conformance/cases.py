@@ -418,26 +418,17 @@ _TELLING = (
     *("pair-softcap-bias", "pair-alibi-sinks", "pair-causal-scale", "bias-bhqk"),
 )
 _PASSED_OVER = (
-    "pair-",
-    "tiles-2",
-    "tiles-3",
-    "tiles-5",
-    "width-",
-    "bias-b",
-    "bias-s",
-    "mask-d",
-    "mask-l",
+    *("pair-", "tiles-2", "tiles-3", "tiles-5", "tiles-6", "width-"),
+    *("bias-b", "bias-s", "bias-rank", "mask-d", "mask-l", "mask-xor", "mask-not-causal"),
+    *("mask-floors", "mask-segments-flat", "mask-segments-apart", "model-vit"),
+    *("model-transformer-cross", "plain-square", "scale-zero", "score-t5-backward"),
+    *("everything-bthd", "dropout-seed-wide", "offset-end-lengths", "kv-lengths-one"),
 )
 
 SMOKE: tuple[str, ...] = tuple(
     case.name
     for case in CASES
-    if case.name in _TELLING
-    or (
-        case.dtype == "float32"
-        and not case.name.startswith(_PASSED_OVER)
-        and case.name not in ("mask-xor", "mask-not-causal", "plain-square", "scale-zero")
-    )
+    if case.name in _TELLING or (case.dtype == "float32" and not case.name.startswith(_PASSED_OVER))
 )
 """The tier for every commit: each option and each decision once, under a minute to a backend."""
 

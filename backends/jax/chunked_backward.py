@@ -193,7 +193,7 @@ def _with_weights(
 
             return body
 
-        total = over_tiles(by_rows, i, step, jnp.zeros(m.shape, delta.dtype))
+        total = over_tiles(g, by_rows, i, step, jnp.zeros(m.shape, delta.dtype))
         return _add(delta, total, i * g.block_q, 3)
 
     return up._replace(delta=times(g.rows, turn, up.delta))
@@ -281,7 +281,7 @@ def _columns(
             return body
 
         none = (jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype))
-        carry = over_tiles(by_columns, j, step, (d_query, *none, shared))
+        carry = over_tiles(g, by_columns, j, step, (d_query, *none, shared))
         d_query, d_k, d_v, shared = carry
         d_k = d_k if tiles.prescaled(p) else d_k * p.scale
         start = j * g.block_k

@@ -97,7 +97,7 @@ def _row(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule, i:
         jnp.zeros(outer, dtype),
         jnp.zeros((*outer, p.v_width), dtype),
     )
-    m, total, acc = over_tiles(by_rows, i, step, carry)
+    m, total, acc = over_tiles(g, by_rows, i, step, carry)
     alive = total != 0
     if x.sinks is not None:
         sink = sinks_of(p, x, g, part, i)
@@ -140,7 +140,7 @@ def _weights(
 
         return body
 
-    return rows._replace(weights=over_tiles(by_rows, i, step, rows.weights))
+    return rows._replace(weights=over_tiles(g, by_rows, i, step, rows.weights))
 
 
 def probability(z: Array, found: Array | None, m: Array, log_l: Array) -> Array:
@@ -166,11 +166,17 @@ def sinks_of(p: Problem, x: Operands, g: Geometry, part: Part, i: Array) -> Arra
     return jnp.where(valid, sink, -jnp.inf)
 
 
-def over_tiles(schedule: Schedule, line: Array, step: Any, carry: Any) -> Any:
+def over_tiles(g: Geometry, schedule: Schedule, line: Array, step: Any, carry: Any) -> Any:
     """`step(False)` over the full tiles of a row or column, then `step(True)` over the partial."""
+    first = jnp.int32(0)
+    if g.single:
+        return step(g.partial)(first, carry)
     full, live = schedule.full[line], schedule.live[line]
-    carry = jax.lax.fori_loop(jnp.int32(0), full, step(False), carry)
-    return jax.lax.fori_loop(full, live, step(True), carry)
+    if g.full:
+        carry = jax.lax.fori_loop(first, full, step(False), carry)
+    if g.partial:
+        carry = jax.lax.fori_loop(full, live, step(True), carry)
+    return carry
 
 
 def times(count: int, turn: Any, carry: Any) -> Any:

@@ -49,13 +49,21 @@ def cut_up(p: Problem, x: Operands) -> Cut:
     block_q, rows = _blocks(_known(p.q_len), block)
     block_k, columns = _blocks(_known(p.k_len), block)
     status = _status(p, x, block_q, block_k)
+    full = partial = True
+    if isinstance(status, np.ndarray):
+        full, partial = bool((status == FULL).any()), bool((status == PARTIAL).any())
+    if rows == columns == 1:
+        # Nothing to skip: one kind of tile, straight through, compiles and runs fastest.
+        full = full and not partial and bool((status == FULL).all())
+        partial = not full
+        status = np.full((1, 1, 1, 1), FULL if full else PARTIAL)
     batch, tile = _known(p.batch), 4 * p.group * block_q * block_k
     level = 2 if status.shape[1] > 1 else 1 if status.shape[0] > 1 else 0
     if level == 0 and batch > 1 and batch * p.kv_heads * tile > _AT_ONCE:
         level = 1
     if level < 2 and p.kv_heads > 1 and p.kv_heads * tile > 4 * _AT_ONCE:
         level = 2
-    return Cut(Geometry(block_q, block_k, rows, columns, level), status)
+    return Cut(Geometry(block_q, block_k, rows, columns, level, full, partial), status)
 
 
 def _known(size: int | None) -> int:
@@ -73,6 +81,9 @@ def _blocks(length: int, block: int) -> tuple[int, int]:
 
 def _status(p: Problem, x: Operands, block_q: int, block_k: int) -> Array:
     """The status of every tile; known when traced where nothing in it is an operand."""
+    static = not p.mask_operands and not p.kv_lengths and not p.q_lengths and p.offset != "given"
+    if not static and (block_q, block_k) == (p.q_len, p.k_len):
+        return np.full((1, 1, 1, 1), PARTIAL)
     sizes: dict[str, Any] = {
         "q_len": _known(p.q_len),
         "k_len": _known(p.k_len),
@@ -82,7 +93,7 @@ def _status(p: Problem, x: Operands, block_q: int, block_k: int) -> Array:
         "heads": p.heads,
     }
     ops: Any = Tiles()
-    if not p.mask_operands and not p.kv_lengths and not p.q_lengths and p.offset != "given":
+    if static:
         ops = HOST
         start = 0 if p.offset == "zero" else _known(p.k_len) - _known(p.q_len)
         status = block_map(p.mask, offsets=start, **sizes).dense()

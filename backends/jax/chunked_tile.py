@@ -32,6 +32,8 @@ class Geometry(NamedTuple):
         block_q, block_k: rows and keys of a tile.
         rows, columns: tiles along queries and keys.
         level: 0, all batches and heads in one tile; 1, a loop over batches; 2, and over key heads.
+        full, partial: whether there may be tiles that need no mask, and tiles that do; a loop over
+            tiles that cannot be is not compiled.
     """
 
     block_q: int
@@ -39,6 +41,12 @@ class Geometry(NamedTuple):
     rows: int
     columns: int
     level: int
+    full: bool
+    partial: bool
+
+    @property
+    def single(self) -> bool:
+        return self.rows == self.columns == 1
 
 
 class Laid(NamedTuple):
