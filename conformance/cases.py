@@ -414,7 +414,7 @@ SAMPLE: tuple[str, ...] = (
 """The named sample for forms that are slow to compile: inductor, XLA, unknown sizes."""
 
 _TELLING = (
-    *("plain-float64", "heads-gqa-6-2-bfloat16", "everything-float16", "mask-dense-2"),
+    *("plain-float64", "heads-gqa-6-2-bfloat16", "mask-dense-2"),
     *("pair-softcap-bias", "pair-alibi-sinks", "pair-causal-scale", "bias-bhqk"),
 )
 _PASSED_OVER = (
@@ -423,6 +423,8 @@ _PASSED_OVER = (
     *("mask-floors", "mask-segments-flat", "mask-segments-apart", "model-vit"),
     *("model-transformer-cross", "plain-square", "scale-zero", "score-t5-backward"),
     *("everything-bthd", "dropout-seed-wide", "offset-end-lengths", "kv-lengths-one"),
+    *("score-alibi-softcap", "dropout-offset", "mask-prefix-each", "poison-score", "bias-hq"),
+    *("layout-bthd-all", "score-clipped", "offset-end-long", "poison-operand", "mask-graph"),
 )
 
 SMOKE: tuple[str, ...] = tuple(
