@@ -5,6 +5,7 @@
 #   make check         format, lint, types, who may import whom; edits nothing
 #   make fmt           format and fix what can be fixed
 #   make conformance   the conformance suite alone, eager; make test runs its compiled forms too
+#   make bench         check, then time: hours on a quiet machine; then docs/BENCHMARKS.md
 #   make docs          the doctests of docs/
 #   make wheel         a wheel in dist/
 #   make clean         remove what was built; .venv stays
@@ -33,12 +34,13 @@ EXTRAS := dev viz yaml $(foreach name,$(FRAMEWORKS),$(or $(extras_$(name)),$(err
 	FRAMEWORKS must hold torch, tf or jax. Got $(name))))
 STAMP := $(VENV)/.installed$(subst $(space),,$(foreach name,$(sort $(FRAMEWORKS)),-$(name)))
 
+RESULTS := benchmarks/results/cpu.json
 SUBJECTS := --backend numpy $(addprefix --backend ,$(FRAMEWORKS))
 
 # One thread per test process, since pytest-xdist already fills the machine.
 PYTEST := OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/pytest -n $(JOBS)
 
-.PHONY: demo test check fmt conformance docs wheel clean
+.PHONY: demo test check fmt conformance bench docs wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -70,6 +72,11 @@ fmt: $(STAMP)
 
 conformance: $(STAMP)
 	$(BIN)/attn-core conformance run $(SUBJECTS)
+
+# Wrong answers of ours fail it; a missed target does not, and is published.
+bench: $(STAMP)
+	$(BIN)/attn-core bench run --json $(RESULTS)
+	$(BIN)/attn-core bench page $(RESULTS)
 
 docs: $(STAMP)
 	$(BIN)/pytest --doctest-glob='*.md' docs

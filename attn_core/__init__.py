@@ -12,6 +12,7 @@ from typing import Any
 from attn_core import backends, config, masks, scores
 from attn_core.api import attention, weights
 from attn_core.config import use
+from attn_core.explained import Report, explain
 from attn_core.language.expr import cast, exp, log, maximum, minimum, row, tanh, where
 from attn_core.language.operands import operand
 from attn_core.language.values import Dropout, Mask, Score, mask, score
@@ -24,6 +25,7 @@ __all__ = [
     "AttentionOutput",
     "Dropout",
     "Mask",
+    "Report",
     "Score",
     "UnsupportedError",
     "attention",
@@ -31,6 +33,7 @@ __all__ = [
     "cast",
     "config",
     "exp",
+    "explain",
     "log",
     "mask",
     "masks",

@@ -13,7 +13,7 @@ from typing import Any
 from attn_core import check, registry
 from attn_core.chosen import chosen, narrowed
 from attn_core.language.values import Dropout, Mask, Score
-from attn_core.spec import AttentionOutput, Operands
+from attn_core.spec import AttentionOutput, Operands, Problem
 
 
 def attention(
@@ -192,11 +192,17 @@ def weights(
 
 def resolve(arguments: dict[str, Any]) -> tuple[Any, Any, Operands]:
     """Backend, plan and operands of a call to `attention`, for backends' own `vjp`."""
+    backend, problem, operands, impl = stated(arguments)
+    return backend, registry.choose(backend, problem, impl), operands
+
+
+def stated(arguments: dict[str, Any]) -> tuple[Any, Problem, Operands, str]:
+    """Backend, problem, operands and `impl` of a call to `attention`; nothing is chosen yet."""
     options = {**_DEFAULTS, **arguments}
     impl = options.pop("impl")
     backend, host = registry.find(options["query"])
     problem, operands = check.resolve(backend, host, **options)
-    return backend, registry.choose(backend, problem, impl), operands
+    return backend, problem, operands, impl
 
 
 _DEFAULTS: dict[str, Any] = dict(attention.__kwdefaults__ or {})

@@ -1,4 +1,4 @@
-"""The command line: `attn-core doctor` and `attn-core conformance run`.
+"""The command line: `attn-core doctor`, `attn-core explain` and `attn-core conformance run`.
 
 Completion: `attn-core --install-completion`.
 """
@@ -234,6 +234,174 @@ def check_golden(
     console.print(report.matrix(verdicts))
     report.summary(verdicts, console)
     raise typer.Exit(0 if all(v.passed for v in verdicts) else 1)
+
+
+def _masks(incomplete: str) -> list[str]:
+    from attn_core.explain_shapes import NAMED
+
+    return [name for name in NAMED if name.startswith(incomplete)]
+
+
+@app.command("explain")
+def explain_shapes(
+    backend: Annotated[
+        str, typer.Option(help="Backend to ask.", autocompletion=_backends)
+    ] = "numpy",
+    shape: Annotated[str, typer.Option(help="B,Hq,Tq,D of query.")] = "1,8,2048,64",
+    kv_heads: Annotated[int | None, typer.Option(help="Hk; as query.")] = None,
+    keys: Annotated[int | None, typer.Option(help="Tk; as query.")] = None,
+    value_width: Annotated[int | None, typer.Option(help="Dv; as query.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of query, key and value.")] = "float32",
+    mask: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='causal, window:255, ... or text such as "q >= k"; may be repeated, all apply.',
+            autocompletion=_masks,
+        ),
+    ] = None,
+    kv_lengths: Annotated[str | None, typer.Option(help="Ints with commas between.")] = None,
+    query_offset: Annotated[str | None, typer.Option(help="start, end or an int.")] = None,
+    layout: Annotated[str, typer.Option(help="BHTD or BTHD.")] = "BHTD",
+    precision: Annotated[str | None, typer.Option(help="highest or fast.")] = None,
+    impl: Annotated[str, typer.Option(help="auto, or the name of an implementation.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What attention would do with arrays of these sizes; exit 1 where nothing answers."""
+    from json import dumps
+
+    from attn_core.explain_shapes import report
+
+    try:
+        found = report(
+            backend,
+            shape,
+            kv_heads=kv_heads,
+            keys=keys,
+            value_width=value_width,
+            dtype=dtype,
+            mask=mask or (),
+            kv_lengths=kv_lengths,
+            query_offset=query_offset,
+            layout=layout,
+            precision=precision,
+            impl=impl,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    if json:
+        typer.echo(dumps(found.as_dict(), indent=2))
+    else:
+        Console().print(found)
+    raise typer.Exit(0 if found.impl else 1)
+
+
+benches = typer.Typer(help="How fast, and how much memory?", no_args_is_help=True)
+app.add_typer(benches, name="bench")
+
+
+def _bench_cases(incomplete: str) -> list[str]:
+    from attn_core.benchmarks.cases import BY_NAME
+
+    return [name for name in BY_NAME if name.startswith(incomplete)]
+
+
+def _frameworks(incomplete: str) -> list[str]:
+    from attn_core.benchmarks.subjects import FRAMEWORKS
+
+    return [name for name in FRAMEWORKS if name.startswith(incomplete)]
+
+
+@benches.command("run")
+def run_benchmarks(
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="Case, or a part of its name.", autocompletion=_bench_cases),
+    ] = None,
+    framework: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="torch, jax, tf or onnxruntime; may be repeated.", autocompletion=_frameworks
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of turns, two samples each.")] = 7,
+    threads: Annotated[int, typer.Option(min=1, help="Threads, and cores, of every worker.")] = 2,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that an answer may take.")] = 900.0,
+    quick: Annotated[
+        bool, typer.Option(help="Small sizes and two rounds: does it run? No figures.")
+    ] = False,
+    json: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Also write the measurements here.")
+    ] = None,
+) -> None:
+    """Check, then time; exit 1 where an attention of ours is wrong or raises."""
+    from attn_core.benchmarks import report, results, runner
+
+    console = Console()
+    pace = runner.QUICK if quick else runner.Pace(rounds=rounds)
+    pace = pace._replace(timeout=timeout)
+    interrupted = False
+    try:
+        steps = runner.plan(case or [], framework or [], quick=quick)
+    except ValueError as error:
+        Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    found = results.Results(
+        results.environment(threads), {step.case.name: step.case for step in steps}, quick=quick
+    )
+    load, cores = found.environment["load"], found.environment["cores"]
+    if load and load[0] > cores / 4:
+        console.print(f"The machine is busy: its load is {load[0]} on {cores} cores.")
+    try:
+        with _progress() as bar:
+            task = bar.add_task("benchmarks", total=sum(len(step.subjects) for step in steps))
+            for each in runner.run(
+                steps,
+                threads=threads,
+                pace=pace,
+                seen=lambda what: bar.update(task, description=what),
+            ):
+                found.measurements.append(each)
+                bar.update(task, advance=1)
+    except KeyboardInterrupt:
+        # What was done is kept and shown, and the exit status says that it is not all.
+        interrupted = True
+    for parts in results.merged(found.measurements).values():
+        console.print(report.step_table(found, parts))
+    if not quick:
+        console.print(report.targets_table(found))
+    for each in report.failures(found):
+        text = f"{each.case} {each.direction} {each.subject}: {each.status}: {each.problem}"
+        console.print(text, markup=False, soft_wrap=True)
+    if json is not None:
+        results.save(found, json)
+    if interrupted:
+        raise typer.Exit(130)
+    if not any(each.status == "measured" for each in found.measurements):
+        console.print("nothing has been measured.")
+        raise typer.Exit(1)
+    raise typer.Exit(1 if found.broken else 0)
+
+
+@benches.command("page")
+def write_benchmark_page(
+    source: Annotated[
+        Path, typer.Argument(help="What `bench run --json` wrote.", dir_okay=False)
+    ] = Path("benchmarks/results/cpu.json"),
+    to: Annotated[Path, typer.Option(help="The page; its picture goes beside it.")] = Path(
+        "docs/BENCHMARKS.md"
+    ),
+) -> None:
+    """Write the page of a run, and the picture of time against live blocks."""
+    from attn_core.benchmarks import page, results
+
+    try:
+        drawn = page.write_page(source, results.load(source), to)
+    except (ValueError, ImportError, OSError) as error:
+        Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    beside = f" and {page.PICTURE}" if drawn else ", without a picture: no sweep was measured"
+    Console().print(f"{to}{beside}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -87,6 +87,15 @@ def get(setting: str) -> str | None:
     return chosen
 
 
+def origin(setting: str) -> str | None:
+    """Who said what `get` gives: "use", "config" or "environment"; None where nobody did."""
+    if getattr(_thread, setting) is not None:
+        return "use"
+    if _process[setting] is not None:
+        return "config"
+    return "environment" if os.environ.get(_VARIABLES[setting]) else None
+
+
 @contextmanager
 def use(backend: str | None = None, impl: str | None = None) -> Iterator[None]:
     """Within the `with`, in this thread: NumPy arrays and layers go to `backend`, through `impl`.

@@ -6,12 +6,14 @@ A backend is a module `attn_core.backends.<name>` with these verbs, in this orde
     describe(x) -> Facts            shape, dtype, device; unknown dimensions are None
     admit(q, k, v)                  the three as the framework's own attention would take them
     refusals(problem, impl)         reasons why not, empty when it will answer
+    ranked(problem)                 its implementations in the order in which "auto" asks them
+    account(problem, impl)          an Account: what it would spend, for `explain`
     attend(plan, operands)          AttentionOutput
     vjp(arguments, cotangents)      outputs and gradients, for conformance
     from_numpy(x), to_numpy(x)
     take(x, index, axis)            entries of an axis, by host ints
 
-and two facts: IMPLEMENTATIONS, the names it has, best first, and tracing(), whether the framework
+and two facts: IMPLEMENTATIONS, the names it has, and tracing(), whether the framework
 is tracing Python itself right now. To add one, write that module and add a loader below.
 
 Nothing here imports a framework until an array of it, or its name, comes by. The loaders are
@@ -159,7 +161,7 @@ def choose(backend: Any, problem: Problem, impl: str) -> Plan:
 
 def _choose(problem: Problem, asked: str) -> Plan:
     backend = load(problem.backend)
-    names = backend.IMPLEMENTATIONS if asked == "auto" else (asked,)
+    names = backend.ranked(problem) if asked == "auto" else (asked,)
     refused: list[tuple[str, tuple[str, ...]]] = []
     for name in names:
         reasons = tuple(backend.refusals(problem, name))

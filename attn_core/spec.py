@@ -201,3 +201,24 @@ class Plan(NamedTuple):
     problem: Problem
     impl: str
     refused: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+class Account(NamedTuple):
+    """What an implementation would spend on a problem, and in which numbers it multiplies.
+
+    Bytes are those that stand beside arguments, results and gradients at the peak. They are
+    estimates, within a factor of two where sequences are long; None where a size is not known yet.
+
+    Attributes:
+        tiles: rows and keys of a tile; None where nothing is cut into tiles, or nobody knows how.
+        forward: bytes of a forward pass.
+        backward: bytes of a forward and a backward pass together.
+        products: the dtype in which the two products are multiplied.
+        lowered: what else a switch allows for them, and the switch: ("TF32", "... is True").
+    """
+
+    tiles: tuple[int, int] | None
+    forward: int | None
+    backward: int | None
+    products: str
+    lowered: tuple[str, str] | None = None

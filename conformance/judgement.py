@@ -18,6 +18,7 @@ from attn_core.conformance.plain import Textbook, plain
 from attn_core.conformance.questions import Case, Question, numpy_dtype
 from attn_core.conformance.subjects import Ours, Subject, arrays
 from attn_core.conformance.tolerance import share
+from attn_core.registry import UnsupportedError
 from attn_core.spec import AttentionOutput, as_output
 
 BY_NAME = {case.name: case for case in tier("exhaustive")}
@@ -118,6 +119,11 @@ def judge(name: str, subject: Subject, backend: Any, form: str) -> Verdict:
     if not verdict.missing:
         try:
             got, found, outputs = _answer(subject, backend, form, asked, call)
+        except UnsupportedError as error:
+            if isinstance(subject, Ours) and subject.partial:
+                verdict.missing = str(error)
+            else:
+                verdict.problem = f"UnsupportedError: {error}"
         except Exception as error:  # whatever a subject raises is its answer, and is shown
             verdict.problem = f"{type(error).__name__}: {error}".strip()
         else:
@@ -156,7 +162,7 @@ def _answer(
     copies = {n: _copy(x) if isinstance(x, np.ndarray) else x for n, x in call.items()}
     given = arrays(backend, copies, traced=form != "eager" and isinstance(subject, Ours))
     outputs: tuple[str, ...] = OUTPUTS
-    if not isinstance(subject, Ours):
+    if not isinstance(subject, Ours) or subject.partial:
         # What it returns is known once it has been called; cotangents go to that alone.
         first = as_output(subject.function(**given))
         _untouched(backend, call, given)

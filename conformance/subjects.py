@@ -48,6 +48,9 @@ OPTIONS = (
     *("mask", "bias", "scale", "causal", "window", "query_offset", "softcap", "slopes"),
     *("sinks", "kv_lengths", "q_lengths", "dropout", "layout"),
 )
+PARTIAL = ("native", "triton")
+"""Our implementations that call kernels which cannot answer every problem, nor every width."""
+
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -153,12 +156,24 @@ class Subject:
 
 @dataclass(frozen=True)
 class Ours(Subject):
-    """One of our backends: it is asked in its own words, and offers everything."""
+    """One of our backends: it is asked in its own words, and offers everything.
+
+    But for those implementations that call a framework's own kernel: they may refuse, and are asked
+    for `out` alone, since the weights are what such a kernel never has.
+    """
 
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def partial(self) -> bool:
+        """Whether it may refuse a problem: frameworks' own kernels cannot answer every one."""
+        return self.options.get("impl") in PARTIAL
+
     def put(self, asked: Question) -> tuple[dict[str, Any], str]:
-        return {**asked.call, **self.options}, ""
+        call = {**asked.call, **self.options}
+        if self.partial:
+            call = {n: x for n, x in call.items() if not n.startswith("return_")}
+        return call, ""
 
 
 def subject(
@@ -240,7 +255,8 @@ def find(spec: str) -> Subject:
     if head in BACKENDS:
         from attn_core.api import attention
 
-        return Ours(spec, head, attention, options={"impl": tail} if tail else {})
+        options = {"impl": tail} if tail else {}
+        return Ours(spec, head, attention, widths=tail not in PARTIAL, options=options)
     if not tail:
         from attn_core.conformance.peers import PEERS
 

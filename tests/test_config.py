@@ -32,6 +32,9 @@ class Fake:
     def tracing(self):
         return False
 
+    def ranked(self, problem):
+        return self.IMPLEMENTATIONS
+
     def refusals(self, problem, impl):
         return [] if impl in self.IMPLEMENTATIONS else [f"`impl` must be known. Got {impl}."]
 

@@ -15,6 +15,7 @@ PACKAGES = {
     "attn_core.backends": ROOT / "backends",
     "attn_core.kernels": ROOT / "kernels",
     "attn_core.conformance": ROOT / "conformance",
+    "attn_core.benchmarks": ROOT / "benchmarks",
 }
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "jaxlib", "flax", "triton"}
 PEERS = {"transformers"}
@@ -129,6 +130,12 @@ def objection(module, name, lazily):
     root = name.split(".")[0]
     if root in sys.stdlib_module_names:
         return None
+    if within(name, "attn_core.benchmarks") and not within(module, "attn_core.benchmarks"):
+        # They stand at the end of every road: only the command line leads there.
+        allowed = lazily and module == "attn_core.cli"
+        return None if allowed else "nothing depends on the benchmarks"
+    if within(module, "attn_core.benchmarks"):
+        return benchmarks_objection(module, name, root, lazily)
     if within(module, "attn_core.backends"):
         return backend_objection(module, name, root, lazily)
     if within(module, "attn_core.kernels"):
@@ -159,6 +166,8 @@ def core_objection(module, name, root, lazily):
         return None
     if module == "attn_core.cli" and root in ("typer", "rich"):
         return None
+    if lazily and module == "attn_core.explain_text" and root == "rich":
+        return None  # a report becomes a table where somebody prints it with rich
     if lazily and root in ("yaml", "matplotlib", "ml_dtypes"):
         return None  # optional, and asked for by name: a config file, a picture, NumPy's bfloat16
     return "attn_core holds the standard library and NumPy only"
@@ -199,6 +208,29 @@ def conformance_objection(module, name, root, lazily):
         # The peers are libraries' own functions; each adapter imports its own when asked.
         return None if lazily else "a peer's library is imported when its adapter is made"
     return "conformance reaches frameworks only through the verbs"
+
+
+def benchmarks_objection(module, name, root, lazily):
+    if within(name, "attn_core.backends") or within(name, "attn_core.kernels"):
+        return "benchmarks reach frameworks through the verbs, by name"
+    calls = ".benchmarks." in name and name.split(".")[2].endswith("_calls")
+    if calls and not lazily:
+        return "a framework's calls are imported when a subject of it is asked"
+    if root in ("attn_core", "numpy", "rich"):
+        return None
+    own = CALLS.get(module.split(".")[-1])
+    if root == own:
+        return None
+    if root in ("onnx", "onnxruntime") and module.endswith(".onnx_calls"):
+        return None if lazily else "optional, and asked for by name"
+    if root == "keras" and module.endswith(".keras_calls"):
+        return None if lazily else "Keras reads its backend once, when it is imported"
+    if root == "matplotlib" and lazily:
+        return None  # optional: a picture
+    return "benchmarks reach a framework only in its own calls"
+
+
+CALLS = {"torch_calls": "torch", "jax_calls": "jax", "tf_calls": "tensorflow"}
 
 
 def test_import_direction():
@@ -250,6 +282,14 @@ def test_import_direction_by_name():
         ("attn_core.conformance.subjects", "def f():\n    import attn_core.backends.tf"),
         ("attn_core.conformance.subjects", "def f():\n    import transformers"),
         ("attn_core.conformance.peers", "import transformers"),
+        ("attn_core.api", "def f():\n    from attn_core.benchmarks import runner"),
+        ("attn_core.cli", "from attn_core.benchmarks import runner"),
+        ("attn_core.conformance.report", "from attn_core.benchmarks import cases"),
+        ("attn_core.benchmarks.worker", "def f():\n    import torch"),
+        ("attn_core.benchmarks.torch_calls", "import jax"),
+        ("attn_core.benchmarks.torch_calls", "import attn_core.backends.torch"),
+        ("attn_core.benchmarks.onnx_calls", "import onnxruntime"),
+        ("attn_core.benchmarks.subjects", "from attn_core.benchmarks import jax_calls"),
     ],
 )
 def test_import_direction_catches(module, source):
@@ -272,6 +312,13 @@ def test_import_direction_catches(module, source):
         ("attn_core.backends.torch.triton", "def f():\n    import attn_core.kernels"),
         ("attn_core.kernels.forward", "import triton.language as tl"),
         ("attn_core.conformance.peers", "def f():\n    from transformers import masking_utils"),
+        ("attn_core.cli", "def f():\n    from attn_core.benchmarks import runner"),
+        ("attn_core.benchmarks.check", "from attn_core.conformance import tolerance"),
+        ("attn_core.benchmarks.tf_calls", "import tensorflow as tf"),
+        (
+            "attn_core.benchmarks.subjects",
+            "def f():\n    from attn_core.benchmarks import tf_calls",
+        ),
     ],
 )
 def test_import_direction_allows(module, source):

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 FOLDERS = SETUPTOOLS["package-dir"]  # package -> folder, for the top-level folders
-NOT_SHIPPED = {"tests", "benchmarks", "examples", "docs", "tools", "build", "dist"}
+NOT_SHIPPED = {"tests", "examples", "docs", "tools", "build", "dist"}
 
 
 def folder_of(package):

@@ -10,26 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn_core.api import attention
-from attn_core.backends.jax import chunked, reference
+from attn_core.backends.jax import accounts, chunked, native, reference
 from attn_core.backends.jax import pytrees as _pytrees
 from attn_core.backends.jax.arrays import from_host, is_wide, x64
 from attn_core.backends.jax.documents import scaled_dot_product_attention
 from attn_core.language.operands import Table
 from attn_core.language.values import Dropout, Mask, Score, seed_array
-from attn_core.spec import AttentionOutput, Facts, Operands, Plan, Problem, as_output
+from attn_core.spec import Account, AttentionOutput, Facts, Operands, Plan, Problem, as_output
 
 __all__ = ["scaled_dot_product_attention"]
 
 NAME = "jax"
-IMPLEMENTATIONS = ("chunked", "reference")
+IMPLEMENTATIONS = ("chunked", "native", "reference")
 FORMS = ("eager", "jit")
 
 # Compiled once for each problem, which is static: eager calls would else dispatch every operation
 # on its own, some fifteen times slower. Under a surrounding jit this is inlined.
 _HANDLERS = {
     "chunked": jax.jit(chunked.attend, static_argnums=0),
+    "native": jax.jit(native.attend, static_argnums=0),
     "reference": jax.jit(reference.attend, static_argnums=0),
 }
+_REFUSALS = {"chunked": chunked.refusals, "native": native.refusals, "reference": lambda p: []}
 _pytrees.register()
 
 
@@ -57,7 +59,16 @@ def admit(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
 def refusals(problem: Problem, impl: str) -> list[str]:
     if impl not in IMPLEMENTATIONS:
         return [f"`impl` must be one of {', '.join(IMPLEMENTATIONS)} in backend jax. Got {impl}."]
-    return chunked.refusals(problem) if impl == "chunked" else []
+    return _REFUSALS[impl](problem)
+
+
+def ranked(problem: Problem) -> tuple[str, ...]:
+    """cuDNN's kernel first on a GPU; on a CPU jax.nn's is several times slower than ours."""
+    return ("native", "chunked", "reference") if problem.device == "gpu" else IMPLEMENTATIONS
+
+
+def account(problem: Problem, impl: str) -> Account:
+    return accounts.account(problem, impl)
 
 
 def attend(plan: Plan, operands: Operands) -> AttentionOutput:

@@ -43,11 +43,26 @@ class Cut(NamedTuple):
     status: Array
 
 
-def cut_up(p: Problem, x: Operands) -> Cut:
+def tiles_of(p: Problem) -> tuple[int, int, int, int]:
+    """(rows of a tile, how many along the queries, keys of a tile, how many along the keys)."""
     structured = p.mask is not None or p.kv_lengths or p.q_lengths
     block = _BLOCK if structured else _BLOCK_DENSE
-    block_q, rows = _blocks(_known(p.q_len), block)
-    block_k, columns = _blocks(_known(p.k_len), block)
+    return (*_blocks(_known(p.q_len), block), *_blocks(_known(p.k_len), block))
+
+
+def level_of(p: Problem, tile: int, batch_map: bool, head_map: bool) -> int:
+    """`Geometry.level`, when the logits of one key head's tile take `tile` bytes as float32.
+
+    `batch_map`, `head_map`: whether the map differs from batch to batch, and head to head.
+    """
+    batch, level = _known(p.batch), 2 if head_map else 1 if batch_map else 0
+    if level == 0 and batch > 1 and batch * p.kv_heads * tile > _AT_ONCE:
+        level = 1
+    return 2 if level < 2 and p.kv_heads > 1 and p.kv_heads * tile > 4 * _AT_ONCE else level
+
+
+def cut_up(p: Problem, x: Operands) -> Cut:
+    block_q, rows, block_k, columns = tiles_of(p)
     status = _status(p, x, block_q, block_k)
     full = partial = True
     if isinstance(status, np.ndarray):
@@ -57,12 +72,7 @@ def cut_up(p: Problem, x: Operands) -> Cut:
         full = full and not partial and bool((status == FULL).all())
         partial = not full
         status = np.full((1, 1, 1, 1), FULL if full else PARTIAL)
-    batch, tile = _known(p.batch), 4 * p.group * block_q * block_k
-    level = 2 if status.shape[1] > 1 else 1 if status.shape[0] > 1 else 0
-    if level == 0 and batch > 1 and batch * p.kv_heads * tile > _AT_ONCE:
-        level = 1
-    if level < 2 and p.kv_heads > 1 and p.kv_heads * tile > 4 * _AT_ONCE:
-        level = 2
+    level = level_of(p, 4 * p.group * block_q * block_k, status.shape[0] > 1, status.shape[1] > 1)
     return Cut(Geometry(block_q, block_k, rows, columns, level, full, partial), status)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from attn_core.api import attention, resolve
-from attn_core.backends.numpy import reference
+from attn_core.backends.numpy import accounts, reference
 from attn_core.language.operands import Table
-from attn_core.spec import AttentionOutput, Facts, Operands, Plan, Problem, as_output
+from attn_core.spec import Account, AttentionOutput, Facts, Operands, Plan, Problem, as_output
 
 NAME = "numpy"
 IMPLEMENTATIONS = ("reference",)
@@ -41,6 +41,14 @@ def refusals(problem: Problem, impl: str) -> list[str]:
     if impl not in IMPLEMENTATIONS:
         return [f"`impl` must be one of {', '.join(IMPLEMENTATIONS)} in backend numpy. Got {impl}."]
     return []
+
+
+def ranked(problem: Problem) -> tuple[str, ...]:
+    return IMPLEMENTATIONS
+
+
+def account(problem: Problem, impl: str) -> Account:
+    return accounts.account(problem, impl)
 
 
 def attend(plan: Plan, operands: Operands) -> AttentionOutput:
@@ -90,6 +98,16 @@ def to_numpy(x: Any) -> Any:
 def take(x: Any, index: Sequence[int], axis: int) -> Any:
     """Entries of an axis, by host ints."""
     return np.take(x, np.asarray(index, np.int64), axis)
+
+
+def allowed(problem: Problem, operands: Operands, full: tuple[int, int, int, int]) -> Any:
+    """What mask and lengths allow, entry by entry, boolean (B, Hq, Tq, Tk): `full` of them.
+
+    No verb: only NumPy has it, and `explain` asks it for the operands of every backend.
+    """
+    x = _arrays(problem, operands)
+    index = reference.indices(problem, x, *full)
+    return np.broadcast_to(reference.structure(problem, x, index), full)
 
 
 def _arrays(problem: Problem, operands: Operands) -> Operands:

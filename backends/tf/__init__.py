@@ -11,11 +11,11 @@ import tensorflow as tf
 
 import attn_core
 from attn_core.api import attention
-from attn_core.backends.tf import chunked, reference
+from attn_core.backends.tf import accounts, chunked, reference
 from attn_core.backends.tf.documents import scaled_dot_product_attention
 from attn_core.language.operands import Table
 from attn_core.language.values import Score
-from attn_core.spec import AttentionOutput, Facts, Operands, Plan, Problem, as_output
+from attn_core.spec import Account, AttentionOutput, Facts, Operands, Plan, Problem, as_output
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -67,6 +67,8 @@ def admit(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
 
 
 def refusals(problem: Problem, impl: str) -> list[str]:
+    if impl == "native":
+        return ["TensorFlow has no fused attention of its own. chunked answers every problem."]
     if impl not in IMPLEMENTATIONS:
         return [f"`impl` must be one of {', '.join(IMPLEMENTATIONS)} in backend tf. Got {impl}."]
     reasons = []
@@ -79,6 +81,14 @@ def refusals(problem: Problem, impl: str) -> list[str]:
                 f"which is the caller's to set. Got {switch}."
             )
     return reasons
+
+
+def ranked(problem: Problem) -> tuple[str, ...]:
+    return IMPLEMENTATIONS
+
+
+def account(problem: Problem, impl: str) -> Account:
+    return accounts.account(problem, impl)
 
 
 def attend(plan: Plan, operands: Operands) -> AttentionOutput:

@@ -59,6 +59,11 @@ def geometry(p: Problem, x: Operands) -> Geometry:
             (p.k_len, x.key, q_axis),
         )
     )
+    return cut_up(p, batch, q_len, k_len, _reads(p, x))
+
+
+def cut_up(p: Problem, batch: Any, q_len: Any, k_len: Any, reads: tuple[bool, bool]) -> Geometry:
+    """`reads`: whether the map may differ from batch to batch, and from head to head."""
     # An unknown size may turn out to be 0, where there still is a tile, of nothing.
     if not isinstance(batch, int):
         batch = tf.maximum(batch, 1)
@@ -74,7 +79,7 @@ def geometry(p: Problem, x: Operands) -> Geometry:
     known = isinstance(block_q, int) and isinstance(block_k, int)
     single = known and rows == columns == 1
     of_head = p.group * (block_q * block_k if known else tall * wide) * 4
-    reads_b, reads_h = _reads(p, x)
+    reads_b, reads_h = reads
     heads = 1 if reads_h and not single else _most(p.kv_heads, _AT_ONCE // of_head)
     batches: Any = 1
     if heads == p.kv_heads and (single or not reads_b):

@@ -11,22 +11,23 @@ import numpy as np
 import torch
 
 from attn_core.api import attention
-from attn_core.backends.torch import chunked, reference
+from attn_core.backends.torch import accounts, chunked, native, reference
 from attn_core.backends.torch import pytrees as _pytrees
 from attn_core.backends.torch.arrays import DTYPES
 from attn_core.backends.torch.documents import scaled_dot_product_attention
 from attn_core.check_positions import range_problem
 from attn_core.language.operands import Table
 from attn_core.language.values import Score
-from attn_core.spec import AttentionOutput, Facts, Operands, Plan, Problem, as_output
+from attn_core.spec import Account, AttentionOutput, Facts, Operands, Plan, Problem, as_output
 
 __all__ = ["scaled_dot_product_attention"]
 
 NAME = "torch"
-IMPLEMENTATIONS = ("chunked", "reference")
+IMPLEMENTATIONS = ("native", "chunked", "reference")
 FORMS = ("eager", "aot_eager", "inductor")
 
-_HANDLERS = {"chunked": chunked.attend, "reference": reference.attend}
+_HANDLERS = {"native": native.attend, "chunked": chunked.attend, "reference": reference.attend}
+_REFUSALS = {"native": native.refusals, "chunked": chunked.refusals, "reference": lambda p: []}
 _NAMES = {
     getattr(torch, name): name
     for name in (
@@ -76,7 +77,7 @@ def admit(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
 def refusals(problem: Problem, impl: str) -> list[str]:
     if impl not in IMPLEMENTATIONS:
         return [f"`impl` must be one of {', '.join(IMPLEMENTATIONS)} in backend torch. Got {impl}."]
-    reasons = chunked.refusals(problem) if impl == "chunked" else []
+    reasons = _REFUSALS[impl](problem)
     if problem.precision == "highest" and problem.dtype == "float32":
         switch = torch.get_float32_matmul_precision()
         if switch != "highest":
@@ -85,6 +86,14 @@ def refusals(problem: Problem, impl: str) -> list[str]:
                 f"which is the caller's to set. Got {switch!r}."
             )
     return reasons
+
+
+def ranked(problem: Problem) -> tuple[str, ...]:
+    return IMPLEMENTATIONS
+
+
+def account(problem: Problem, impl: str) -> Account:
+    return accounts.account(problem, impl)
 
 
 def attend(plan: Plan, operands: Operands) -> AttentionOutput:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from attn_core.backends.torch import native_tiles
 from attn_core.backends.torch.chunked_backward import Saved, Upstream, backward
 from attn_core.backends.torch.chunked_forward import forward
 from attn_core.backends.torch.chunked_parts import Ask, Work, operands_of, read, written
@@ -44,7 +45,8 @@ def refusals(p: Problem) -> list[str]:
     return []
 
 
-def attend(p: Problem, x: Operands) -> AttentionOutput:
+def attend(p: Problem, x: Operands, kernel: str = "") -> AttentionOutput:
+    """`kernel` as in `Ask`."""
     seed = x.seed
     if isinstance(seed, tuple):
         seed = torch.tensor(seed, dtype=torch.int64, device=x.query.device)
@@ -52,13 +54,12 @@ def attend(p: Problem, x: Operands) -> AttentionOutput:
     given = (x.query, x.key, x.value, x.bias, x.sinks, *rest)
     if torch.compiler.is_compiling():
         mask, score = _plain(p.mask), _plain(p.score)
-        extras = (p.return_lse, p.return_weights)
+        extras = (p.return_lse, p.return_weights, kernel)
         text = written(p.layout, p.offset, p.rate, mask, score, len(x.mask), *extras)
         found = _forward_op(text, p.scale, *_packed(given))
     else:
-        ask = Ask(
-            p.layout, p.offset, p.rate, p.mask, p.score, len(x.mask), p.return_lse, p.return_weights
-        )
+        extras = (p.return_lse, p.return_weights, kernel)
+        ask = Ask(p.layout, p.offset, p.rate, p.mask, p.score, len(x.mask), *extras)
         found = _Attend.apply(ask, p.scale, len(x.mask), *given)
     return AttentionOutput(
         found[0], found[1] if p.return_lse else None, found[2] if p.return_weights else None
@@ -110,8 +111,11 @@ def _backward_op(ask: str, scale: float, wanted: Sequence[bool], *given: Any) ->
 
 
 def _forward(ask: Ask, scale: float, given: Sequence[Any]) -> tuple[Array, ...]:
+    x = operands_of(ask, given)
     with _without_autocast(given[0]):
-        return forward(Work(ask, scale, operands_of(ask, given)))
+        if ask.kernel:
+            return native_tiles.forward(ask, scale, x)
+        return forward(Work(ask, scale, x))
 
 
 def _backward(
@@ -125,8 +129,11 @@ def _backward(
     out, lse, weights = upstream
     # A compiler may hand over zeros, of no shape, for what was never returned.
     up = Upstream(out, lse if ask.lse else None, weights if ask.weights else None)
+    x = operands_of(ask, given)
     with _without_autocast(given[0]):
-        return backward(Work(ask, scale, operands_of(ask, given)), Saved(*saved), up, wanted)
+        if ask.kernel and up.lse is None and up.out is not None:
+            return native_tiles.backward(ask, scale, x, Saved(*saved), up.out, wanted)
+        return backward(Work(ask, scale, x), Saved(*saved), up, wanted)
 
 
 def _without_autocast(x: Array) -> Any:

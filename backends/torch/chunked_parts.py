@@ -50,6 +50,8 @@ class Ask:
         mask, score: trees, or None.
         masks: number of the mask's operands; the score's follow.
         lse, weights: whether they are returned.
+        kernel: "" for products and softmax of our own, or how torch's fused kernel is asked:
+            "full", "causal" or "tiles" (`native_tiles`).
     """
 
     layout: str
@@ -60,6 +62,7 @@ class Ask:
     masks: int
     lse: bool
     weights: bool
+    kernel: str = ""
 
     def written(self) -> str:
         """As text, which is how it enters an operator: `read` is the way back."""
@@ -72,6 +75,7 @@ class Ask:
             self.masks,
             self.lse,
             self.weights,
+            self.kernel,
         )
 
 
@@ -84,6 +88,7 @@ def written(
     masks: int,
     lse: bool,
     weights: bool,
+    kernel: str,
 ) -> str:
     """The text of an `Ask`; trees come as plain tuples (steps, results).
 
@@ -92,7 +97,7 @@ def written(
     trees = [
         tree and text(Tree(tuple([Step(*s) for s in tree[0]]), tree[1])) for tree in (mask, score)
     ]
-    return repr((layout, offset, rate, *trees, masks, lse, weights))
+    return repr((layout, offset, rate, *trees, masks, lse, weights, kernel))
 
 
 @lru_cache(maxsize=512)
@@ -143,7 +148,14 @@ class Work:
         rows: slices of the tiles of rows.
     """
 
-    def __init__(self, ask: Ask, scale: float, x: Operands) -> None:
+    def __init__(
+        self,
+        ask: Ask,
+        scale: float,
+        x: Operands,
+        rows: int = _BLOCK,
+        keys: int = _BLOCK,
+    ) -> None:
         self.ask, self.scale, self.x = ask, scale, x
         kind = x.query.dtype
         self.dtype = torch.float64 if kind == torch.float64 else torch.float32
@@ -159,14 +171,14 @@ class Work:
         self.words = None if x.seed is None else _words(x.seed)
         self.offset = reference.offset(ask, x, self.q_len, self.k_len)[..., None]
         self.structured = bool(ask.mask or x.kv_lengths is not None or x.q_lengths is not None)
-        most = max(_BLOCK // 4, _BLOCK // self.group)
-        self.block_q, tall = _blocks(self.q_len, most)
-        self.block_k, wide = _blocks(self.k_len, _BLOCK)
+        self.block_q, tall, self.block_k, wide = tiles_of(
+            self.group, self.q_len, self.k_len, rows, keys
+        )
         self.rows = [
             slice(i * self.block_q, min((i + 1) * self.block_q, self.q_len)) for i in range(tall)
         ]
-        self._status = self._map(tall, wide)
-        self._joined = max(1, _SPAN // self.block_k)
+        self.status = self._map(tall, wide)
+        self._joined = joined(self.block_k)
         self._room: dict[int, Array] = {}
 
     def heads_first(self, x: Array) -> Array:
@@ -199,12 +211,11 @@ class Work:
         return held[:size].view(shape)
 
     def parts(self) -> Iterator[Part]:
-        batch_map, head_map = self._status.shape[:2]
+        batch_map, head_map = self.status.shape[:2]
         tall = self.block_q * self.group
         wide = min(self.k_len, self.block_k * self._joined)
-        fit = max(1, _AT_ONCE // max(1, tall * wide * self.dtype.itemsize))
-        heads = 1 if head_map > 1 else min(self.kv_heads, fit)
-        batches = 1 if batch_map > 1 or heads < self.kv_heads else max(1, fit // heads)
+        span = tall * wide * self.dtype.itemsize
+        batches, heads = together(span, self.kv_heads, batch_map > 1, head_map > 1)
         ints = {"dtype": torch.int32, "device": self.device}
         b = torch.arange(self.batch, **ints).view(-1, 1, 1, 1, 1)
         h = torch.arange(self.heads, **ints).view(1, self.kv_heads, self.group, 1, 1)
@@ -215,7 +226,7 @@ class Work:
                 which = slice(h_at, min(h_at + heads, self.kv_heads))
                 mapped = (b_at if batch_map > 1 else 0, h_at if head_map > 1 else 0)
                 if mapped not in lines:
-                    lines = {mapped: [self._spans(line) for line in self._status[mapped].tolist()]}
+                    lines = {mapped: [self._spans(line) for line in self.status[mapped].tolist()]}
                 key, value = (
                     x[batch, which].flatten(0, 1).to(self.dtype).contiguous()
                     for x in (self.key, self.value)
@@ -257,6 +268,28 @@ class Work:
             _clamped(x.kv_lengths, self.k_len),
             _clamped(x.q_lengths, self.q_len),
         )
+
+
+def tiles_of(
+    group: int, q_len: int, k_len: int, rows: int = _BLOCK, keys: int = _BLOCK
+) -> tuple[int, int, int, int]:
+    """(rows of a tile, how many tiles, keys of a block, how many blocks)."""
+    return (*_blocks(q_len, max(rows // 4, rows // group)), *_blocks(k_len, keys))
+
+
+def joined(block_k: int) -> int:
+    """How many blocks of keys a span holds at most."""
+    return max(1, _SPAN // block_k)
+
+
+def together(span: int, kv_heads: int, batch_map: bool, head_map: bool) -> tuple[int, int]:
+    """(batches, key heads) that a part may hold, when the logits of one span take `span` bytes.
+
+    `batch_map`, `head_map`: whether the map differs from batch to batch, and head to head.
+    """
+    fit = max(1, _AT_ONCE // max(1, span))
+    heads = 1 if head_map else min(kv_heads, fit)
+    return (1 if batch_map or heads < kv_heads else max(1, fit // heads)), heads
 
 
 @lru_cache(maxsize=64)

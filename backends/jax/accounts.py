@@ -1,0 +1,60 @@
+"""What each implementation spends: bytes beside arguments and results, and in which numbers.
+
+Counted from the same sizes by which the work is cut up. XLA fuses what mask, score and dropout
+compute into the loops over a tile, so what counts is how many tiles of logits are held, the arrays
+of a part, and whatever is laid out anew.
+"""
+
+from __future__ import annotations
+
+from attn_core.backends.jax.chunked_parts import level_of, tiles_of
+from attn_core.footprint import differs, sizes
+from attn_core.spec import WIDTH, Account, Problem
+
+
+def account(p: Problem, impl: str) -> Account:
+    products = p.accumulation if impl == "reference" else p.dtype
+    numbers = (products, _lowered(p, products))
+    found = sizes(p)
+    if found is None:
+        return Account(None, None, None, *numbers)
+    if impl == "chunked" and 0 not in found:
+        return _chunked(p, found[0], numbers)
+    batch, q_len, k_len = found
+    entries = batch * p.heads * q_len * k_len * WIDTH[p.accumulation] // 8
+    # Three arrays of all entries at the peak, five with those kept for the backward pass.
+    extra = (2 if p.score is not None else 0) + (1 if p.rate else 0)
+    return Account(None, 3 * entries, (5 + extra) * entries, *numbers)
+
+
+def _chunked(p: Problem, batch: int, numbers: tuple[str, tuple[str, str] | None]) -> Account:
+    narrow, wide = WIDTH[p.dtype] // 8, WIDTH[p.accumulation] // 8
+    block_q, rows, block_k, columns = tiles_of(p)
+    level = level_of(p, 4 * p.group * block_q * block_k, *differs(p))
+    batches = batch if level == 0 else 1
+    heads = p.kv_heads if level < 2 else 1
+    n = batches * heads
+    tile = n * p.group * block_q * block_k * wide
+    # Entries of the arrays of a part, and of all.
+    q, out = (n * p.group * rows * block_q * x for x in (p.width, p.v_width))
+    kv = n * columns * block_k * (p.width + p.v_width)
+    parts = batch * p.kv_heads // n
+    padded = (rows * block_q, columns * block_k) != (p.q_len, p.k_len)
+    moved = p.layout == "BTHD" or padded
+    taken = (q + kv) * narrow if level else 0
+    taken += (q + kv) * parts * narrow if moved else 0
+    # XLA's CPU multiplies 16 bits as float32, and widens keys and values before the loop.
+    widened = kv * wide if narrow < wide and p.device == "cpu" else 0
+    forward = 5 * tile // 2 + out * narrow + taken + widened
+    # Query and what comes from upstream are selected by row as a whole, then taken part by part.
+    selected = (q + out) * parts * narrow
+    grads = q * wide + (kv * narrow + out * narrow if level else 0)
+    backward = 3 * tile + selected + grads + taken + widened
+    return Account((block_q, block_k), forward, backward, *numbers)
+
+
+def _lowered(p: Problem, products: str) -> tuple[str, str] | None:
+    """What is allowed for products of float32; "fast" is asked for in each of them."""
+    if products != "float32" or p.precision != "fast":
+        return None
+    return "TF32 or bfloat16", 'precision is "fast"'

@@ -1,0 +1,67 @@
+"""What each implementation spends: bytes beside arguments and results, and in which numbers.
+
+Counted from the same sizes by which the work is cut up. Queries, keys and values are cut into tiles
+before the loops and results put together after them, which copies each; within the loops a few
+tiles of logits are held.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from attn_core.backends.tf.chunked_grid import cut_up
+from attn_core.footprint import differs, reading, sizes
+from attn_core.language.duals import differentiate
+from attn_core.spec import WIDTH, Account, Problem
+
+_PHILOX = 32
+"""Bytes of an entry of dropout's mask while it is made: words and their products are uint64."""
+
+
+def account(p: Problem, impl: str) -> Account:
+    numbers = (p.accumulation, _lowered(p))
+    found = sizes(p)
+    if found is None:
+        return Account(None, None, None, *numbers)
+    if impl == "chunked" and 0 not in found:
+        return _chunked(p, numbers)
+    batch, q_len, k_len = found
+    wide = WIDTH[p.accumulation] // 8
+    entries = batch * p.heads * q_len * k_len
+    whole = {"b": batch, "h": p.heads, "row": q_len, "k": k_len}
+    more = reading(p.mask, whole, wide) + reading(p.score, whole, wide)
+    more += _PHILOX * entries if p.rate else 0
+    # Arrays of all entries at the peak; a tape keeps more of them.
+    return Account(None, 11 * wide * entries // 2 + more, 10 * wide * entries + more, *numbers)
+
+
+def _chunked(p: Problem, numbers: tuple[str, tuple[str, str] | None]) -> Account:
+    narrow, wide = WIDTH[p.dtype] // 8, WIDTH[p.accumulation] // 8
+    g = cut_up(p, p.batch, p.q_len, p.k_len, differs(p))
+    entries = g.batches * g.heads * p.group * g.block_q * g.block_k
+    tile = entries * wide
+    tiled = {"b": g.batches, "h": g.heads * p.group, "row": g.block_q, "k": g.block_k}
+    hidden = reading(p.mask, tiled, wide)
+    if p.mask is not None or p.kv_lengths or p.q_lengths or g.padded_rows or g.padded_keys:
+        hidden += 2 * entries
+    score = reading(p.score, tiled, wide)
+    slope = 0 if p.score is None else reading(differentiate(p.score).tree, tiled, wide)
+    dropped = _PHILOX * entries if p.rate else 0
+    rows = g.batch * p.heads * g.rows * g.block_q
+    keys = g.batch * p.kv_heads * g.columns * g.block_k
+    q, out, kv = rows * p.width, rows * p.v_width, keys * (p.width + p.v_width)
+    saved = rows * (2 * wide + 1)
+    forward = 2 * tile + hidden + score + dropped + (q + kv + out) * narrow + 2 * saved
+    # Tiles of what flows back, and of every gradient, are there beside those of the arguments.
+    backward = 3 * tile + hidden + slope + dropped + (q + kv) * narrow + 2 * saved
+    backward += (q + kv + out) * wide
+    return Account((g.block_q, g.block_k), forward, backward, *numbers)
+
+
+def _lowered(p: Problem) -> tuple[str, str] | None:
+    """What TensorFlow's own switch allows for products of float32."""
+    if (p.accumulation, p.device) != ("float32", "gpu"):
+        return None
+    if not tf.config.experimental.tensor_float_32_execution_enabled():
+        return None
+    return "TF32", "tf.config.experimental.tensor_float_32_execution_enabled() is True"

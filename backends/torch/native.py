@@ -1,0 +1,86 @@
+"""torch's own fused kernel, `scaled_dot_product_attention`, where it means what the spec means.
+
+That is so where nothing acts on a logit but scale and a mask, and a mask it is given either as
+nothing at all, as its own top-left causal where queries and keys are as many, or, on a CPU, as
+slices of keys: for every tile of rows the live keys of the block map, with a selection over the
+partial ones. Empty rows and poison are the spec's there, and cost what they touch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+
+from attn_core.backends.torch import chunked
+from attn_core.spec import AttentionOutput, Operands, Problem
+from attn_core.whole import whole
+
+_DTYPES = {
+    "cpu": ("float64", "float32", "bfloat16", "float16"),
+    "cuda": ("bfloat16", "float16"),
+}
+
+
+def refusals(p: Problem) -> list[str]:
+    if p.device not in _DTYPES:
+        return [f"the device must be one of {', '.join(_DTYPES)}. Got {p.device}."]
+    reasons = [
+        f"`{name}` must be left out: torch's fused attention has none. Got one."
+        for name, given in (
+            ("score", p.score),
+            ("bias", p.bias),
+            ("sinks", p.sinks_dtype),
+            ("dropout", p.rate),
+            ("return_weights", p.return_weights),
+        )
+        if given
+    ]
+    if p.dtype not in _DTYPES[p.device]:
+        names = ", ".join(_DTYPES[p.device])
+        reasons.append(f"the dtype must be one of {names} on {p.device}. Got {p.dtype}.")
+    if p.width != p.v_width:
+        reasons.append(
+            "value must be as wide as query and key for torch's fused kernel. "
+            f"Got D = {p.width} and Dv = {p.v_width}."
+        )
+    if 0 in (p.batch, p.q_len, p.k_len):
+        reasons.append(f"B, Tq and Tk must be at least 1. Got {p.batch}, {p.q_len}, {p.k_len}.")
+    if p.device != "cpu":
+        if p.return_lse:
+            reasons.append("`return_lse` must be left out on cuda. Got True.")
+        if _kind(p) == "tiles":
+            reasons.append(
+                "on cuda the mask must allow everything, or be causal() with Tq = Tk. "
+                "Got another mask, or lengths."
+            )
+    return reasons + chunked.refusals(p)
+
+
+def attend(p: Problem, x: Operands) -> AttentionOutput:
+    kind = _kind(p)
+    if kind == "tiles" or p.return_lse or (p.device == "cpu" and _recorded(p)):
+        # The same kernels, bound so that derivatives of derivatives, and jvp, are refused by name.
+        return chunked.attend(p, x, kind)
+    q, k, v = (t if p.layout == "BHTD" else t.transpose(1, 2) for t in x[:3])
+    # With entries apart, torch would take its quadratic formula.
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    # A symbol of torch.compile is no bool, but a branch on it is.
+    options = {"enable_gqa": True} if p.group > 1 else {}
+    out = F.scaled_dot_product_attention(
+        q, k, v, is_causal=kind == "causal", scale=p.scale, **options
+    )
+    return AttentionOutput(out if p.layout == "BHTD" else out.transpose(1, 2))
+
+
+def _recorded(p: Problem) -> bool:
+    """Whether derivatives may be asked for; torch.compile refuses second ones on its own."""
+    if torch.compiler.is_compiling():
+        return False
+    transformed = torch._C._are_functorch_transforms_active()
+    return p.needs_grad or transformed or forward_ad._current_level >= 0
+
+
+def _kind(p: Problem) -> str:
+    """As `Ask.kernel`; torch.compile, which would trace it, looks through no mask."""
+    return whole(p, look=not torch.compiler.is_compiling()) or "tiles"

@@ -1,0 +1,62 @@
+"""A subject as something that can be timed.
+
+Every framework's `*_calls` module has `FUNCTIONS`, a table of subjects: what is given a case and
+returns `attend(query, key, value)` in the framework's arrays, or refuses; and `prepared`, which
+differentiates such a function in the framework's own way and hands back a Call. What is timed and
+what is checked is then one and the same compiled or eager function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from attn_core.benchmarks.cases import Case
+from attn_core.benchmarks.check import expected_names
+
+Attend = Callable[[Any, Any, Any], Any]
+Made = Callable[[Case], Attend]
+
+
+class Refused(Exception):
+    """The subject is not for this case, or not here; the message is the reason."""
+
+
+class Call(NamedTuple):
+    """A subject, a case and a direction, ready to go.
+
+    Attributes:
+        run: makes the call once, on the case's own arrays, and returns its results when they are
+            there.
+        answer: makes the same call on these arrays ("query", "key", "value", "cotangent") and
+            returns its results in NumPy, by the names of `expected_names`.
+        planned: tells the bytes of temporaries that the framework's compiler plans, where it does.
+        warm: makes a small call that stands for a first one, where the framework keeps what a call
+            of full size frees, out of everybody's sight.
+    """
+
+    run: Callable[[], Any]
+    answer: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+    planned: Callable[[], int] | None = None
+    warm: Callable[[], Any] | None = None
+
+
+def results_bytes(case: Case, direction: str) -> int:
+    """What a call's results take: they are no temporaries."""
+    one = case.batch * case.heads * case.length * case.width
+    size = {"float32": 4, "bfloat16": 2}[case.dtype]
+    return one * size * len(expected_names(direction))
+
+
+def forward_only(name: str, direction: str) -> None:
+    """Refuse every other direction."""
+    if direction != "forward":
+        raise Refused(f"{name} has no backward pass here.")
+
+
+def in_words(name: str, case: Case, *words: str) -> None:
+    """Refuse masks other than these: they would have to be made dense, T x T."""
+    if case.mask not in words:
+        raise Refused(f"{name} has no word for {case.mask}; it would need a mask of T x T entries.")

@@ -1,0 +1,176 @@
+"""docs/BENCHMARKS.md and its picture, made from a run.
+
+Wins and losses stand in the same columns, in the order in which they were measured.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from attn_core.benchmarks.report import COLUMNS, bound, cells, outcomes, value_of
+from attn_core.benchmarks.results import Measurement, Results, merged
+from attn_core.benchmarks.targets import Outcome, Row, sweep
+from attn_core.conformance.report import printable, write_whole
+
+PICTURE = "benchmarks-blocks.png"
+_SHOWN = ("torch", "jax", "jaxlib", "tensorflow", "keras", "onnxruntime", "numpy", "attn-core")
+_HEAD = """# How fast it is
+
+Measured, not written: `attn-core bench page` makes this page from `{file}`, which `make bench`
+wrote. Every figure has passed a check first: outputs and gradients at full size against the float64
+judge, on sampled query rows, by the tolerance of the conformance suite. Subjects that are compared
+took turns (A B B A), so a ratio is of neighbours in time; times are medians between quartiles.
+Losses stand here as they were measured.
+
+{cpu}, {threads} threads on {cores} cores; load before the run {load}. Python {python}, {versions}.
+{date}.
+
+`torch:auto` and the like are `attn_core.attention`; the other names are the libraries' own entry
+points, listed at the head of `benchmarks/*_calls.py`. "backward" is the backward pass alone, "both"
+is forward and backward in one; TensorFlow hands out no backward pass alone, so its targets are on
+"both", on both sides. GFLOP/s counts the useful operations, those of live entries; the ceiling is a
+2048 x 2048 torch matmul in the same dtype and the same turns.
+"""
+
+
+def page(results: Results, file: str, *, picture: bool) -> str:
+    """docs/BENCHMARKS.md.
+
+    Raises:
+        ValueError: the run was a quick one, whose figures mean nothing.
+    """
+    if results.quick:
+        raise ValueError(
+            "a page must be made from a full run. Got one with --quick, whose figures mean nothing."
+        )
+    place, found = results.environment, outcomes(results)
+    packages = place["packages"]
+    versions = ", ".join(f"{name} {packages[name]}" for name in _SHOWN if name in packages)
+    facts = {name: place[name] for name in ("cpu", "threads", "cores", "python")}
+    load = ", ".join(map(str, place["load"])) or "unknown"
+    text = _HEAD.format(file=file, versions=versions, load=load, date=place["date"][:10], **facts)
+    text += (
+        "\n## Targets\n\n| target | must | aim | worst | holds |\n| --- | --- | --- | --- | --- |\n"
+    )
+    for each in found:
+        target = each.target
+        worst = "" if each.worst is None else value_of(target, each.worst)
+        bounds = f"{bound(target, target.must)} | {bound(target, target.aim)}"
+        text += f"| {target.name} | {bounds} | {worst} | {_shown(each)} |\n"
+    if picture:
+        text += (
+            "\n## Time against live blocks\n\nCausal windows of 128 to 4096 keys at T 8192,"
+            " forward, float32. The line is fitted to the points.\n\n"
+            f"![Time against live blocks]({PICTURE})\n"
+        )
+    text += "\n## Targets, case by case\n"
+    for each in found:
+        text += _target_rows(each)
+    text += "\n## Times\n"
+    for (case, direction), parts in merged(results.measurements).items():
+        measured = [p for p in parts if p.status == "measured" and p.rounds]
+        text += _markdown(results, f"{case}, {direction}", measured)
+    for title, measure in (("Memory", "memory"), ("First calls", "first")):
+        text += f"\n## {title}\n"
+        for (case, direction), parts in merged(results.measurements).items():
+            known = results.cases[case].measure == measure
+            measured = [p for p in parts if known and p.status == "measured"]
+            text += _markdown(results, f"{case}, {direction}", measured)
+    return text + _without(results)
+
+
+def _shown(each: Outcome) -> str:
+    if each.verdict != "incomplete":
+        return f"**{each.verdict}**" if each.verdict == "missed" else each.verdict
+    known = sum(row.value is not None for row in each.rows)
+    return f"incomplete: {known} of {len(each.rows)} cases measured"
+
+
+def _target_rows(each: Outcome) -> str:
+    rows = [row for row in each.rows if row.value is not None]
+    if not rows:
+        return ""
+    text = f"\n### {each.target.name}\n\n| case | value | quartiles |\n| --- | --- | --- |\n"
+    for row in rows:
+        text += f"| {row.label} | {value_of(each.target, row.value)} | {_quartiles(each, row)} |\n"
+    return text
+
+
+def _quartiles(each: Outcome, row: Row) -> str:
+    if row.low is None or row.high is None:
+        return ""
+    return f"{value_of(each.target, row.low)} to {value_of(each.target, row.high)}"
+
+
+def _markdown(results: Results, title: str, measured: Sequence[Measurement]) -> str:
+    if not measured:
+        return ""
+    rows = [[each.subject, *cells(results, each)] for each in measured]
+    used = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows)]
+    lines = [[COLUMNS[i] for i in used], ["---"] * len(used)]
+    lines += [[row[i] for i in used] for row in rows]
+    return f"\n### {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _without(results: Results) -> str:
+    """Who has no figure, and why: a line to a reason."""
+    reasons: dict[tuple[str, str, str], int] = defaultdict(int)
+    for each in results.measurements:
+        if each.status != "measured":
+            why = printable(each.problem).splitlines()[0][:200].replace("|", "\\|")
+            reasons[each.subject.partition("@")[0], each.status, why] += 1
+    if not reasons:
+        return ""
+    text = "\n## Without a figure\n\n| subject | | why | times |\n| --- | --- | --- | --- |\n"
+    for (subject, status, why), count in reasons.items():
+        text += f"| {subject} | {status} | {why} | {count} |\n"
+    return text
+
+
+def draw(results: Results, path: Path) -> bool:
+    """The picture: time against live blocks for each framework; False where nothing was measured.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    lines = {name: sweep(results, f"{name}:auto") for name in ("torch", "jax", "tf")}
+    lines = {name: points for name, points in lines.items() if len(points) > 1}
+    if not lines:
+        return False
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "the picture needs matplotlib, which is not installed: pip install 'attn-core[viz]'."
+        ) from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for (name, points), marker in zip(lines.items(), "osD", strict=False):
+        x, y = np.array(points).T
+        slope, start = np.polyfit(x, y, 1, w=1 / y)
+        (drawn,) = axes.plot(x, 1e3 * y, marker, label=f"{name}:auto")
+        axes.plot(x, 1e3 * (start + slope * x), color=drawn.get_color(), linewidth=1)
+    axes.set_xlabel("live blocks of 128 x 128")
+    axes.set_ylabel("ms")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_title("Causal windows of 128 to 4096 at T 8192, forward, float32", fontsize=10)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110, metadata={"Software": ""})
+    plt.close(figure)
+    return True
+
+
+def write_page(source: Path, results: Results, target: Path) -> bool:
+    """The page, and beside it its picture; whether there is one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text = page(results, source.name, picture=True)
+    drawn = draw(results, target.with_name(PICTURE))
+    write_whole(target, text if drawn else page(results, source.name, picture=False))
+    return drawn

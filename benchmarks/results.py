@@ -1,0 +1,206 @@
+"""The results of a run, and the JSON file that keeps them, samples and all.
+
+    {"version": 1,
+     "environment": {"date": ..., "cpu": ..., "cores": 2, "threads": 2, "load": [..], ...},
+     "quick": false,
+     "cases": [{"name": "causal-T2048-D64-float32", "length": 2048, ...}, ...],
+     "measurements": [{"case": ..., "subject": "jax:auto", "direction": "forward",
+                       "status": "measured", "shares": {"out": 0.3}, "repeats": 2,
+                       "rounds": [[0.031, 0.030], ...]}, ...]}
+
+Medians and ratios are not in it: they are worked out when they are read, from the samples.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from attn_core.benchmarks.cases import Case
+from attn_core.benchmarks.subjects import is_ours
+from attn_core.benchmarks.timing import Spread, ratio, spread
+from attn_core.conformance import report
+
+VERSION = 1
+STATUSES = ("measured", "refused", "wrong", "error")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What came of one subject, case and direction.
+
+    Attributes:
+        status: one of STATUSES. "refused" is not for this subject, or not installed; "wrong" has
+            failed its check, and so has no figure; "error" raised, crashed or hung.
+        problem: why it has no figure.
+        shares: error of each result as a share of what is allowed; more than 1 is wrong.
+        repeats: calls in a sample.
+        rounds: seconds per call, for every round there and back.
+        peak: bytes of temporaries by the kernel's mark.
+        planned: bytes of temporaries by the framework's own account, where it gives one.
+        first: seconds that the first call takes beyond a later one.
+    """
+
+    case: str
+    subject: str
+    direction: str
+    status: str = "measured"
+    problem: str = ""
+    shares: dict[str, float] = field(default_factory=dict)
+    repeats: int = 0
+    rounds: list[list[float]] = field(default_factory=list)
+    peak: int | None = None
+    planned: int | None = None
+    first: float | None = None
+
+    @property
+    def time(self) -> Spread:
+        """Seconds per call."""
+        return spread(self.rounds)
+
+    @property
+    def temporaries(self) -> int | None:
+        """Bytes: the framework's own account where there is one, since it cannot miss any."""
+        return self.peak if self.planned is None else self.planned
+
+    @property
+    def failed(self) -> bool:
+        return self.status in ("wrong", "error")
+
+
+@dataclass
+class Results:
+    """A run: its measurements, the cases they are of, and where it took place."""
+
+    environment: dict[str, Any]
+    cases: dict[str, Case]
+    measurements: list[Measurement] = field(default_factory=list)
+    quick: bool = False
+
+    def find(self, case: str, subject: str, direction: str) -> Measurement | None:
+        """The measurement, if it was made and gave a figure."""
+        for each in self.measurements:
+            if (each.case, each.subject, each.direction) == (case, subject, direction):
+                return each if each.status == "measured" else None
+        return None
+
+    def faster(self, case: str, direction: str, subject: str, base: str) -> Spread | None:
+        """Time of `base` over time of `subject`; None where one has no figure."""
+        ours, theirs = self.find(case, subject, direction), self.find(case, base, direction)
+        if ours is None or theirs is None or not ours.rounds or not theirs.rounds:
+            return None
+        return ratio(theirs.rounds, ours.rounds)
+
+    @property
+    def broken(self) -> list[Measurement]:
+        """Our own that are wrong or raised: what a run must not have."""
+        return [each for each in self.measurements if each.failed and is_ours(each.subject)]
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """Where a run takes place, and how busy the machine is before it begins."""
+    found = report.environment()
+    try:
+        found["packages"]["onnxruntime"] = version("onnxruntime")
+    except PackageNotFoundError:
+        pass  # optional; its figures are refused by name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    load = [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else []
+    settings = {name: os.environ[name] for name in _SETTINGS if name in os.environ}
+    machine = {"cpu": _processor(), "cores": cores, "threads": threads, "load": load}
+    return {**found, **machine, "settings": settings}
+
+
+_SETTINGS = (
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "KMP_AFFINITY",
+    "XLA_FLAGS",
+    "TF_ENABLE_ONEDNN_OPTS",
+)
+"""Set by the caller, and passed on to the workers: they change figures, so they are kept."""
+
+
+def _processor() -> str:
+    """The processor, with the instructions that decide how fast its matmuls are."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    flags = re.search(r"^flags\s*:\s*(.+)$", text, re.M)
+    present = set(flags[1].split()) if flags else set()
+    known = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in present]
+    name = model[1].strip() if model else platform.machine()
+    return f"{name} ({', '.join(known)})" if known else name
+
+
+def save(results: Results, path: Path) -> None:
+    """The whole run as JSON, in one rename."""
+    block = {
+        "version": VERSION,
+        "environment": results.environment,
+        "quick": results.quick,
+        "cases": [case.as_dict() for case in results.cases.values()],
+        "measurements": [_encoded(each) for each in results.measurements],
+    }
+    report.write_whole(path, json.dumps(block, indent=1, allow_nan=False) + "\n")
+
+
+def _encoded(each: Measurement) -> dict[str, Any]:
+    row = asdict(each)
+    # JSON has no infinity; four digits are more than any sample means.
+    row["shares"] = {n: x if abs(x) < float("inf") else str(x) for n, x in each.shares.items()}
+    row["rounds"] = [[float(f"{x:.4g}") for x in part] for part in each.rounds]
+    return {name: x for name, x in row.items() if x not in (None, "", {}, [])}
+
+
+def load(path: Path) -> Results:
+    """The run that `save` wrote.
+
+    Raises:
+        FileNotFoundError: nothing stands there.
+        ValueError: not a whole file of this version.
+    """
+    try:
+        block = json.loads(Path(path).read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be a whole JSON file. Got: {error}.") from error
+    found = block.get("version") if isinstance(block, dict) else None
+    if found != VERSION:
+        raise ValueError(
+            f"{path} must hold benchmark results of version {VERSION}. "
+            f"Got {'no version' if found is None else f'version {found}'}; "
+            "measure again with `attn-core bench run --json`."
+        )
+    try:
+        cases = [Case.of(row) for row in block["cases"]]
+        measurements = [_decoded(row) for row in block["measurements"]]
+        return Results(
+            block["environment"], {c.name: c for c in cases}, measurements, bool(block["quick"])
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} must hold an environment, cases and measurements of "
+            f"{', '.join(f.name for f in fields(Measurement))}. Got: {error!r}."
+        ) from error
+
+
+def _decoded(row: dict[str, Any]) -> Measurement:
+    shares = {name: float(share) for name, share in row.get("shares", {}).items()}
+    return Measurement(**{**row, "shares": shares})
+
+
+def merged(parts: Iterable[Measurement]) -> dict[tuple[str, str], list[Measurement]]:
+    """Measurements by case and direction, in the order in which they were made."""
+    found: dict[tuple[str, str], list[Measurement]] = {}
+    for each in parts:
+        found.setdefault((each.case, each.direction), []).append(each)
+    return found

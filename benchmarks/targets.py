@@ -1,0 +1,301 @@
+"""The targets: what is promised of speed and memory, each worked out from a run.
+
+A target is a number that must hold and one that is aimed at, for every case it speaks of: the worst
+case decides. What has not been measured is not met.
+
+    speed           time of the base / time of ours, in the same rounds: above 1 we win
+    share of work   the same against our own causal attention, over the ratio of live entries: 1 is
+                    time in proportion to what is computed
+    linear          time against live blocks: the largest distance from a straight line through the
+                    points, as a share of that line; the line minimises the squares of these shares
+    growth          temporaries at twice the length over those before: 2 is linear, 4 is quadratic
+    overhead        time of ours less that of the bare operation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from attn_core.benchmarks.cases import LENGTHS, WINDOWS
+from attn_core.benchmarks.results import Results
+
+MASKS = ("full", "causal")
+SMALL = 2**20
+"""Bytes below which growth of temporaries is the allocator's and not ours."""
+
+
+class Row(NamedTuple):
+    """One case of a target: its value between the quartiles, None where it was not measured."""
+
+    label: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+Rows = Callable[[Results], list[Row]]
+
+
+class Target(NamedTuple):
+    """What is promised: `must` and `aim` are bounds from below where more is better."""
+
+    name: str
+    must: float
+    aim: float
+    unit: str
+    more: bool
+    rows: Rows
+
+
+class Outcome(NamedTuple):
+    """A target in the light of a run.
+
+    Attributes:
+        verdict: "aim met", "met", "missed", "incomplete" (what was measured holds, and not all
+            was) or "not measured".
+        worst: the value that decides.
+    """
+
+    target: Target
+    rows: list[Row]
+    worst: float | None
+    verdict: str
+
+
+def evaluate(target: Target, results: Results) -> Outcome:
+    """Whether the target holds in this run."""
+    rows = target.rows(results)
+    values = [row.value for row in rows if row.value is not None]
+    if not values:
+        return Outcome(target, rows, None, "not measured")
+    worst = min(values) if target.more else max(values)
+
+    def holds(bound: float) -> bool:
+        return worst >= bound if target.more else worst <= bound
+
+    if not holds(target.must):
+        verdict = "missed"
+    elif len(values) < len(rows):
+        verdict = "incomplete"
+    else:
+        verdict = "aim met" if holds(target.aim) else "met"
+    return Outcome(target, rows, worst, verdict)
+
+
+def straightness(x: Sequence[float], y: Sequence[float]) -> float:
+    """The largest distance of the points from a straight line, as a share of the line.
+
+    Among all lines this is the one whose squared shares, taken of the points, are the least.
+    """
+    heights = np.asarray(y, np.float64)
+    terms = np.stack([np.ones_like(heights), np.asarray(x, np.float64)], 1)
+    found = np.linalg.lstsq(terms / heights[:, None], np.ones_like(heights), rcond=None)[0]
+    line = terms @ found
+    return float(np.abs(heights / line - 1).max())
+
+
+def _speed(direction: str, ours: Sequence[str], base: str, dtypes: Sequence[str]) -> Rows:
+    """Every dense case of these dtypes."""
+
+    def rows(results: Results) -> list[Row]:
+        found = []
+        for subject in ours:
+            for dtype in dtypes:
+                for mask in MASKS:
+                    for length in (2048, 4096):
+                        for width in (64, 128):
+                            case = f"{mask}-T{length}-D{width}-{dtype}"
+                            label = case if len(ours) == 1 else f"{subject} {case}"
+                            found.append(_ratio(results, label, case, direction, subject, base))
+        return found
+
+    return rows
+
+
+def _ratio(
+    results: Results, label: str, case: str, direction: str, subject: str, base: str, per: float = 1
+) -> Row:
+    found = results.faster(case, direction, subject, base)
+    if found is None:
+        return Row(label, None)
+    return Row(label, found.middle / per, found.low / per, found.high / per)
+
+
+def _both_ways(forward: Rows, backward: Rows) -> Rows:
+    """The cases of two targets as one."""
+
+    def rows(results: Results) -> list[Row]:
+        return [
+            row._replace(label=f"{row.label} {way}")
+            for way, part in (("forward", forward), ("backward", backward))
+            for row in part(results)
+        ]
+
+    return rows
+
+
+def _work(name: str) -> Rows:
+    """Each framework against its own causal attention; TensorFlow's backward is both."""
+
+    def rows(results: Results) -> list[Row]:
+        case = results.cases.get(name)
+        found = []
+        for framework in ("torch", "jax", "tf"):
+            for direction in ("forward", "both" if framework == "tf" else "backward"):
+                label, ours = f"{framework} {direction}", f"{framework}:auto"
+                if case is None:
+                    found.append(Row(label, None))
+                    continue
+                base = f"{ours}@causal"
+                live = case.asked_of(base).entries / case.entries
+                found.append(_ratio(results, label, name, direction, ours, base, live))
+        return found
+
+    return rows
+
+
+def sweep(results: Results, subject: str) -> list[tuple[int, float]]:
+    """(live blocks of all heads, seconds) for every window that was measured."""
+    name = "windows-T8192-D64-float32"
+    points = []
+    for reach in WINDOWS:
+        asked = f"{subject}@window-{reach}"
+        found = results.find(name, asked, "forward")
+        if found is not None:
+            case = results.cases[name].asked_of(asked)
+            points.append((case.batch * case.heads * case.blocks, found.time.middle))
+    return points
+
+
+def _linear(results: Results) -> list[Row]:
+    found = []
+    for framework in ("torch", "jax", "tf"):
+        points = sweep(results, f"{framework}:auto")
+        whole = len(points) == len(WINDOWS)
+        found.append(Row(framework, straightness(*zip(*points, strict=True)) if whole else None))
+    return found
+
+
+def _temporaries(backward: bool) -> Rows:
+    def rows(results: Results) -> list[Row]:
+        found = []
+        for mask in MASKS:
+            for framework in ("torch", "jax", "tf"):
+                direction = _side(framework, backward)
+                size = _bytes(results, mask, LENGTHS[-1], framework, direction)
+                value = None if size is None else size / 1e6
+                found.append(Row(f"{framework} {mask} {direction}", value))
+        return found
+
+    return rows
+
+
+def _growth(results: Results) -> list[Row]:
+    found = []
+    for mask in MASKS:
+        for framework in ("torch", "jax", "tf"):
+            for backward in (False, True):
+                direction = _side(framework, backward)
+                sizes = [_bytes(results, mask, n, framework, direction) for n in LENGTHS]
+                known = [max(size, SMALL) for size in sizes if size is not None]
+                value = None
+                if len(known) == len(LENGTHS):
+                    value = max(b / a for a, b in pairwise(known))
+                found.append(Row(f"{framework} {mask} {direction}", value))
+    return found
+
+
+def _side(framework: str, backward: bool) -> str:
+    if not backward:
+        return "forward"
+    return "both" if framework == "tf" else "backward"
+
+
+def _bytes(results: Results, mask: str, length: int, framework: str, side: str) -> int | None:
+    # With known shapes TensorFlow's figure holds the making of the graph (`memory.py`).
+    subject = "tf-unknown:auto" if framework == "tf" else f"{framework}:auto"
+    found = results.find(f"memory-{mask}-T{length}-D64-float32", subject, side)
+    return None if found is None else found.temporaries
+
+
+def _overhead(results: Results) -> list[Row]:
+    pair = [
+        results.find("tiny-T4-D8-float32", name, "forward") for name in ("torch:auto", "torch-sdpa")
+    ]
+    if pair[0] is None or pair[1] is None:
+        return [Row("torch eager", None)]
+    ours, bare = pair[0].time, pair[1].time
+    low, high = ours.low - bare.middle, ours.high - bare.middle
+    return [Row("torch eager", *(1e6 * x for x in (ours.middle - bare.middle, low, high)))]
+
+
+def _first(results: Results) -> list[Row]:
+    found = []
+    for mask in MASKS:
+        for direction in ("forward", "both"):
+            each = results.find(f"first-{mask}-T4096-D64-float32", "jax:auto", direction)
+            found.append(Row(f"{mask} {direction}", None if each is None else each.first))
+    return found
+
+
+_F32, _BF16 = ("float32",), ("bfloat16",)
+_JAX, _TORCH, _TF = ("jax:auto",), ("torch:auto",), ("tf:auto", "tf-unknown:auto")
+_FLASH, _SDPA, _EACH = "torch-sdpa-flash", "torch-sdpa", (*_F32, *_BF16)
+
+TARGETS: tuple[Target, ...] = (
+    Target(
+        "JAX forward against torch flash, float32",
+        *(0.9, 1.0, "x", True, _speed("forward", _JAX, _FLASH, _F32)),
+    ),
+    Target(
+        "JAX forward against torch flash, bfloat16",
+        *(1.3, 1.5, "x", True, _speed("forward", _JAX, _FLASH, _BF16)),
+    ),
+    Target(
+        "JAX forward against jax.nn",
+        *(5.0, 5.0, "x", True, _speed("forward", _JAX, "jax-nn", _EACH)),
+    ),
+    Target(
+        "JAX backward against torch flash, float32",
+        *(0.65, 0.9, "x", True, _speed("backward", _JAX, _FLASH, _F32)),
+    ),
+    Target(
+        "JAX backward against torch flash, bfloat16",
+        *(0.6, 0.8, "x", True, _speed("backward", _JAX, _FLASH, _BF16)),
+    ),
+    Target(
+        "TensorFlow forward against torch SDPA, float32",
+        *(0.8, 1.0, "x", True, _speed("forward", _TF, _SDPA, _F32)),
+    ),
+    Target(
+        "TensorFlow forward and backward against torch SDPA, float32",
+        *(0.8, 1.0, "x", True, _speed("both", _TF, _SDPA, _F32)),
+    ),
+    Target(
+        "torch auto against SDPA called directly",
+        *(0.97, 1.0, "x", True),
+        _both_ways(
+            _speed("forward", _TORCH, _SDPA, _EACH), _speed("backward", _TORCH, _SDPA, _EACH)
+        ),
+    ),
+    Target(
+        "window of 256 at T 8192, share of work",
+        *(0.6, 0.8, "x", True, _work("window-256-T8192-D64-float32")),
+    ),
+    Target(
+        "16 packed documents of 512, share of work",
+        *(0.6, 0.8, "x", True, _work("documents-16x512-T8192-D64-float32")),
+    ),
+    Target(
+        "time against live blocks, windows 128 to 4096, linear", 0.25, 0.10, "of it", False, _linear
+    ),
+    Target("temporaries at T 16384, forward", 32, 16, "MB", False, _temporaries(False)),
+    Target("temporaries at T 16384, backward", 96, 48, "MB", False, _temporaries(True)),
+    Target("temporaries at twice the length, growth", 2.5, 2.2, "x", False, _growth),
+    Target("overhead on tiny tensors", 40, 15, "us", False, _overhead),
+    Target("JAX's first call at T 4096", 5, 2, "s", False, _first),
+)

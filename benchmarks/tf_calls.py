@@ -1,0 +1,85 @@
+"""TensorFlow's subjects, and TensorFlow's way of differentiating.
+
+    tf:IMPL             attn_core.attention(impl=IMPL) in a tf.function of known shapes
+    tf-unknown:IMPL     the same with batch and lengths unknown when it is traced
+
+A tape lives inside a tf.function, so a backward pass cannot be called by itself; "both" can. Calls
+are concrete functions, which return when their results are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+import attn_core
+from attn_core import registry
+from attn_core.benchmarks.calls import Attend, Call, Made, Refused
+from attn_core.benchmarks.cases import Case
+
+
+def ours(impl: str, *, unknown: bool = False) -> Made:
+    """attn_core.attention with that implementation."""
+
+    def made(case: Case) -> Attend:
+        known = ("auto", *registry.load("tf").IMPLEMENTATIONS)
+        if impl not in known:
+            raise Refused(f"tf has no implementation {impl!r}; it has {', '.join(known)}.")
+        if unknown and case.mask == "documents":
+            raise Refused("documents are given for a known length.")
+        mask = case.language()
+        # Where lengths are not known, a mask that reads q must be told where queries stand.
+        offset = "start" if unknown and mask is not None else None
+
+        def attend(query: Any, key: Any, value: Any) -> Any:
+            return attn_core.attention(query, key, value, mask=mask, impl=impl, query_offset=offset)
+
+        return attend
+
+    return made
+
+
+FUNCTIONS: dict[str, Made] = {}
+
+
+def prepared(name: str, attend: Attend, case: Case, direction: str) -> Call:
+    """The function in that direction, on the case's arrays; traced here."""
+    if direction == "backward":
+        raise Refused("a tape gives no backward pass alone; ask for both.")
+    backend = registry.load("tf")
+    names = ("query", "key", "value", "cotangent")
+    batch, length = (None, None) if name.startswith("tf-unknown") else (case.batch, case.length)
+    dtype = {"float32": tf.float32, "bfloat16": tf.bfloat16}[case.dtype]
+    spec = tf.TensorSpec((batch, case.heads, length, case.width), dtype)
+
+    def forward(q: Any, k: Any, v: Any, upstream: Any) -> tuple[Any, ...]:
+        return (attend(q, k, v),)
+
+    def both(q: Any, k: Any, v: Any, upstream: Any) -> tuple[Any, ...]:
+        with tf.GradientTape() as tape:
+            tape.watch((q, k, v))
+            out = attend(q, k, v)
+        return (out, *tape.gradient(out, (q, k, v), upstream))
+
+    function: Any = tf.function(
+        forward if direction == "forward" else both, autograph=False, input_signature=[spec] * 4
+    )
+    concrete = function.get_concrete_function()
+    given = [backend.from_numpy(case.arrays()[n]) for n in names]
+
+    def answer(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = concrete(*[backend.from_numpy(arrays[n]) for n in names])
+        keys = ("out",) if direction == "forward" else ("out", "query", "key", "value")
+        return {n: backend.to_numpy(x) for n, x in zip(keys, found, strict=True)}
+
+    def warm() -> Any:
+        small = case.small()
+        if batch is None:
+            arrays = small.arrays()
+            return concrete(*[backend.from_numpy(arrays[n]) for n in names])
+        return prepared(name, attend, small, direction).run()
+
+    return Call(lambda: concrete(*given), answer, warm=warm)

@@ -1,0 +1,69 @@
+"""What reports say alike in every framework, and block counts from dense masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from attn_core.explained import Report
+
+KEYS = (
+    *("backend", "backend_from", "device", "dtype", "accumulation", "layout", "shape", "scale"),
+    *("impl", "asked", "asked_by", "candidates", "mask", "score", "operands", "options"),
+    *("tiles", "blocks", "forward", "backward", "precision", "effective"),
+)
+SHAPE = ("B", "Hq", "Hk", "Tq", "Tk", "D", "Dv")
+FLOAT32 = "float32 multiplied as float32, summed in float32"
+WIDENED = "bfloat16 multiplied as float32, summed in float32"
+FACTOR = 2
+"""How far an estimate may be from what is measured, either way, where T is at least 2048."""
+
+
+def near(estimate: int | None, measured: int) -> bool:
+    assert estimate is not None
+    return measured / FACTOR <= estimate <= measured * FACTOR
+
+
+def counted(report: Report, dense: np.ndarray) -> None:
+    """The report's blocks are those of this dense mask, (B, Hq, Tq, Tk)."""
+    b = report.blocks
+    assert b is not None
+    if report.tiles is not None:
+        assert (b.block_q, b.block_k) == report.tiles
+    # Maps that are one for all batches or heads say that all are alike.
+    assert (dense == dense[: b.batches].repeat(len(dense) // b.batches, 0)).all()
+    some = full = entries = excess_free = 0
+    kept = dense[: b.batches, : b.heads]
+    tiles = kept.shape[0] * kept.shape[1] * b.rows * b.columns
+    for i in range(b.rows):
+        for j in range(b.columns):
+            tile = kept[
+                :,
+                :,
+                i * b.block_q : (i + 1) * b.block_q,
+                j * b.block_k : (j + 1) * b.block_k,
+            ]
+            flat = tile.reshape(*kept.shape[:2], -1)
+            some += int(flat.any(-1).sum())
+            full += int(flat.all(-1).sum())
+            entries += int(flat.any(-1).sum()) * flat.shape[-1]
+            excess_free += int(flat.sum())
+    assert (b.total, b.total) == (tiles, b.full + b.partial + b.empty)
+    assert b.full <= full
+    assert b.excess == b.full + b.partial - some
+    if b.excess == 0:
+        assert b.allowed_share == excess_free / max(1, entries)
+
+
+def live(report: Report) -> tuple[int, int, int]:
+    assert report.blocks is not None
+    return report.blocks.full, report.blocks.partial, report.blocks.empty
+
+
+def keys_of(report: Report) -> dict[str, Any]:
+    """The report's dict, whose keys are the same everywhere."""
+    found = report.as_dict()
+    assert tuple(found) == KEYS
+    assert tuple(found["shape"]) == SHAPE
+    return found

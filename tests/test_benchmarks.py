@@ -1,0 +1,595 @@
+"""The benchmarks: sizes counted by brute force, a fake clock, planted mistakes, both verdicts."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from support import seen
+from typer.testing import CliRunner
+
+from attn_core import cli, reference
+from attn_core.benchmarks import (
+    check,
+    memory,
+    page,
+    report,
+    results,
+    rooms,
+    runner,
+    subjects,
+    targets,
+    timing,
+    worker,
+)
+from attn_core.benchmarks.calls import Call, Refused
+from attn_core.benchmarks.cases import BLOCK, BY_NAME, CASES, DIRECTIONS, Case, named
+from attn_core.benchmarks.results import Measurement, Results
+
+MASKS = [("full", 0), ("causal", 0), ("window", 3), ("window", 200), ("documents", 64)]
+PLACE: dict[str, Any] = {
+    "date": "2026-01-31T12:00:00+00:00",
+    "python": "3.11.9",
+    "packages": {"numpy": "2.3.0", "torch": "2.13.0"},
+    "cpu": "A processor",
+    "cores": 2,
+    "threads": 2,
+    "load": [0.1, 0.2, 0.3],
+}
+
+
+def small(mask: str = "causal", reach: int = 0, length: int = 40, dtype: str = "float32") -> Case:
+    return Case("small", length, 8, heads=2, mask=mask, reach=reach, dtype=dtype)
+
+
+# Cases -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mask", "reach"), MASKS)
+def test_a_case_counts_what_its_mask_lets_through(mask: str, reach: int) -> None:
+    case = small(mask, reach, 300)
+    dense = case.dense(np.arange(300))
+    assert case.entries == dense.sum()
+    edges = range(0, 300, BLOCK)
+    blocks = sum(bool(dense[i : i + BLOCK, j : j + BLOCK].any()) for i in edges for j in edges)
+    assert case.blocks == blocks
+    assert case.operations("both") == 7 * 2 * 2 * 8 * case.entries
+
+
+@pytest.mark.parametrize(("mask", "reach"), MASKS[1:])
+def test_the_language_and_the_plain_rule_say_the_same(mask: str, reach: int) -> None:
+    case = small(mask, reach, 150)
+    said = case.language()
+    assert said is not None
+    shape = (1, 2, 150, 150)
+    np.testing.assert_array_equal(
+        seen(said, shape), np.broadcast_to(case.dense(np.arange(150)), shape)
+    )
+
+
+def test_cases_are_unique_known_and_come_back_from_json() -> None:
+    assert len(BY_NAME) == len(CASES)
+    for case in CASES:
+        for subject in case.subjects:
+            assert subjects.framework(subject) in subjects.FRAMEWORKS
+            case.asked_of(subject)
+        assert Case.of(json.loads(json.dumps(case.as_dict()))) == case
+
+
+def test_equal_names_draw_equal_arrays_and_others_do_not() -> None:
+    one, again, other = small(), small(), replace(small(), name="other")
+    assert all(np.array_equal(one.arrays()[n], again.arrays()[n]) for n in one.arrays())
+    assert not np.array_equal(one.arrays()["key"], other.arrays()["key"])
+
+
+def test_a_subject_may_be_asked_with_another_mask() -> None:
+    case = BY_NAME["window-256-T8192-D64-float32"]
+    assert case.asked_of("jax:auto") == case
+    assert case.asked_of("jax:auto@causal").mask == "causal"
+    quick = case.small()
+    assert (quick.length, quick.reach) == (512, 16)
+    assert quick.asked_of("jax:auto@window-512").reach == 32
+    with pytest.raises(ValueError, match=r"must be full, causal, window-<keys>.*Got 'widnow-3'"):
+        case.asked_of("jax:auto@widnow-3")
+    with pytest.raises(ValueError, match="Got 'window'"):
+        case.asked_of("jax:auto@window")
+
+
+def test_a_name_is_one_case_and_a_part_of_it_several() -> None:
+    assert [case.name for case in named(["tiny-T4-D8-float32"])] == ["tiny-T4-D8-float32"]
+    assert len(named(["causal-T2048"])) == 4
+    with pytest.raises(ValueError, match=r"must name a case or a part of one. Got cuasal"):
+        named(["cuasal"])
+
+
+# The check -------------------------------------------------------------------------------------
+
+
+def answered(case: Case, direction: str, **changed: Any) -> dict[str, np.ndarray]:
+    """The judge's own results at full size, with the question changed as asked."""
+    given = check.asked(case).arrays
+    question: dict[str, Any] = {n: given[n] for n in ("query", "key", "value")}
+    question |= {"mask": case.dense(np.arange(case.length))[None, None], **changed}
+    found = reference.gradients(**question, d_out=given["cotangent"])
+    found["out"] = reference.attention(**question).out
+    dtype = given["query"].dtype
+    return {n: found[n].astype(dtype) for n in check.expected_names(direction)}
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("length", [4, 128, 300])
+def test_the_check_passes_what_is_right(direction: str, dtype: str, length: int) -> None:
+    case = small(length=length, dtype=dtype)
+    shares = check.shares(case, direction, answered(case, direction))
+    assert max(shares.values()) < 0.5
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_check_refuses_what_is_wrong(direction: str, dtype: str) -> None:
+    case = small(length=300, dtype=dtype)
+    for wrong in (
+        {"scale": 0.3},
+        {"mask": np.tril(np.ones((300, 300), bool), -1) | np.eye(300, k=1).astype(bool)},
+    ):
+        shares = check.shares(case, direction, answered(case, direction, **wrong))
+        assert all(share > 1 for what, share in shares.items() if "scale" in wrong or what == "out")
+        assert max(shares.values()) > 1
+
+
+def test_a_gradient_outside_the_sample_is_a_mistake() -> None:
+    case = small(length=300)
+    rows = check.sampled(case)
+    assert 0 in rows
+    assert 299 in rows
+    assert len(set(rows)) == len(rows) == 64
+    got = answered(case, "backward")
+    assert not np.delete(got["query"], rows, 2).any()
+    outside = np.setdiff1d(np.arange(300), rows)[0]
+    got["query"][0, 1, outside, 3] = 1e-30
+    assert check.shares(case, "backward", got)["d_query"] == float("inf")
+
+
+def test_one_wrong_entry_of_a_whole_gradient_is_seen() -> None:
+    case = small(length=300)
+    got = answered(case, "both")
+    got["key"][0, 0, 201, 0] += 0.01
+    shares = check.shares(case, "both", got)
+    assert shares["d_key"] > 1
+    assert shares["d_value"] < 1
+
+
+def test_a_wrong_form_is_told_in_words() -> None:
+    case = small()
+    got = answered(case, "forward")
+    with pytest.raises(ValueError, match=r"a both call must give out, query, key, value. Got out"):
+        check.shares(case, "both", got)
+    with pytest.raises(ValueError, match=r"out must be float32 \(1, 2, 40, 8\). Got float64"):
+        check.shares(case, "forward", {"out": got["out"].astype(np.float64)})
+
+
+# Timing ----------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Every call of `run` takes as long as the list says, in turn."""
+
+    def __init__(self, *seconds: float) -> None:
+        self.now, self.seconds, self.calls, self.slept = 0.0, list(seconds), 0, 0.0
+
+    def run(self) -> None:
+        self.now += self.seconds[self.calls % len(self.seconds)]
+        self.calls += 1
+
+    def read(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.slept += seconds
+
+
+def test_turns_go_there_and_back_and_another_begins_each_round() -> None:
+    turns = list(timing.turns(["A", "B", "C"], 2))
+    assert "".join(name for number, name in turns if number == 0) == "ABCCBA"
+    assert "".join(name for number, name in turns if number == 1) == "BCAACB"
+
+
+def test_a_sample_is_the_mean_of_its_calls_without_pause_and_warming() -> None:
+    clock = Clock(9.0, 1.0, 2.0, 3.0)
+    assert timing.sample(clock.run, 3, clock.read, clock.sleep) == 2.0
+    assert clock.slept == timing.PAUSE
+    alone = Clock(9.0, 1.0)
+    assert timing.sample(alone.run, 1, alone.read, alone.sleep) == 9.0
+
+
+@pytest.mark.parametrize("seconds", [1e-6, 3e-4, 0.02, 0.05, 1.0])
+def test_enough_calls_fill_a_sample_and_not_many_more(seconds: float) -> None:
+    clock = Clock(seconds)
+    repeats = timing.calibrated(clock.run, 0.05, clock.read)
+    assert repeats * seconds >= 0.05 * (1 - 1e-9)
+    assert repeats == 1 or repeats * seconds < 0.12
+
+
+def test_a_clock_that_does_not_move_at_first_is_waited_for() -> None:
+    clock = Clock(0.0)
+    clock.seconds = [0.0] * 50 + [0.01] * 1000
+    assert timing.calibrated(clock.run, 0.05, clock.read) > 50
+
+
+def test_a_ratio_is_of_medians_and_its_spread_of_rounds() -> None:
+    base = [[4.0, 4.0], [8.0, 8.0], [40.0, 40.0]]
+    ours = [[2.0, 2.0], [4.0, 4.0], [4.0, 4.0]]
+    found = timing.ratio(base, ours)
+    assert found.middle == 2.0
+    assert (found.low, found.high) == (2.0, 6.0)
+    assert timing.spread(base).middle == 8.0
+    with pytest.raises(ValueError, match=r"must be of the same rounds. Got 3 and 2"):
+        timing.ratio(base, ours[:2])
+
+
+def test_drift_cancels_in_a_round() -> None:
+    """Everything slows down evenly; A and B take the same time."""
+    now, samples = 1.0, {"A": [[]], "B": [[]]}  # type: ignore[var-annotated]
+    for number, name in timing.turns(["A", "B"], 1):
+        samples[name][number].append(now)
+        now += 0.5
+    assert timing.ratio(samples["A"], samples["B"]).low == 1.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the mark is Linux's")
+def test_peak_memory_sees_what_is_gone_when_the_call_ends() -> None:
+    size = 64 << 20
+
+    def run() -> bytes:
+        big = np.ones(size, np.uint8)
+        return bytes(int(big[-1]))
+
+    assert 0.9 * size < memory.peak(run, 0) < 1.2 * size
+    assert memory.peak(run, size) < 0.2 * size
+
+
+# Rooms -----------------------------------------------------------------------------------------
+
+
+def planted(name: str, case: Case, direction: str, threads: int) -> Call:
+    """Subjects for one process: right, wrong, refused or raising, by name."""
+    if name == "torch-flex":
+        raise Refused("torch-flex has no backward pass here.")
+
+    def answer(arrays: Any) -> dict[str, np.ndarray]:
+        if name == "torch-sdpa-math":
+            raise RuntimeError("out of luck")
+        return answered(case, direction, **({"scale": 0.1} if name == "jax-nn" else {}))
+
+    return Call(lambda: None, answer, lambda: 12345)
+
+
+class Here:
+    """A worker in this process, that dies when it is asked about `deadly`."""
+
+    def __init__(self, deadly: str = "") -> None:
+        self.room, self.deadly = worker.Room(1, planted), deadly
+
+    def ask(self, command: dict[str, Any], timeout: float) -> dict[str, Any]:
+        if command.get("subject") == self.deadly:
+            raise rooms.WorkerError("the worker ended with signal SIGSEGV: no message")
+        found: dict[str, Any] = json.loads(json.dumps(self.room.answer(command)))
+        return found
+
+    def close(self) -> None:
+        pass
+
+
+def measured(deadly: str = "") -> dict[str, Measurement]:
+    asked = ("torch:auto", "torch-flex", "jax-nn", "torch-sdpa-math", "torch-sdpa", "matmul")
+    step = runner.Step(replace(small(), subjects=asked), "backward", asked)
+    opened: Any = lambda threads: Here(deadly)  # noqa: E731
+    found = runner._timed(step, runner.Rooms(1, 9.0, opened), runner.QUICK, lambda what: None)
+    assert [each.subject for each in found] == list(asked)
+    return {each.subject: each for each in found}
+
+
+def test_a_step_times_what_passes_and_says_why_for_the_rest() -> None:
+    found = measured()
+    assert found["torch:auto"].status == "measured"
+    assert found["torch:auto"].shares["d_key"] < 1
+    assert [len(part) for part in found["torch:auto"].rounds] == [2, 2]
+    assert found["matmul"].rounds
+    assert found["torch-flex"].problem == "torch-flex has no backward pass here."
+    assert (found["jax-nn"].status, found["jax-nn"].rounds) == ("wrong", [])
+    assert "must be at most 1. Got d_query" in found["jax-nn"].problem
+    assert found["torch-sdpa-math"].problem == "RuntimeError: out of luck"
+
+
+def test_a_subject_that_takes_its_room_down_costs_only_itself() -> None:
+    found = measured("torch-sdpa")
+    assert found["torch-sdpa"].status == "error"
+    assert "SIGSEGV" in found["torch-sdpa"].problem
+    assert found["torch:auto"].status == found["matmul"].status == "measured"
+
+
+def test_a_room_answers_memory_and_first_calls_once_checked() -> None:
+    room = worker.Room(1, planted)
+    command = {"subject": "torch:auto", "case": small().as_dict(), "direction": "forward"}
+    first = room.answer({"do": "first", **command})
+    assert first["first"] >= 0
+    assert first["shares"]["out"] < 1
+    if sys.platform == "linux":
+        assert room.answer({"do": "memory", **command})["planned"] == 12345
+    assert (
+        "must be a command of this room. Got 'dance'"
+        in room.answer({"do": "dance", **command})["error"]
+    )
+    wrong = room.answer({"do": "first", **command, "subject": "jax-nn"})
+    step = runner.Step(small(), "forward", ("jax-nn",))
+    problem = runner._problem(step, "jax-nn", wrong)
+    assert problem is not None
+    assert problem.status == "wrong"
+
+
+def test_a_worker_process_speaks_the_protocol_and_its_end_is_told() -> None:
+    with rooms.Worker(1) as process:
+        assert process.ask({"do": "drop"}, 60) == {}
+        command = {"do": "prepare", "subject": "torch:nonsense", "direction": "forward"}
+        answer = process.ask({**command, "case": small().as_dict(), "least": 0.001}, 120)
+        assert "no implementation 'nonsense'" in answer.get("refused", "") or "not installed" in (
+            answer.get("refused", "")
+        )
+        process._process.kill()
+        with pytest.raises(rooms.WorkerError, match="signal SIGKILL"):
+            process.ask({"do": "drop"}, 60)
+
+
+def test_a_worker_that_is_silent_is_ended() -> None:
+    code = "import time; print('ready', flush=True); time.sleep(60)"
+    process = rooms.Worker(1, command=[sys.executable, "-c", code])
+    with pytest.raises(rooms.WorkerError, match=r"no answer within 0.2 s, and was ended"):
+        process.ask({"do": "drop"}, 0.2)
+
+
+def test_onnxruntime_is_refused_by_name_where_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(Refused, match=r"needs onnx and onnxruntime, which are optional.*no module"):
+        subjects.prepared("onnxruntime", small(), "forward", 1)
+
+
+def test_subjects_know_their_rooms() -> None:
+    assert subjects.room("torch-sdpa") == subjects.room("jax:auto@causal") == "torch+jax"
+    assert subjects.room("keras-tf") == subjects.room("tf-unknown:auto") == "tf"
+    assert subjects.room("keras-jax") == "keras-jax"
+    with pytest.raises(ValueError, match=r"Got 'torch-spda'. Did you mean 'torch-sdpa'?"):
+        subjects.room("torch-spda")
+
+
+def test_a_plan_keeps_the_frameworks_that_were_named() -> None:
+    steps = runner.plan(["windows"], ["jax"])
+    assert {subjects.framework(name) for step in steps for name in step.subjects} == {"jax"}
+    with pytest.raises(ValueError, match=r"Got 'tensorflow'. Did you mean 'tf'?"):
+        runner.plan([], ["tensorflow"])
+    with pytest.raises(ValueError, match="must leave something to measure"):
+        runner.plan(["tiny"], ["jax"])
+
+
+# Results, targets, page ------------------------------------------------------------------------
+
+
+def timed(case: str, subject: str, direction: str, *seconds: float) -> Measurement:
+    rounds = [[x, x] for x in seconds]
+    return Measurement(case, subject, direction, shares={"out": 0.25}, repeats=3, rounds=rounds)
+
+
+def run_of(*measurements: Measurement) -> Results:
+    known = {each.case: BY_NAME[each.case] for each in measurements}
+    return Results(PLACE, known, list(measurements))
+
+
+def target(name: str) -> targets.Target:
+    (found,) = [each for each in targets.TARGETS if each.name == name]
+    return found
+
+
+DENSE = [
+    f"{mask}-T{length}-D{width}-float32"
+    for mask in ("full", "causal")
+    for length in (2048, 4096)
+    for width in (64, 128)
+]
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [(0.5, "aim met"), (1.05, "met"), (1.2, "missed")])
+def test_a_speed_target_is_decided_by_its_worst_case(seconds: float, verdict: str) -> None:
+    parts = [timed(case, "torch-sdpa-flash", "forward", 1.0) for case in DENSE]
+    parts += [timed(case, "jax:auto", "forward", 0.5) for case in DENSE[1:]]
+    asked = target("JAX forward against torch flash, float32")
+    before = targets.evaluate(asked, run_of(*parts))
+    assert (before.verdict, before.worst) == ("incomplete", 2.0)
+    after = targets.evaluate(asked, run_of(*parts, timed(DENSE[0], "jax:auto", "forward", seconds)))
+    assert after.verdict == verdict
+    assert after.worst == pytest.approx(1 / seconds)
+    assert targets.evaluate(asked, run_of()).verdict == "not measured"
+
+
+def test_a_wrong_subject_has_no_part_in_a_target() -> None:
+    parts = [timed(case, "torch-sdpa-flash", "forward", 1.0) for case in DENSE]
+    parts += [replace(timed(c, "jax:auto", "forward", 0.1), status="wrong") for c in DENSE]
+    asked = target("JAX forward against torch flash, float32")
+    assert targets.evaluate(asked, run_of(*parts)).verdict == "not measured"
+
+
+def test_share_of_work_is_one_where_time_follows_live_entries() -> None:
+    name = "window-256-T8192-D64-float32"
+    case = BY_NAME[name]
+    live = case.asked_of("torch:auto@causal").entries / case.entries
+    assert 16 < live < 17
+    parts = [
+        timed(name, "torch:auto@causal", "forward", live),
+        timed(name, "torch:auto", "forward", 2.0),
+    ]
+    rows = targets._work(name)(run_of(*parts))
+    assert rows[0].label == "torch forward"
+    assert rows[0].value == pytest.approx(0.5)
+    assert rows[1].value is None
+
+
+def test_straight_and_bent_lines() -> None:
+    x = [100.0, 200.0, 400.0, 800.0]
+    assert targets.straightness(x, [3 + 2 * a for a in x]) == pytest.approx(0, abs=1e-9)
+    bent = targets.straightness(x, [a**2 for a in x])
+    assert bent > 0.25
+    assert targets.straightness([1, 2, 3], [1.0, 2.2, 3.0]) < 0.1
+
+
+@pytest.mark.parametrize(("power", "verdict"), [(1, "aim met"), (2, "missed")])
+def test_windows_must_cost_in_proportion(power: int, verdict: str) -> None:
+    name = "windows-T8192-D64-float32"
+    case, parts = BY_NAME[name], []
+    for subject in case.subjects:
+        parts.append(timed(name, subject, "forward", float(case.asked_of(subject).blocks) ** power))
+    asked = target("time against live blocks, windows 128 to 4096, linear")
+    assert targets.evaluate(asked, run_of(*parts)).verdict == verdict
+
+
+def test_memory_overhead_and_first_calls() -> None:
+    def held(mask: str, length: int, subject: str, side: str, size: int) -> Measurement:
+        name = f"memory-{mask}-T{length}-D64-float32"
+        return Measurement(name, subject, side, shares={"out": 0.1}, peak=size, planned=None)
+
+    def every(power: int, unit: int) -> Results:
+        return run_of(
+            *(
+                held(mask, length, subject, side, unit * (length // 4096) ** power)
+                for mask in ("full", "causal")
+                for length in (4096, 8192, 16384)
+                for subject in ("torch:auto", "jax:auto", "tf-unknown:auto")
+                for side in DIRECTIONS
+            )
+        )
+
+    growth = target("temporaries at twice the length, growth")
+    assert targets.evaluate(growth, every(1, 4_000_000)).verdict == "aim met"
+    assert targets.evaluate(growth, every(2, 4_000_000)).verdict == "missed"
+    assert targets.evaluate(growth, every(2, 1000)).verdict == "aim met"  # all below the floor
+    forward = target("temporaries at T 16384, forward")
+    assert targets.evaluate(forward, every(1, 4_000_000)).worst == 16
+    assert targets.evaluate(forward, every(2, 4_000_000)).verdict == "missed"
+
+    name = "tiny-T4-D8-float32"
+    pair = [
+        timed(name, "torch:auto", "forward", 50e-6),
+        timed(name, "torch-sdpa", "forward", 20e-6),
+    ]
+    tiny = targets.evaluate(target("overhead on tiny tensors"), run_of(*pair))
+    assert tiny.verdict == "met"
+    assert tiny.worst == pytest.approx(30)
+
+
+def test_results_come_back_from_their_file(tmp_path: Path) -> None:
+    wrong = Measurement(DENSE[0], "jax-nn", "forward", "wrong", "p", {"out": float("inf")})
+    before = run_of(timed(DENSE[0], "jax:auto", "forward", 0.25, 0.5), wrong)
+    path = tmp_path / "deep" / "run.json"
+    results.save(before, path)
+    after = results.load(path)
+    assert after.measurements == before.measurements
+    assert after.cases == before.cases
+    path.write_text(path.read_text("utf-8").replace('"version": 1', '"version": 7'), "utf-8")
+    with pytest.raises(
+        ValueError, match=r"must hold benchmark results of version 1. Got version 7"
+    ):
+        results.load(path)
+    path.write_text('{"version": 1, "cases": []}', "utf-8")
+    with pytest.raises(ValueError, match="must hold an environment, cases and measurements"):
+        results.load(path)
+
+
+def test_the_page_publishes_losses_and_refusals(tmp_path: Path) -> None:
+    parts = [timed(DENSE[0], "torch-sdpa-flash", "forward", 0.1, 0.1)]
+    parts += [timed(DENSE[0], "jax:auto", "forward", 0.2, 0.2)]
+    parts += [timed(DENSE[0], "matmul", "forward", 0.05, 0.05)]
+    parts += [Measurement(DENSE[0], "onnxruntime", "forward", "refused", "it | is not here")]
+    source = tmp_path / "cpu.json"
+    run = run_of(*parts)
+    results.save(run, source)
+    assert not page.write_page(source, results.load(source), tmp_path / "B.md")
+    text = (tmp_path / "B.md").read_text("utf-8")
+    assert (
+        "| JAX forward against torch flash, float32 | ≥ 0.9 x | ≥ 1 x | 0.5 x | **missed** |"
+        in text
+    )
+    assert "A processor, 2 threads on 2 cores; load before the run 0.1, 0.2, 0.3." in text
+    rate = BY_NAME[DENSE[0]].operations("forward") / 0.2 / 1e9
+    top = 2 * 2048**3 / 0.05 / 1e9
+    row = f"| jax:auto | 200 | 200 to 200 | {rate:.3g} | {100 * rate / top:.0f}% | 0.25 |"
+    assert row in text
+    assert "| onnxruntime | refused | it \\| is not here | 1 |" in text
+    assert page.PICTURE not in text
+    run.quick = True
+    with pytest.raises(ValueError, match=r"must be made from a full run. Got one with --quick"):
+        page.page(run, "cpu.json", picture=False)
+
+
+def test_the_picture_stands_beside_the_page(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    name = "windows-T8192-D64-float32"
+    parts = [timed(name, s, "forward", 0.1 + i / 10) for i, s in enumerate(BY_NAME[name].subjects)]
+    assert page.write_page(tmp_path / "cpu.json", run_of(*parts), tmp_path / "B.md")
+    assert (tmp_path / page.PICTURE).stat().st_size > 5000
+    assert f"]({page.PICTURE})" in (tmp_path / "B.md").read_text("utf-8")
+
+
+def test_the_terminal_shows_times_verdicts_and_reasons() -> None:
+    parts = [
+        timed(DENSE[0], "torch-sdpa-flash", "forward", 0.1),
+        timed(DENSE[0], "jax:auto", "forward", 0.2),
+    ]
+    parts.append(Measurement(DENSE[0], "jax-nn", "forward", "wrong", "Got d_key 7."))
+    run = run_of(*parts)
+    console = Console(file=io.StringIO(), width=160)
+    console.print(report.step_table(run, parts), report.targets_table(run))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "wrong: Got d_key 7." in text
+    assert "missed" in text
+    assert not run.broken  # a peer's mistake is its own
+    ours = Measurement(DENSE[0], "tf:auto", "forward", "wrong", "Got out 9.")
+    assert run_of(*parts, ours).broken == [ours]
+    assert report.failures(run_of(*parts, ours))[0] == ours
+
+
+# The command line ------------------------------------------------------------------------------
+
+
+def test_the_command_line_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    run = CliRunner()
+    unknown = run.invoke(cli.app, ["bench", "run", "--case", "nonesuch"])
+    assert unknown.exit_code == 2
+    assert "must name a case" in unknown.output
+    missing = run.invoke(cli.app, ["bench", "page", str(tmp_path / "none.json")])
+    assert missing.exit_code == 2
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_the_command_line_fails_on_ours_being_wrong(
+    bad: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(steps: Any, **given: Any) -> Any:
+        for name in steps[0].subjects:
+            found = timed(steps[0].case.name, name, "forward", 0.1)
+            broken = bad and name == "torch:auto"
+            yield replace(found, status="wrong", rounds=[]) if broken else found
+
+    monkeypatch.setattr(runner, "run", run)
+    path = tmp_path / "run.json"
+    found = CliRunner().invoke(cli.app, ["bench", "run", "--case", "tiny", "--json", str(path)])
+    assert found.exit_code == int(bad), found.output
+    assert len(results.load(path).measurements) == len(BY_NAME["tiny-T4-D8-float32"].subjects)

@@ -1,0 +1,199 @@
+"""`attn_core.explain` of torch tensors: what runs, what it takes, and in which numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from explain_cases import FLOAT32, WIDENED, counted, keys_of, near
+from support import seen
+from torch._C._profiler import _EventType
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import attn_core
+from attn_core import Dropout, attention, explain, masks, registry, scores
+
+BACKEND = registry.load("torch")
+
+
+def draw(length: int, batch: int = 1, heads: int = 4, dtype: Any = torch.float32) -> torch.Tensor:
+    return torch.randn(batch, heads, length, 64).to(dtype)
+
+
+def ran(monkeypatch: pytest.MonkeyPatch, **given: Any) -> list[str]:
+    """The implementations that attention runs with these arguments."""
+    names: list[str] = []
+    for name, handler in list(BACKEND._HANDLERS.items()):
+
+        def spy(p: Any, x: Any, name: str = name, handler: Any = handler) -> Any:
+            names.append(name)
+            return handler(p, x)
+
+        monkeypatch.setitem(BACKEND._HANDLERS, name, spy)
+    attention(**given)
+    return names
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"mask": masks.causal()},
+        {"impl": "reference"},
+        {"impl": "chunked", "score": scores.softcap(2.0)},
+        {"dropout": Dropout(0.1, 1), "return_weights": True},
+    ],
+)
+def test_what_is_said_to_answer_answers(
+    more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = draw(40)
+    given = {"query": x, "key": x, "value": x, **more}
+    said = explain(**given)
+    assert ran(monkeypatch, **given) == [said.impl]
+    assert [c.name for c in said.candidates] == list(BACKEND.IMPLEMENTATIONS)
+    assert [c.name for c in said.candidates if c.verdict == "chosen"] == [said.impl]
+    monkeypatch.setattr(BACKEND, "attend", None)
+    assert explain(**given) == said
+    assert keys_of(said)["backend_from"] == "array"
+
+
+def test_refusals_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = draw(8)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    said = explain(x, x, x, precision="highest")
+    assert said.impl is None
+    assert {c.verdict for c in said.candidates} == {"refused"}
+    assert 'needs torch.set_float32_matmul_precision("highest")' in str(said)
+
+
+def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = draw(8)
+    said = explain(x, x, x, impl="chunked")
+    assert said.effective == FLOAT32
+    half = x.to(torch.bfloat16)
+    assert explain(half, half, half, impl="chunked").effective == WIDENED
+    with torch.autocast("cpu", torch.bfloat16):
+        assert explain(x, x, x, impl="chunked").effective == WIDENED
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert explain(x, x, x, impl="chunked").effective == (
+        f"{FLOAT32}; TF32 may be used: torch.get_float32_matmul_precision() is 'high'"
+    )
+
+    def mixed() -> str:
+        raise RuntimeError("you have used mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    assert "switches of float32 products disagree" in str(explain(x, x, x, impl="chunked"))
+
+
+def test_blocks_in_the_tiles_that_run() -> None:
+    x = torch.zeros(2, 4, 700, 8)
+    mask = masks.segments(torch.arange(700) // 90) & masks.causal()
+    said = explain(x, x[:, :2], x[:, :2], mask=mask, kv_lengths=torch.tensor([700, 100]))
+    dense = seen(masks.segments(np.arange(700) // 90) & masks.causal(), (2, 4, 700, 700)).copy()
+    dense[1, ..., 100:] = False
+    counted(explain(x, x, x, mask=mask, kv_lengths=torch.tensor([700, 100]), impl="chunked"), dense)
+    counted(said, dense)
+
+
+def test_values_that_nobody_has_yet() -> None:
+    with FakeTensorMode():
+        x = torch.zeros(1, 2, 300, 8)
+        said = explain(x, x, x, mask=masks.causal(), kv_lengths=torch.tensor([5]), impl="chunked")
+    assert said.blocks is None
+    assert "live blocks" in str(said)
+    assert "known when it runs" in str(said)
+    assert said.forward
+
+
+# --- Bytes. ---------------------------------------------------------------------------------------
+
+
+def peak(call: Any) -> int:
+    """Most bytes that torch's allocator held at once, beyond those from before."""
+    call()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        kept = call()
+    events = []
+
+    def walk(nodes: Any) -> None:
+        for event in nodes:
+            if event.tag == _EventType.Allocation:
+                events.append((event.start_time_ns, event.extra_fields.alloc_size))
+            walk(event.children)
+
+    walk(profile.profiler.kineto_results.experimental_event_tree())
+    del kept
+    now = most = 0
+    for _, change in sorted(events, key=lambda event: event[0]):
+        now += change
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"mask": masks.causal()},
+        {"mask": masks.causal(), "dtype": torch.bfloat16},
+        {"mask": masks.causal(), "score": scores.softcap(30.0)},
+        {"mask": masks.causal(), "dropout": Dropout(0.1, 1)},
+        {"mask": masks.causal(), "kv_heads": 1},
+        {"mask": masks.causal(), "layout": "BTHD"},
+        {"mask": masks.causal(), "impl": "reference", "heads": 1},
+        {"mask": masks.causal(), "impl": "native"},
+        {"mask": masks.causal() & masks.window(left=100), "impl": "native"},
+    ],
+)
+def test_estimates_are_near_what_is_allocated(more: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"impl": "chunked", **more}
+    dtype, heads = given.pop("dtype", torch.float32), given.pop("heads", 4)
+    kv_heads = given.pop("kv_heads", heads)
+    query, key, value = (draw(2048, 1, h, dtype) for h in (heads, kv_heads, kv_heads))
+    if given.get("layout") == "BTHD":
+        query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
+    arrays = (query, key, value)
+    said = explain(*arrays, **given)
+    sizes = [x.numel() * x.element_size() for x in arrays]
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return attention(*arrays, **given)
+
+    upstream = torch.ones_like(query)
+
+    def backward() -> Any:
+        leaves = [x.detach().requires_grad_() for x in arrays]
+        out = attention(*leaves, **given)
+        return out, torch.autograd.grad(out, leaves, upstream)
+
+    assert near(said.forward, peak(forward) - sizes[0])
+    assert near(said.backward, peak(backward) - sizes[0] - sum(sizes))
+
+
+def test_chunked_is_linear_and_reference_quadratic() -> None:
+    def bytes_of(length: int, impl: str) -> tuple[int, int]:
+        x = torch.zeros((), dtype=torch.bfloat16).expand(1, 2, length, 16)
+        said = explain(x, x, x, impl=impl)
+        assert said.forward
+        assert said.backward
+        return said.forward, said.backward
+
+    short, middle, long = (bytes_of(n, "chunked") for n in (8192, 16384, 32768))
+    for a, b, c in zip(short, middle, long, strict=True):
+        assert c - b == 2 * (b - a) > 0
+    for one, two in zip(bytes_of(4096, "reference"), bytes_of(8192, "reference"), strict=True):
+        assert two == 4 * one
+
+
+def test_the_flag_is_told() -> None:
+    x = np.zeros((1, 1, 4, 2), "float32")
+    with attn_core.use(backend="torch", impl="reference"):
+        said = explain(x, x, x)
+    assert (said.backend, said.backend_from, said.impl) == ("torch", "use", "reference")
+    assert (said.asked, said.asked_by) == ("reference", "use")
