@@ -46,10 +46,9 @@ def _chunked(p: Problem, batch: int, numbers: tuple[str, tuple[str, str] | None]
     # XLA's CPU multiplies 16 bits as float32, and widens keys and values before the loop.
     widened = kv * wide if narrow < wide and p.device == "cpu" else 0
     forward = 5 * tile // 2 + out * narrow + taken + widened
-    # Query and what comes from upstream are selected by row as a whole, then taken part by part.
-    selected = (q + out) * parts * narrow
+    turned = 2 * (q + out) * narrow if widened and p.group == 1 else 0
     grads = q * wide + (kv * narrow + out * narrow if level else 0)
-    backward = 3 * tile + selected + grads + taken + widened
+    backward = 4 * tile + grads + taken + widened + turned
     return Account((block_q, block_k), forward, backward, *numbers)
 
 

@@ -25,6 +25,7 @@ from attn_core.backends.jax.chunked_forward import (
     over_tiles,
     probability,
     query_tile,
+    rows_shape,
     sinks_of,
     times,
 )
@@ -52,18 +53,23 @@ class Upstream(NamedTuple):
 
     Attributes:
         m, log_l: statistics of the forward pass; log l is +inf where there is no row.
-        d_out: selected, dtype of query.
-        delta: sum(dO * O) + sum(P * dW).
+        alive: the row may see a key; False for rows that fill up the last tile.
+        d_out: (B', Hq', T, Dv), as it came, dtype of query.
+        delta: selected, sum(dO * O) + sum(P * dW).
         d_lse: selected.
         d_weights: (..., T, keys), or None.
+        turned: rows of query, selected, and of d_out as (B', Hq', X, T), where turning each tile
+            anew takes longer than memory is worth: 16 bits on a CPU; else None.
     """
 
     m: Array
     log_l: Array
+    alive: Array
     d_out: Array
     delta: Array
     d_lse: Array
     d_weights: Array | None
+    turned: tuple[Array, Array] | None
 
 
 class Shared(NamedTuple):
@@ -98,10 +104,8 @@ def backward(
     filled = x._replace(bias=bias)
     derivative = None if p.score is None else differentiate(p.score)
 
-    up = _upstream(p, g, out, m, log_l, alive, cotangents)
+    up = _upstream(p, g, x.query, out, m, log_l, alive, cotangents)
     laid = lay_out(p, x, g)
-    live = _rows(p, g, alive, False)
-    laid = laid._replace(query=jnp.where(live[..., None], laid.query, 0.0))
     floats = [jnp.issubdtype(t.dtype, jnp.floating) for t in x.score]
     shared = Shared(
         None if bias is None else jnp.zeros(bias.shape, dtype),
@@ -151,6 +155,7 @@ def _rows(p: Problem, g: Geometry, x: Array, fill: Any) -> Array:
 def _upstream(
     p: Problem,
     g: Geometry,
+    query: Array,
     out: Array,
     m: Array,
     log_l: Array,
@@ -160,8 +165,10 @@ def _upstream(
     dtype = DTYPES[p.accumulation]
     live = _rows(p, g, alive, False)
     log_l = _rows(p, g, log_l, jnp.inf)
-    d_out = jnp.where(live[..., None], rows_of(p, g, cotangents.out), 0.0)
+    d_out = rows_of(p, g, cotangents.out)
     delta = (d_out.astype(dtype) * rows_of(p, g, out).astype(dtype)).sum(-1)
+    delta = delta.reshape(live.shape)
+    delta = jnp.where(live, delta, 0.0)
     d_lse = jnp.zeros_like(delta)
     if cotangents.lse is not None:
         d_lse = jnp.where(log_l < jnp.inf, _rows(p, g, cotangents.lse, 0.0), 0.0)
@@ -169,7 +176,14 @@ def _upstream(
     if cotangents.weights is not None:
         d_weights = _rows(p, g, cotangents.weights, 0.0)
         d_weights = pad(d_weights, 4, g.columns * g.block_k)
-    return Upstream(_rows(p, g, m, 0.0), log_l, d_out, delta, d_lse, d_weights)
+    turned = None
+    if p.device == "cpu" and p.group == 1 and p.dtype in ("bfloat16", "float16"):
+        query, up = (
+            jnp.where(live[:, :, 0, :, None], rows, 0.0).swapaxes(2, 3)
+            for rows in (rows_of(p, g, query), d_out)
+        )
+        turned = (query, up)
+    return Upstream(_rows(p, g, m, 0.0), log_l, live, d_out, delta, d_lse, d_weights, turned)
 
 
 def _with_weights(
@@ -178,7 +192,7 @@ def _with_weights(
     """The rows' delta with sum(P * dW), which takes a pass over the tiles of its own."""
 
     def turn(i: Array, delta: Array) -> Array:
-        q = query_tile(p, g, part, i)
+        q = _selected(query_tile(p, g, part, i), _alive(g, up, i))
         m, log_l = (tiles.cut(a, i, g.block_q, 3) for a in (up.m, up.log_l))
 
         def step(masked: bool) -> Any:
@@ -197,6 +211,28 @@ def _with_weights(
         return _add(delta, total, i * g.block_q, 3)
 
     return up._replace(delta=times(g.rows, turn, up.delta))
+
+
+def _turned(g: Geometry, whole: Any, which: int, i: Array, rows: Array) -> Array:
+    """(B', Hk', X, G * block_q): the tile's rows, turned around.
+
+    A product that sums over rows is dK^T = Q^T dS: XLA's CPU takes half as long for it, in the
+    order dS^T Q, since it would turn dS around on one thread. Without the barrier it would fold
+    the turn into the product again.
+    """
+    if whole is not None:
+        return jax.lax.dynamic_slice_in_dim(whole[which], i * g.block_q, g.block_q, 3)
+    return jax.lax.optimization_barrier(rows.swapaxes(2, 3))
+
+
+def _alive(g: Geometry, up: Upstream, i: Array) -> Array:
+    """Folded rows of tile i: whether each may see a key."""
+    return tiles.fold(tiles.cut(up.alive, i, g.block_q, 3))
+
+
+def _selected(x: Array, alive: Array) -> Array:
+    """By tile, not once for all rows: a copy of all of them would be memory."""
+    return jnp.where(alive[..., None], x, 0.0)
 
 
 def _weight_tile(g: Geometry, up: Upstream, i: Array, j: Array) -> Array:
@@ -248,16 +284,17 @@ def _columns(
             def body(t: Array, carry: Any) -> Any:
                 d_query, d_k, d_v, shared = carry
                 i = by_columns.order[j, t]
-                q = query_tile(p, g, part, i)
+                alive = _alive(g, up, i)
+                q = _selected(query_tile(p, g, part, i), alive)
                 z, found, slope, sites = tiles.logits(
                     p, x, g, part, (i, j), q, k, masked, derivative
                 )
-                m, log_l, delta, d_lse, d_out = (
-                    tiles.cut(a, i, g.block_q, 3)
-                    for a in (up.m, up.log_l, up.delta, up.d_lse, up.d_out)
+                m, log_l, delta, d_lse = (
+                    tiles.cut(a, i, g.block_q, 3) for a in (up.m, up.log_l, up.delta, up.d_lse)
                 )
                 weights = probability(z, found, m, log_l)
-                d_out = tiles.fold(d_out)
+                d_out = tiles.folded_tile(g, up.d_out, i, k.shape[1])
+                d_out = _selected(d_out, alive)
                 d_shares = tiles.unfold(tiles.dot(p, d_out, v, (3, 3)), p.group)
                 shares = weights
                 if p.rate:
@@ -272,17 +309,19 @@ def _columns(
                 ds = dz if slope is None else _where(found, dz * slope)
                 ds = tiles.fold(jnp.broadcast_to(ds, z.shape)).astype(k.dtype)
                 some = k if found is None else tiles.only(k, tiles.seen(found, z.shape))
-                d_v = d_v + tiles.dot(p, tiles.fold(shares).astype(v.dtype), d_out, (2, 2))
+                shares = tiles.fold(jnp.broadcast_to(shares, z.shape)).astype(v.dtype)
+                d_v = d_v + tiles.dot(p, _turned(g, up.turned, 1, i, d_out), shares, (3, 2))
                 # Rows that were scaled beforehand make d K whole already.
-                d_k = d_k + tiles.dot(p, ds, q, (2, 2))
+                d_k = d_k + tiles.dot(p, _turned(g, up.turned, 0, i, q), ds, (3, 2))
                 d_q = tiles.unfold(tiles.dot(p, ds, some, (3, 2)), p.group)
                 return _add(d_query, d_q, i * g.block_q, 3), d_k, d_v, shared
 
             return body
 
-        none = (jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype))
+        none = (jnp.zeros(x.swapaxes(2, 3).shape, dtype) for x in (k, v))
         carry = over_tiles(g, by_columns, j, step, (d_query, *none, shared))
         d_query, d_k, d_v, shared = carry
+        d_k, d_v = d_k.swapaxes(2, 3), d_v.swapaxes(2, 3)
         d_k = d_k if tiles.prescaled(p) else d_k * p.scale
         start = j * g.block_k
         d_keys, d_values = (
@@ -292,7 +331,7 @@ def _columns(
         return d_query, d_keys, d_values, shared
 
     carry = (
-        jnp.zeros(part.laid.query.shape, dtype),
+        jnp.zeros((*rows_shape(p, part), part.laid.query.shape[3]), dtype),
         jnp.zeros_like(part.laid.key),
         jnp.zeros_like(part.laid.value),
         shared,

@@ -41,7 +41,7 @@ class Rows(NamedTuple):
 
 def forward(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule) -> Rows:
     """All rows of a part; `by_rows` is its schedule, (rows, width) and twice (rows,)."""
-    shape = part.laid.query.shape[:4]
+    shape = rows_shape(p, part)
     dtype = DTYPES[p.accumulation]
     rows = Rows(
         jnp.zeros((*shape, p.v_width), DTYPES[p.dtype]),
@@ -66,6 +66,7 @@ def forward(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule)
 
 def _row(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule, i: Array) -> Rows:
     dtype = DTYPES[p.accumulation]
+    scale = tiles.later(p)
     q = query_tile(p, g, part, i)
     outer = (*q.shape[:2], p.group, g.block_q)
 
@@ -74,16 +75,17 @@ def _row(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule, i:
             m, total, acc = carry
             j = by_rows.order[i, t]
             k, v = (tiles.cut(a, j, g.block_k, 2) for a in (part.laid.key, part.laid.value))
-            z, found, *_ = tiles.logits(p, x, g, part, (i, j), q, k, masked)
+            left = 1.0 if scale != 1.0 else None
+            z, found, *_ = tiles.logits(p, x, g, part, (i, j), q, k, masked, scale=left)
             hidden = z if found is None else jnp.where(found, z, -jnp.inf)
             highest = jnp.maximum(m, hidden.max(-1))
             base = jnp.where(highest == -jnp.inf, 0.0, highest)
-            e = jnp.exp(hidden - base[..., None])
+            e = jnp.exp(hidden * scale - (base * scale)[..., None])
             if found is not None:
                 # exp(-inf) is 0 already, but for a row whose maximum is NaN or +inf.
                 e = jnp.where(found, e, 0.0)
                 v = tiles.only(v, tiles.seen(found, z.shape))
-            fade = jnp.exp(m - base)
+            fade = jnp.exp((m - base) * scale)
             total = total * fade + e.sum(-1)
             if p.rate:
                 e = jnp.where(tiles.kept(p, x, g, part, i, j), e * (1 / (1 - p.rate)), 0.0)
@@ -98,6 +100,7 @@ def _row(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule, i:
         jnp.zeros((*outer, p.v_width), dtype),
     )
     m, total, acc = over_tiles(g, by_rows, i, step, carry)
+    m = m * scale
     alive = total != 0
     if x.sinks is not None:
         sink = sinks_of(p, x, g, part, i)
@@ -151,8 +154,14 @@ def probability(z: Array, found: Array | None, m: Array, log_l: Array) -> Array:
 
 def query_tile(p: Problem, g: Geometry, part: Part, i: Array) -> Array:
     """Folded rows of tile i, scaled where that may be done beforehand."""
-    q = tiles.fold(tiles.cut(part.laid.query, i, g.block_q, 3))
+    q = tiles.folded_tile(g, part.laid.query, i, part.laid.key.shape[1])
     return q * jnp.asarray(p.scale, q.dtype) if tiles.prescaled(p) else q
+
+
+def rows_shape(p: Problem, part: Part) -> tuple[int, int, int, int]:
+    """(B', Hk', G, T) of a part's rows."""
+    query, key = part.laid.query, part.laid.key
+    return query.shape[0], key.shape[1], p.group, query.shape[2]
 
 
 def sinks_of(p: Problem, x: Operands, g: Geometry, part: Part, i: Array) -> Array:

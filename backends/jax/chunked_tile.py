@@ -53,7 +53,7 @@ class Laid(NamedTuple):
     """The arrays laid out and padded to whole tiles; B' and Hk' are B and Hk before they are cut.
 
     Attributes:
-        query: (B', Hk', G, rows * block_q, D).
+        query: (B', Hq', rows * block_q, D).
         key, value: (B', Hk', columns * block_k, D or Dv).
         offset: int32 (B' or 1, 1, 1, 1, 1).
         kv_lengths, q_lengths: the same, or None.
@@ -114,6 +114,12 @@ def fold(x: Array) -> Array:
     return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
 
 
+def folded_tile(g: Geometry, x: Array, i: Array, heads: int) -> Array:
+    """(B', Hk', G * block_q, X): tile i of an array (B', Hq', T, X), for that many key heads."""
+    x = cut(x, i, g.block_q, 2)
+    return x.reshape(x.shape[0], heads, -1, x.shape[3])
+
+
 def unfold(x: Array, group: int) -> Array:
     return x.reshape(*x.shape[:2], group, x.shape[2] // group, *x.shape[3:])
 
@@ -157,17 +163,21 @@ def logits(
     k: Array,
     masked: bool,
     derivative: Any = None,
+    scale: float | None = None,
 ) -> Logits:
     """The tile at (i, j) from folded rows q and keys k; `masked` is whether it needs its mask.
 
     Args:
         q: (B', Hk', G * block_q, D), already scaled where `prescaled` says so.
+        scale: of the products; what is left to do of the problem's own when left out.
         derivative: of the score, from `duals.differentiate`, where slopes are wanted.
     """
     i, j = at
     z = unfold(dot(p, q, k, (3, 3)), p.group)
-    if not prescaled(p):
-        z = z * p.scale
+    if scale is None:
+        scale = 1.0 if prescaled(p) else p.scale
+    if scale != 1.0:
+        z = z * scale
     index = indices(g, part, i, j)
     found = allowed(p, x, g, part, index) if masked else None
     bias = None
@@ -196,6 +206,15 @@ def logits(
 def prescaled(p: Problem) -> bool:
     """Whether rows are scaled before the product: exact enough, and not with a score or bias."""
     return p.dtype in ("float32", "float64") and p.score is None and p.bias is None
+
+
+def later(p: Problem) -> float:
+    """A scale that may be left to the exponential: softmax(s z) from the maximum of z, for s > 0.
+
+    There it costs nothing, while a tile that is scaled before its maximum is written once more.
+    """
+    plain = p.score is None and p.bias is None and p.scale > 0
+    return p.scale if plain and not prescaled(p) else 1.0
 
 
 def bias_tile(p: Problem, bias: Array, g: Geometry, part: Part, i: Array, j: Array) -> Array:

@@ -23,8 +23,8 @@ EXTRAS = {"return_lse": True, "return_weights": True}
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Tiles of 16 by 16, and compiled anew."""
-    monkeypatch.setattr(chunked_parts, "_BLOCK", 16)
-    monkeypatch.setattr(chunked_parts, "_BLOCK_DENSE", 24)
+    monkeypatch.setattr(chunked_parts, "_ROWS", 16)
+    monkeypatch.setattr(chunked_parts, "_KEYS", 16)
     backend._HANDLERS["chunked"].clear_cache()
     yield
     backend._HANDLERS["chunked"].clear_cache()
