@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from attn_core.benchmarks.cases import LENGTHS, WINDOWS
+from attn_core.benchmarks.cases import DENSE, LENGTHS, WINDOWS
 from attn_core.benchmarks.results import Results
 
 MASKS = ("full", "causal")
@@ -106,11 +106,12 @@ def _speed(direction: str, ours: Sequence[str], base: str, dtypes: Sequence[str]
         for subject in ours:
             for dtype in dtypes:
                 for mask in MASKS:
-                    for length in (2048, 4096):
-                        for width in (64, 128):
-                            case = f"{mask}-T{length}-D{width}-{dtype}"
-                            label = case if len(ours) == 1 else f"{subject} {case}"
-                            found.append(_ratio(results, label, case, direction, subject, base))
+                    for length, width in DENSE:
+                        if base == "jax-nn" and length > 2048:
+                            continue
+                        case = f"{mask}-T{length}-D{width}-{dtype}"
+                        label = case if len(ours) == 1 else f"{subject} {case}"
+                        found.append(_ratio(results, label, case, direction, subject, base))
         return found
 
     return rows

@@ -402,8 +402,7 @@ def target(name: str) -> targets.Target:
 DENSE = [
     f"{mask}-T{length}-D{width}-float32"
     for mask in ("full", "causal")
-    for length in (2048, 4096)
-    for width in (64, 128)
+    for length, width in ((2048, 64), (4096, 64), (2048, 128))
 ]
 
 
