@@ -25,10 +25,12 @@ from attn_core.spec import Operands, Problem
 
 Array = Any
 
-_BLOCK = 256
+_ROWS, _KEYS = 512, 256
+"""Rows and keys of a tile: products large enough for both cores, logits that stay in the cache."""
+
 _LONGEST = 4096
 """Rows or keys of a tile at most, where the other axis is short."""
-_AT_ONCE = 2**23
+_AT_ONCE = 2**22
 """Bytes that the logits of one tile may take."""
 
 
@@ -67,13 +69,13 @@ def cut_up(p: Problem, batch: Any, q_len: Any, k_len: Any, reads: tuple[bool, bo
     # An unknown size may turn out to be 0, where there still is a tile, of nothing.
     if not isinstance(batch, int):
         batch = tf.maximum(batch, 1)
-    area = _BLOCK * _BLOCK
-    tall = _BLOCK
-    if isinstance(k_len, int) and k_len < _BLOCK:
+    area = _ROWS * _KEYS
+    tall = _ROWS
+    if isinstance(k_len, int) and k_len < _KEYS:
         tall = min(_LONGEST, area // k_len // 8 * 8)
     block_q, rows = _blocks(q_len, tall)
-    wide = _BLOCK
-    if isinstance(block_q, int) and block_q < _BLOCK:
+    wide = _KEYS
+    if isinstance(block_q, int) and block_q < _ROWS:
         wide = min(_LONGEST, area // block_q // 8 * 8)
     block_k, columns = _blocks(k_len, wide)
     known = isinstance(block_q, int) and isinstance(block_k, int)

@@ -58,7 +58,8 @@ def agree(call, form, weights=False):
 @pytest.fixture
 def small(monkeypatch):
     """Tiles of 16 by 16, and parts of few heads: every loop turns several times."""
-    monkeypatch.setattr(chunked_grid, "_BLOCK", 16)
+    monkeypatch.setattr(chunked_grid, "_ROWS", 16)
+    monkeypatch.setattr(chunked_grid, "_KEYS", 16)
     monkeypatch.setattr(chunked_grid, "_LONGEST", 32)
     monkeypatch.setattr(chunked_grid, "_AT_ONCE", 4096)
     backend.chunked._compiled.cache_clear()
@@ -204,7 +205,8 @@ def test_poison_in_padding_and_hidden_tiles(form):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How many tiles were computed, and how many evaluated the mask, while graphs ran."""
+    """How many tiles of 256 by 256 were computed, and how many evaluated the mask, in graphs."""
+    monkeypatch.setattr(chunked_grid, "_ROWS", 256)
     seen = {"logits": 0, "structure": 0}
 
     def watch(name):
