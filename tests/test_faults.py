@@ -353,3 +353,14 @@ def test_every_option_of_every_case_makes_a_difference() -> None:
     # The last query sees every key in any case, and sizes of 0 leave nothing to differ.
     known = {("one-query", "mask"), ("model-llama-decode", "mask")}
     assert {s for s in silent if not s[0].startswith("none-")} == known
+
+
+def test_with_a_single_key_the_alignment_is_named_and_no_empty_row() -> None:
+    """Row 0 at key 0 gives every row the one value, which is the mean of all values too."""
+
+    @subject("numpy", backward=False)
+    def shifted(query: Any, key: Any, value: Any, causal: bool = False, scale: float = 1.0) -> Any:
+        out, *_ = attend("", query, key, value, causal=causal, scale=scale, query_offset=0)
+        return out
+
+    assert judgement.judge("one-key", shifted, NUMPY, "eager").cause == FAULTS["top-left"]
