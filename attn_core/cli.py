@@ -331,8 +331,12 @@ def run_benchmarks(
         bool, typer.Option(help="Small sizes and two rounds: does it run? No figures.")
     ] = False,
     json: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="Also write the measurements here.")
+        Path | None,
+        typer.Option(dir_okay=False, help="Also write the measurements here, one by one."),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Keep what the --json file holds, and measure what is missing.")
+    ] = False,
 ) -> None:
     """Check, then time; exit 1 where an attention of ours is wrong or raises."""
     from attn_core.benchmarks import report, results, runner
@@ -349,6 +353,17 @@ def run_benchmarks(
     found = results.Results(
         results.environment(threads), {step.case.name: step.case for step in steps}, quick=quick
     )
+    if resume:
+        try:
+            if json is None:
+                raise ValueError("`--resume` must come with --json FILE. Got none.")
+            found = results.resumed(results.load(json), found) if json.exists() else found
+        except ValueError as error:
+            Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
+            raise typer.Exit(2) from error
+        steps = [s for s in steps if not found.holds(s.case, s.direction, s.subjects)]
+        # Ratios are of samples that took turns: a step that was cut off begins anew.
+        found.drop((s.case.name, s.direction) for s in steps)
     load, cores = found.environment["load"], found.environment["cores"]
     if load and load[0] > cores / 4:
         console.print(f"The machine is busy: its load is {load[0]} on {cores} cores.")
@@ -362,6 +377,8 @@ def run_benchmarks(
                 seen=lambda what: bar.update(task, description=what),
             ):
                 found.measurements.append(each)
+                if json is not None:
+                    results.save(found, json)
                 bar.update(task, advance=1)
     except KeyboardInterrupt:
         # What was done is kept and shown, and the exit status says that it is not all.

@@ -98,6 +98,17 @@ class Results:
             return None
         return ratio(theirs.rounds, ours.rounds)
 
+    def holds(self, case: Case, direction: str, subjects: Iterable[str]) -> bool:
+        """Whether all of these have been asked this very case, whatever came of it."""
+        there = {(m.case, m.subject, m.direction) for m in self.measurements}
+        same = self.cases.get(case.name) == case
+        return same and all((case.name, name, direction) in there for name in subjects)
+
+    def drop(self, steps: Iterable[tuple[str, str]]) -> None:
+        """Forget what was measured of these (case, direction): they will be measured again."""
+        again = set(steps)
+        self.measurements = [m for m in self.measurements if (m.case, m.direction) not in again]
+
     @property
     def broken(self) -> list[Measurement]:
         """Our own that are wrong or raised: what a run must not have."""
@@ -116,6 +127,23 @@ def environment(threads: int) -> dict[str, Any]:
     settings = {name: os.environ[name] for name in _SETTINGS if name in os.environ}
     machine = {"cpu": _processor(), "cores": cores, "threads": threads, "load": load}
     return {**found, **machine, "settings": settings}
+
+
+def resumed(earlier: Results, now: Results) -> Results:
+    """An earlier run that goes on with the cases of this one, on the same machine.
+
+    Raises:
+        ValueError: another machine, other versions or settings, or one of the two was a quick look.
+    """
+    for name in ("cpu", "cores", "threads", "packages", "settings"):
+        before, after = earlier.environment.get(name), now.environment.get(name)
+        if before != after:
+            raise ValueError(f"a run must go on where it began, with {name} {before}. Got {after}.")
+    if earlier.quick != now.quick:
+        raise ValueError("a run must go on as it began. Got --quick in one part of it.")
+    parts = [*earlier.environment.get("parts", [earlier.environment["date"]])]
+    place = {**earlier.environment, "parts": [*parts, now.environment["date"]]}
+    return Results(place, {**earlier.cases, **now.cases}, list(earlier.measurements), now.quick)
 
 
 _SETTINGS = (

@@ -592,3 +592,48 @@ def test_the_command_line_fails_on_ours_being_wrong(
     found = CliRunner().invoke(cli.app, ["bench", "run", "--case", "tiny", "--json", str(path)])
     assert found.exit_code == int(bad), found.output
     assert len(results.load(path).measurements) == len(BY_NAME["tiny-T4-D8-float32"].subjects)
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def run(steps: Any, **given: Any) -> Any:
+        for step in steps:
+            for name in step.subjects:
+                if len(asked) == 12:
+                    raise KeyboardInterrupt
+                asked.append(f"{step.case.name} {step.direction} {name}")
+                yield timed(step.case.name, name, step.direction, 0.1)
+
+    monkeypatch.setattr(runner, "run", run)
+    path = tmp_path / "run.json"
+    command = ["bench", "run", "--case", "T4096-D64-bfloat16", "--json", str(path)]
+    cut = CliRunner().invoke(cli.app, command)
+    assert cut.exit_code == 130
+    steps = runner.plan(["T4096-D64-bfloat16"])
+    size = len(steps[0].subjects)
+    assert len(results.load(path).measurements) == 12
+    assert 12 % size, "a step must be cut in two for this to say anything"
+
+    asked.clear()
+    monkeypatch.setattr(runner, "run", lambda steps, **given: iter(asked.extend(steps) or ()))
+    CliRunner().invoke(cli.app, [*command, "--resume"])
+    assert asked == steps[12 // size :]
+    kept = results.load(path)
+    assert len(kept.measurements) == 12 // size * size
+
+
+def test_a_run_goes_on_only_where_it_began(tmp_path: Path) -> None:
+    before = run_of(timed(DENSE[0], "jax:auto", "forward", 0.1))
+    now = replace(before, environment={**PLACE, "date": "2026-02-01"}, measurements=[])
+    found = results.resumed(before, now)
+    assert found.environment["parts"] == [PLACE["date"], "2026-02-01"]
+    assert len(found.measurements) == 1
+    for name, other in (("cpu", "Another"), ("packages", {}), ("threads", 4)):
+        with pytest.raises(ValueError, match=f"with {name} "):
+            results.resumed(before, replace(now, environment={**PLACE, name: other}))
+    with pytest.raises(ValueError, match="--quick"):
+        results.resumed(before, replace(now, quick=True))
+    refused = CliRunner().invoke(cli.app, ["bench", "run", "--case", "tiny", "--resume"])
+    assert refused.exit_code == 2
+    assert "--json" in refused.output
