@@ -39,6 +39,29 @@ def whole(p: Problem, look: bool = True) -> str | None:
     return "full" if _hides_nothing(p.mask, p.q_len, p.k_len, p.batch, p.heads, start) else None
 
 
+def beside(p: Problem, kernel: str) -> list[str]:
+    """Refusals of what fused kernels know nothing of: they make `out` of query, key and value."""
+    reasons = [
+        f"`{name}` must be left out for {kernel}. Got one."
+        for name, given in (
+            ("score", p.score),
+            ("bias", p.bias),
+            ("sinks", p.sinks_dtype),
+            ("dropout", p.rate),
+            ("return_weights", p.return_weights),
+        )
+        if given
+    ]
+    if p.width != p.v_width:
+        reasons.append(
+            f"value must be as wide as query and key for {kernel}. "
+            f"Got D = {p.width} and Dv = {p.v_width}."
+        )
+    if 0 in (p.batch, p.q_len, p.k_len):
+        reasons.append(f"B, Tq and Tk must be at least 1. Got {p.batch}, {p.q_len}, {p.k_len}.")
+    return reasons
+
+
 @lru_cache(maxsize=256)
 def _hides_nothing(
     mask: Tree, q_len: int, k_len: int, batch: int | None, heads: int, start: int

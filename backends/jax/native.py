@@ -10,33 +10,18 @@ from __future__ import annotations
 import jax
 
 from attn_core.spec import AttentionOutput, Operands, Problem
-from attn_core.whole import whole
+from attn_core.whole import beside, whole
 
+_NAME = "jax.nn.dot_product_attention"
 _DTYPES = {"cpu": ("float32", "bfloat16"), "gpu": ("bfloat16", "float16")}
 """XLA's form computes float64 in float32, and takes no float16 on a CPU; cuDNN takes 16 bits."""
 
 
 def refusals(p: Problem) -> list[str]:
-    reasons = [
-        f"`{name}` must be left out for jax.nn.dot_product_attention. Got one."
-        for name, given in (
-            ("score", p.score),
-            ("bias", p.bias),
-            ("sinks", p.sinks_dtype),
-            ("dropout", p.rate),
-            ("return_weights", p.return_weights),
-            ("return_lse", p.return_lse),
-        )
-        if given
-    ]
-    if p.width != p.v_width:
-        reasons.append(
-            "value must be as wide as query and key for jax.nn.dot_product_attention. "
-            f"Got D = {p.width} and Dv = {p.v_width}."
-        )
-    if 0 in (p.batch, p.q_len, p.k_len):
-        reasons.append(f"B, Tq and Tk must be at least 1. Got {p.batch}, {p.q_len}, {p.k_len}.")
-    elif whole(p) is None:
+    reasons = beside(p, _NAME)
+    if p.return_lse:
+        reasons.append(f"`return_lse` must be left out for {_NAME}. Got True.")
+    if 0 not in (p.batch, p.q_len, p.k_len) and whole(p) is None:
         reasons.append(
             "the mask must allow everything, or be causal() with Tq = Tk, and no lengths. "
             "Got another mask, or lengths."
@@ -44,10 +29,7 @@ def refusals(p: Problem) -> list[str]:
     known = _DTYPES.get(p.device, ())
     if p.dtype not in known:
         names = ", ".join(known) or "no dtype"
-        reasons.append(
-            f"jax.nn.dot_product_attention means what we mean in {names} on {p.device}. "
-            f"Got {p.dtype}."
-        )
+        reasons.append(f"{_NAME} means what we mean in {names} on {p.device}. Got {p.dtype}.")
     return reasons
 
 

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from attn_core.backends.torch import chunked
 from attn_core.spec import AttentionOutput, Operands, Problem
-from attn_core.whole import whole
+from attn_core.whole import beside, whole
 
 _DTYPES = {
     "cpu": ("float64", "float32", "bfloat16", "float16"),
@@ -25,27 +25,10 @@ _DTYPES = {
 def refusals(p: Problem) -> list[str]:
     if p.device not in _DTYPES:
         return [f"the device must be one of {', '.join(_DTYPES)}. Got {p.device}."]
-    reasons = [
-        f"`{name}` must be left out: torch's fused attention has none. Got one."
-        for name, given in (
-            ("score", p.score),
-            ("bias", p.bias),
-            ("sinks", p.sinks_dtype),
-            ("dropout", p.rate),
-            ("return_weights", p.return_weights),
-        )
-        if given
-    ]
+    reasons = beside(p, "torch's fused attention")
     if p.dtype not in _DTYPES[p.device]:
         names = ", ".join(_DTYPES[p.device])
         reasons.append(f"the dtype must be one of {names} on {p.device}. Got {p.dtype}.")
-    if p.width != p.v_width:
-        reasons.append(
-            "value must be as wide as query and key for torch's fused kernel. "
-            f"Got D = {p.width} and Dv = {p.v_width}."
-        )
-    if 0 in (p.batch, p.q_len, p.k_len):
-        reasons.append(f"B, Tq and Tk must be at least 1. Got {p.batch}, {p.q_len}, {p.k_len}.")
     if p.device != "cpu":
         if p.return_lse:
             reasons.append("`return_lse` must be left out on cuda. Got True.")
