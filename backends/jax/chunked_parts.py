@@ -66,14 +66,13 @@ def level_of(p: Problem, tile: int, batch_map: bool, head_map: bool) -> int:
 def cut_up(p: Problem, x: Operands) -> Cut:
     block_q, rows, block_k, columns = tiles_of(p)
     status = _status(p, x, block_q, block_k)
+    if rows == columns == 1:
+        # Nothing to skip: one kind of tile, straight through, compiles and runs fastest.
+        whole = isinstance(status, np.ndarray) and bool((status == FULL).all())
+        status = np.full((1, 1, 1, 1), FULL if whole else PARTIAL)
     full = partial = True
     if isinstance(status, np.ndarray):
         full, partial = bool((status == FULL).any()), bool((status == PARTIAL).any())
-    if rows == columns == 1:
-        # Nothing to skip: one kind of tile, straight through, compiles and runs fastest.
-        full = full and not partial and bool((status == FULL).all())
-        partial = not full
-        status = np.full((1, 1, 1, 1), FULL if full else PARTIAL)
     level = level_of(p, 4 * p.group * block_q * block_k, status.shape[0] > 1, status.shape[1] > 1)
     return Cut(Geometry(block_q, block_k, rows, columns, level, full, partial), status)
 

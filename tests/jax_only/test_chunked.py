@@ -13,6 +13,7 @@ import pytest
 
 import attn_core
 from attn_core import Dropout, masks, registry, scores
+from attn_core.api import resolve
 from attn_core.backends import jax as backend
 from attn_core.backends.jax import chunked, chunked_parts, chunked_tile
 from attn_core.registry import UnsupportedError
@@ -317,3 +318,24 @@ def test_what_is_kept_for_the_backward_pass_is_linear():
     kept = sum(int(np.prod(a.shape)) for a in jax.tree.leaves(back))
     inputs = sum(a.size for a in x.values())
     assert kept <= inputs + 2 * 4 * 64 * (3 + 3)
+
+
+@pytest.mark.parametrize("scale", [0.7, -0.7])
+def test_a_scale_left_to_the_exponential_is_only_a_positive_one(scale):
+    """Of 16 bits the maximum is taken before the scale, which turns it around where it is < 0."""
+    rng = np.random.default_rng(8)
+    q, k, v = (jnp.asarray(3 * rng.standard_normal((1, 2, 40, 8)), jnp.bfloat16) for _ in range(3))
+    assert (chunked_tile.later(problem_of(q, k, v, scale)) == scale) is (scale > 0)
+    got, want = (
+        attn_core.attention(*(q, k, v), scale=scale, return_lse=True, impl=impl)
+        for impl in ("chunked", "reference")
+    )
+    np.testing.assert_allclose(got.lse, want.lse, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(got.out, np.float32), np.asarray(want.out, np.float32), rtol=0.02, atol=0.02
+    )
+
+
+def problem_of(q: Any, k: Any, v: Any, scale: float) -> Any:
+    _, plan, _ = resolve({"query": q, "key": k, "value": v, "scale": scale})
+    return plan.problem
