@@ -8,4 +8,5 @@ text      a tree as Python, and back
 arrays    a tree as values over a tile of indices
 intervals a tree as what is surely true, or surely not, of a whole tile
 duals     a score's derivatives, as another tree
+shifts    whether a tree says the same all along a diagonal
 """

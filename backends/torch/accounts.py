@@ -13,6 +13,7 @@ from attn_core.backends.torch import native, native_tiles
 from attn_core.backends.torch.chunked_parts import joined, tiles_of, together
 from attn_core.footprint import differs, reading, sizes
 from attn_core.language.duals import differentiate
+from attn_core.language.shifts import slides
 from attn_core.spec import WIDTH, Account, Problem
 
 Numbers = tuple[str, tuple[str, str] | None]
@@ -94,11 +95,19 @@ def _native(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Accoun
         # torch copies the gradients that its kernel gives into the layout of the arguments.
         return Account(None, held, 2 * statistics + inputs * narrow, *numbers)
     block_q, _, block_k, _ = tiles_of(p.group, q_len, k_len, native_tiles._ROWS, native_tiles._KEYS)
-    selected = native_tiles._SELECTION if p.mask is not None else 0
+    selected = 0
+    if p.mask is not None and slides(p.mask) and not (p.kv_lengths or p.q_lengths):
+        selected = block_q * min(k_len, native_tiles._JOINED) * narrow
+    elif p.mask is not None or p.kv_lengths or p.q_lengths:
+        selected = min(native_tiles._SELECTION, batch * q_len * k_len * narrow)
+    # What one call over many tiles gives, before it is put where it belongs.
+    outputs = min(native_tiles._BAND, batch * p.heads * q_len * p.v_width * narrow)
+    # Neighbouring tiles see some keys twice.
+    gradients = min(native_tiles._BAND, 3 * inputs // 2 * narrow)
     # Gradients are added up span by span, in memory of their own where entries have 16 bits.
-    added = inputs * wide if narrow < wide else 0 if selected else inputs * narrow
-    backward = held + statistics + 3 * selected + added
-    return Account((block_q, block_k), held + 2 * selected, backward, *numbers)
+    added = inputs * wide if narrow < wide else 0
+    backward = held + statistics + selected + gradients + added
+    return Account((block_q, block_k), held + selected + outputs, backward, *numbers)
 
 
 def _lowered(products: str) -> tuple[str, str] | None:

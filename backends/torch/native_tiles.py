@@ -5,6 +5,9 @@ asks once for each span and merges; and its backward pass, handed the output and
 whole row, gives one span's share of each gradient. A span is a slice, nothing is copied, and only
 spans that are not full carry a selection, 0 or -inf, evaluated for several tiles at a time.
 
+Tiles that see as many keys and stand evenly apart, as those of a window or of equal documents do,
+are one call: the kernel reads its batch by a stride, and a stride from tile to tile is as good.
+
 What the kernel does not know of is done around it: rows that may see no key (it says lse 0 there),
 and keys, values and rows that nobody may look at, which are replaced by 0 where there are any.
 """
@@ -20,6 +23,7 @@ from attn_core.backends.torch.arrays import Reading
 from attn_core.backends.torch.chunked_backward import Saved
 from attn_core.backends.torch.chunked_parts import Ask, Span, Work
 from attn_core.blocks import EMPTY, FULL
+from attn_core.language.shifts import slides
 from attn_core.spec import Operands
 
 Array = Any
@@ -27,11 +31,17 @@ Array = Any
 _ROWS, _KEYS = 128, 64
 """Rows of a tile, and keys of a block: fine enough for a narrow window to be mostly live."""
 
-_JOINED = 1024
+_JOINED, _JOINED_BAND = 1024, 2048
 """Keys up to which a full stretch joins its partial neighbours: one call instead of two."""
 
-_SELECTION = 2**20
+_SELECTION = 2**21
 """Bytes of selection that are evaluated together."""
+
+_BAND = 2**24
+"""Bytes of output, or of gradients of keys and values, that one call over many tiles may give."""
+
+_PLAIN = 2.0**32
+"""The largest key or value of which it is taken for granted that no product with it overflows."""
 
 _kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -53,18 +63,71 @@ class Selection(NamedTuple):
     seen: Array | None
 
 
+class Band(NamedTuple):
+    """Tiles that are alike along a diagonal, evenly apart; often a single one.
+
+    Attributes:
+        rows: of the first tile.
+        spans: what its rows see.
+        count: tiles.
+        step: rows, and keys, from one tile to the next.
+    """
+
+    rows: slice
+    spans: list[Span]
+    count: int = 1
+    step: int = 0
+
+    def tiles(self, number: int) -> list[tuple[slice, Span]]:
+        """Every tile's rows, and its span of that number."""
+        rows, span = self.rows, self.spans[number]
+        found = []
+        for n in range(self.count):
+            by = n * self.step
+            at = slice(rows.start + by, rows.stop + by)
+            found.append((at, Span(span.start + by, span.stop + by, span.full)))
+        return found
+
+    def of_rows(self, x: Array, batch: int | slice, heads: slice) -> Array:
+        """The tiles of x (B, Hq, Tq, ...), first axis the tiles where they are many: a view."""
+        return _strided(x, batch, heads, self.rows, self.count, self.step)
+
+    def of_keys(self, x: Array, batch: int | slice, heads: slice, span: Span) -> Array:
+        """The same of x (B, Hk, Tk, ...) and a span; what several tiles see is in each."""
+        return _strided(x, batch, heads, slice(span.start, span.stop), self.count, self.step)
+
+    def add(self, x: Array, more: Array, batch: int | slice, heads: slice, span: Span) -> None:
+        """x += more, where `more` lies as `of_keys` has it."""
+        if self.count == 1 or self.step >= span.stop - span.start:
+            self.of_keys(x, batch, heads, span).add_(more)
+            return
+        for n, part in enumerate(more):
+            start = span.start + n * self.step
+            x[batch, heads, start : start + part.shape[1]] += part
+
+
+def _strided(
+    x: Array, batch: int | slice, heads: slice, first: slice, count: int, step: int
+) -> Array:
+    if count == 1:
+        return x[batch, heads, first]
+    x = x[batch, heads, first.start :]
+    size = (count, x.shape[0], first.stop - first.start, *x.shape[2:])
+    return x.as_strided(size, (step * x.stride(1), *x.stride()))
+
+
 class Turn(NamedTuple):
     """Batches and key heads that share one map.
 
     Attributes:
         batch, keys, heads: slices of B, Hk and Hq.
-        lines: for each tile of rows, its spans.
+        bands: all tiles of rows.
     """
 
     batch: slice
     keys: slice
     heads: slice
-    lines: list[list[Span]]
+    bands: list[Band]
 
 
 def forward(ask: Ask, scale: float, x: Operands) -> tuple[Array, ...]:
@@ -80,12 +143,15 @@ def forward(ask: Ask, scale: float, x: Operands) -> tuple[Array, ...]:
     out = x.query.new_empty(x.query.shape)
     into = w.heads_first(out)
     m = torch.empty((w.batch, w.heads, w.q_len), dtype=w.dtype, device=w.device)
+    clean = _Clean(key, value)
     for turn in _turns(w):
-        selections = Selections(w, turn)
-        for at, spans in zip(w.rows, turn.lines, strict=True):
-            rows = (turn.batch, turn.heads, at)
-            found, lse = _row(query[rows], key, value, turn, at, spans, selections, scale)
-            into[rows], m[rows] = found, lse
+        for band, chosen in Selections(w, turn):
+            for batch in _batches(w, turn, band):
+                rows = (batch, turn.heads)
+                q = band.of_rows(query, *rows)
+                found, lse = _row(q, key, value, band, (batch, turn.keys), chosen, scale, clean)
+                band.of_rows(into, *rows)[...] = found
+                band.of_rows(m, *rows)[...] = lse
     alive = m != -torch.inf
     log_l = torch.where(alive, 0.0, torch.inf)
     shown = m.clone() if ask.lse else m.new_empty(0)
@@ -93,22 +159,25 @@ def forward(ask: Ask, scale: float, x: Operands) -> tuple[Array, ...]:
     return out, shown, x.query.new_empty(0), m, log_l, alive
 
 
+def _batches(w: Work, turn: Turn, band: Band) -> Sequence[int | slice]:
+    """Where tiles stand in the place of the batch, one entry after the other."""
+    return (turn.batch,) if band.count == 1 else range(w.batch)[turn.batch]
+
+
 def _row(
     q: Array,
     key: Array,
     value: Array,
-    turn: Turn,
-    at: slice,
-    spans: Sequence[Span],
-    selections: Selections,
+    band: Band,
+    at: tuple[int | slice, slice],
+    selections: Sequence[Selection | None],
     scale: float,
+    clean: _Clean,
 ) -> tuple[Array, Array]:
-    """(out, lse) of a tile of rows; 0 and -inf where a row may see no key."""
+    """(out, lse) of a band; 0 and -inf where a row may see no key."""
     found = lse = None
-    for span in spans:
-        chosen = selections.of(at, span)
-        keys = (turn.batch, turn.keys, slice(span.start, span.stop))
-        k, v = _only(key[keys], chosen), _only(value[keys], chosen)
+    for span, chosen in zip(band.spans, selections, strict=True):
+        k, v = (_only(band.of_keys(x, *at, span), chosen, clean) for x in (key, value))
         out, new = _kernel(q, k, v, 0.0, False, attn_mask=chosen and chosen.added, scale=scale)
         if chosen is not None and chosen.empty:
             alive = chosen.count > 0
@@ -136,35 +205,31 @@ def backward(
         found = _kernel_backward(d_out, q, k, v, out, saved.m, 0.0, causal, scale=scale)
         return [_laid_out(ask, g) for g, yes in zip(found, wanted, strict=False) if yes]
     w = Work(ask, scale, x, _ROWS, _KEYS)
-    lse = saved.m + saved.log_l
+    lse, clean = saved.m + saved.log_l, _Clean(k, v)
     grads = [torch.zeros(a.shape, dtype=w.dtype, device=w.device) for a in x[:3]]
     d_query, d_key, d_value = (w.heads_first(g) for g in grads)
     for turn in _turns(w):
-        selections = Selections(w, turn)
-        for at, spans in zip(w.rows, turn.lines, strict=True):
-            rows = (turn.batch, turn.heads, at)
-            chosen = [selections.of(at, span) for span in spans]
-            row = _selected([a[rows] for a in (d_out, q, out, lse)], saved.alive[rows])
-            lone = _lone(spans, chosen)
-            if lone is not None:
-                row[1] = torch.where(lone[..., None], 0.0, row[1])
-                row[3] = torch.where(lone, 0.0, row[3])
-            for span, each in zip(spans, chosen, strict=True):
-                keys = (turn.batch, turn.keys, slice(span.start, span.stop))
-                found = list(
-                    _kernel_backward(
-                        *(row[0], row[1], _only(k[keys], each), _only(v[keys], each), row[2]),
-                        *(row[3], 0.0, False),
+        for band, chosen in Selections(w, turn):
+            lone = _lone(band.spans, chosen)
+            for batch in _batches(w, turn, band):
+                rows, keys = (batch, turn.heads), (batch, turn.keys)
+                row = [band.of_rows(a, *rows) for a in (d_out, q, out, lse)]
+                row = _selected(row, band.of_rows(saved.alive, *rows))
+                if lone is not None:
+                    row[1] = torch.where(lone[..., None], 0.0, row[1])
+                    row[3] = torch.where(lone, 0.0, row[3])
+                for span, each in zip(band.spans, chosen, strict=True):
+                    seen = [_only(band.of_keys(a, *keys, span), each, clean) for a in (k, v)]
+                    dq, dk, dv = _kernel_backward(
+                        *(*row[:2], *seen, *row[2:], 0.0, False),
                         attn_mask=each and each.added,
                         scale=scale,
                     )
-                )
-                if lone is not None:
-                    found[0] = torch.where(lone[..., None], 0.0, found[0])
-                for d, place, g in zip(
-                    (d_query, d_key, d_value), (rows, keys, keys), found, strict=True
-                ):
-                    d[place] += g
+                    if lone is not None:
+                        dq = torch.where(lone[..., None], 0.0, dq)
+                    band.of_rows(d_query, *rows).add_(dq)
+                    band.add(d_key, dk, *keys, span)
+                    band.add(d_value, dv, *keys, span)
     pairs = zip(grads, x[:3], wanted, strict=False)
     return [g.to(a.dtype) for g, a, yes in pairs if yes]
 
@@ -191,51 +256,70 @@ def _lone(spans: Sequence[Span], chosen: Sequence[Selection | None]) -> Array | 
 
 
 class Selections:
-    """The selections of a turn's spans, evaluated a few tiles ahead where they are alike."""
+    """A turn's bands with the selections of their spans, None where all of a span may be seen.
+
+    They are evaluated a few tiles ahead, where those are alike, and of a band that slides along a
+    diagonal once for all of its tiles.
+    """
 
     def __init__(self, w: Work, turn: Turn) -> None:
         self.w, self.turn = w, turn
-        # Tiles of as many rows and keys, in the order in which they will be asked for.
-        self._alike: dict[tuple[int, int], list[tuple[slice, Span]]] = {}
+        self._slides = _slides(w)
+        # By rows and keys of a tile: the band's number and the span's, as they will be asked for.
+        self._alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self._ready: dict[tuple[int, int], Selection] = {}
-        for at, spans in zip(w.rows, turn.lines, strict=True):
-            for span in spans:
+        for n, band in enumerate(turn.bands):
+            for number, span in enumerate(band.spans):
                 if not span.full:
-                    self._alike.setdefault(_size(at, span), []).append((at, span))
+                    self._alike.setdefault(_size(band.rows, span), []).append((n, number))
 
-    def of(self, at: slice, span: Span) -> Selection | None:
-        """The selection of a span, asked for once; None where all of it may be seen."""
-        if span.full:
-            return None
-        place = (at.start, span.start)
-        if place not in self._ready:
-            self._read_ahead(_size(at, span))
-        return self._ready.pop(place)
+    def __iter__(self) -> Iterator[tuple[Band, list[Selection | None]]]:
+        for n, band in enumerate(self.turn.bands):
+            chosen: list[Selection | None] = [None] * len(band.spans)
+            for number, span in enumerate(band.spans):
+                if not span.full:
+                    if (n, number) not in self._ready:
+                        self._read_ahead(_size(band.rows, span))
+                    chosen[number] = self._ready.pop((n, number))
+            yield band, chosen
 
     def _read_ahead(self, size: tuple[int, int]) -> None:
-        w, waiting = self.w, self._alike[size]
-        rows, keys = size
-        heads = len(range(w.heads)[self.turn.heads])
-        batches = len(range(w.batch)[self.turn.batch])
-        widest = rows * keys * heads * batches * w.query.dtype.itemsize
-        # Most masks read no head, and need a fraction of that.
-        if w.ask.mask is None or not w.ask.mask.reads("h"):
-            widest //= heads
-        ahead = max(1, _SELECTION // widest)
-        taken, self._alike[size] = waiting[:ahead], waiting[ahead:]
-        allowed = self._allowed(taken)
+        waiting = self._alike[size]
+        ahead = max(1, _SELECTION // _selection_bytes(self.w, self.turn, *size))
+        taken: list[tuple[int, int]] = []
+        tiles: list[tuple[slice, Span]] = []
+        while waiting:
+            n, number = waiting[0]
+            more = self.turn.bands[n].tiles(number)[: self._evaluated(n)]
+            if taken and len(tiles) + len(more) > ahead:
+                break
+            taken.append(waiting.pop(0))
+            tiles += more
+        allowed = self._allowed(tiles)
         count, seen = allowed.sum(-1, dtype=torch.int32), allowed.any(-2)
         least = count.flatten(1).amin(1).tolist()
         all_seen = seen.flatten(1).all(1).tolist()
-        added = torch.zeros(allowed.shape, dtype=w.query.dtype, device=w.device)
+        added = torch.zeros(allowed.shape, dtype=self.w.query.dtype, device=self.w.device)
         added.masked_fill_(~allowed, -torch.inf)
-        for n, (at, span) in enumerate(taken):
-            self._ready[at.start, span.start] = Selection(
-                added[n],
-                count[n],
-                least[n] == 0,
-                None if all_seen[n] else self._by_key_head(seen[n]),
+        first = 0
+        for place in taken:
+            many = self._evaluated(place[0])
+            # One tile has the batch before its heads, many tiles stand in its place.
+            single = self.turn.bands[place[0]].count == 1
+            part: Any = first if single else (slice(first, first + many), 0)
+            every = all(all_seen[first : first + many])
+            self._ready[place] = Selection(
+                added[part],
+                count[part],
+                0 in least[first : first + many],
+                None if every else self._by_key_head(seen[part]),
             )
+            first += many
+
+    def _evaluated(self, n: int) -> int:
+        """How many tiles of a band are evaluated."""
+        band = self.turn.bands[n]
+        return 1 if self._slides else band.count
 
     def _allowed(self, tiles: Sequence[tuple[slice, Span]]) -> Array:
         """(tiles, B' or 1, H' or 1, rows, keys), whether row may see key."""
@@ -293,22 +377,77 @@ def _turns(w: Work) -> Iterator[Turn]:
         or w.q_lengths is not None
         or (w.ask.mask is not None and w.ask.mask.reads("b"))
     )
-    lines: dict[tuple[int, int], list[list[Span]]] = {}
+    found: dict[tuple[int, int], list[Band]] = {}
     for b in range(w.batch) if apart else (0,):
         for h in range(head_map):
             place = (b if batch_map > 1 else 0, h)
-            if place not in lines:
-                lines = {place: [_spans(w, line) for line in w.status[place].tolist()]}
-            yield Turn(
+            turn = Turn(
                 slice(b, b + 1) if apart else slice(None),
                 slice(h, h + 1) if head_map > 1 else slice(None),
                 slice(h * w.group, (h + 1) * w.group) if head_map > 1 else slice(None),
-                lines[place],
+                [],
             )
+            if place not in found:
+                found = {place: _bands(w, turn, w.status[place].tolist())}
+            yield turn._replace(bands=found[place])
+
+
+def _bands(w: Work, turn: Turn, lines: list[list[int]]) -> list[Band]:
+    """The tiles of rows, alike ones together."""
+    alike: dict[Any, list[Band]] = {}
+    for rows, line in zip(w.rows, lines, strict=True):
+        spans = _spans(w, line)
+        here = rows.start
+        form = tuple((span.start - here, span.stop - here, span.full) for span in spans)
+        series = alike.setdefault((rows.stop - here, form), [])
+        if series and spans:
+            last = series[-1]
+            step = here - last.rows.start - (last.count - 1) * last.step
+            most = _most(w, turn, rows, spans)
+            if last.count < most and (last.count == 1 or step == last.step):
+                series[-1] = Band(last.rows, last.spans, last.count + 1, step)
+                continue
+        series.append(Band(rows, spans))
+    bands = sorted((band for series in alike.values() for band in series), key=_first_row)
+    return [
+        band._replace(spans=_joined(band.spans, _JOINED if band.count == 1 else _JOINED_BAND))
+        for band in bands
+    ]
+
+
+def _first_row(band: Band) -> int:
+    return band.rows.start
+
+
+def _most(w: Work, turn: Turn, rows: slice, spans: Sequence[Span]) -> int:
+    """Tiles that one call may be over."""
+    size, width = rows.stop - rows.start, spans[-1].stop - spans[0].start
+    heads, keys = len(range(w.heads)[turn.heads]), len(range(w.kv_heads)[turn.keys])
+    row = size * heads * (w.query.shape[-1] + w.value.shape[-1])
+    column = width * keys * (w.query.shape[-1] + w.value.shape[-1])
+    given = max(row, column) * w.query.dtype.itemsize
+    if _slides(w) or all(span.full for span in spans):
+        return max(1, _BAND // given)
+    return max(1, min(_BAND // given, _SELECTION // _selection_bytes(w, turn, size, width)))
+
+
+def _slides(w: Work) -> bool:
+    """Whether a selection is the same all along a diagonal."""
+    if w.ask.mask is None or w.kv_lengths is not None or w.q_lengths is not None:
+        return False
+    return slides(w.ask.mask)
+
+
+def _selection_bytes(w: Work, turn: Turn, rows: int, keys: int) -> int:
+    """Bytes of one tile's selection; most masks read no head, and need a fraction of that."""
+    heads = len(range(w.heads)[turn.heads])
+    if w.ask.mask is None or not w.ask.mask.reads("h"):
+        heads = 1
+    return rows * keys * heads * w.query.dtype.itemsize
 
 
 def _spans(w: Work, line: list[int]) -> list[Span]:
-    """Spans of a row of blocks: what is live and adjoining, full apart from partial if long."""
+    """Spans of a row of blocks: what is live and adjoining, full apart from partial."""
     spans: list[Span] = []
     for j, status in enumerate(line):
         if status == EMPTY:
@@ -318,17 +457,37 @@ def _spans(w: Work, line: list[int]) -> list[Span]:
         if spans and spans[-1].stop == start and spans[-1].full == full:
             start = spans.pop().start
         spans.append(Span(start, stop, full))
+    return spans
+
+
+def _joined(spans: Sequence[Span], most: int) -> list[Span]:
+    """Neighbours as one partial span where that has at most so many keys."""
     joined: list[Span] = []
     for span in spans:
-        if joined and joined[-1].stop == span.start and span.stop - joined[-1].start <= _JOINED:
+        if joined and joined[-1].stop == span.start and span.stop - joined[-1].start <= most:
             span = Span(joined.pop().start, span.stop, False)
         joined.append(span)
     return joined
 
 
-def _only(x: Array, chosen: Selection | None) -> Array:
-    """Keys or values that no row of the tile may see replaced by 0."""
-    if chosen is None or chosen.seen is None:
+class _Clean:
+    """Whether nothing in an array could spoil a product with 0; found out when first asked."""
+
+    def __init__(self, *arrays: Array) -> None:
+        self._arrays, self._known = arrays, False
+
+    def __bool__(self) -> bool:
+        if self._arrays:
+            ends = [end for x in self._arrays for end in torch.aminmax(x)]
+            # NaN is in no range.
+            self._known = all(-_PLAIN <= end <= _PLAIN for end in torch.stack(ends).tolist())
+            self._arrays = ()
+        return self._known
+
+
+def _only(x: Array, chosen: Selection | None, clean: _Clean) -> Array:
+    """Keys or values that no row of the tile may see replaced by 0, unless they are harmless."""
+    if chosen is None or chosen.seen is None or clean:
         return x
     return torch.where(chosen.seen[..., None], x, 0.0)
 

@@ -148,6 +148,8 @@ def peak(call: Any) -> int:
         {"mask": masks.causal(), "impl": "reference", "heads": 1},
         {"mask": masks.causal(), "impl": "native"},
         {"mask": masks.causal() & masks.window(left=100), "impl": "native"},
+        {"mask": masks.causal() & masks.segments(np.arange(2048) // 300), "impl": "native"},
+        {"mask": masks.window(left=100), "impl": "native", "dtype": torch.bfloat16},
     ],
 )
 def test_estimates_are_near_what_is_allocated(more: dict[str, Any]) -> None:

@@ -140,16 +140,75 @@ def test_what_is_live_is_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     kernel = native_tiles._kernel
 
     def counting(q: Any, k: Any, *rest: Any, **options: Any) -> Any:
-        asked.append((q.shape[2], k.shape[2]))
+        asked.append((q.shape[0], q.shape[2], k.shape[2]))
         return kernel(q, k, *rest, **options)
 
     monkeypatch.setattr(native_tiles, "_kernel", counting)
     q = draw(1, 1, 2048, D)
     with torch.no_grad():
         attention(q, q, q, mask=masks.causal() & masks.window(127), impl="native")
-    entries = sum(rows * keys for rows, keys in asked)
+    entries = sum(tiles * rows * keys for tiles, rows, keys in asked)
     live = 2048 * 128 - 127 * 64
     assert live < entries < 2.1 * live, (live, entries)
+    assert len(asked) == 2, "the first tile has fewer keys, all others are one call"
+
+
+def documents(length: int, size: int) -> Any:
+    return masks.causal() & masks.segments(np.arange(length) // size)
+
+
+BANDS: dict[str, Any] = {
+    "a window": masks.causal() & masks.window(100),
+    "a window both ways": masks.window(70, 70),
+    "a window of every other head": attn_core.mask(
+        lambda b, h, q, k: (q >= k) & (q - k < 40 + 200 * (h % 2))
+    ),
+    "documents": documents(1300, 256),
+    "documents by batch": masks.segments(torch.arange(1300) // torch.tensor([[256], [128]])),
+    "chunks, all of them full": masks.chunks(128),
+    "dilated": masks.dilated(3, 50) & masks.causal(),
+}
+
+
+@pytest.mark.parametrize("band", [0, 2**20, 2**24], ids=["one by one", "some", "all"])
+@pytest.mark.parametrize("name", BANDS)
+def test_tiles_alike_are_one_call(name: str, band: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_tiles, "_BAND", band)
+    counted = []
+    kernel = native_tiles._kernel
+    monkeypatch.setattr(
+        native_tiles, "_kernel", lambda q, *a, **o: counted.append(q.shape[0]) or kernel(q, *a, **o)
+    )
+    compare(arrays(1300, 1300), mask=BANDS[name])
+    # The batch of 2 is one call for a single tile, and one each for many.
+    assert (max(counted) > 2) == (band > 0), counted
+
+
+def test_a_selection_is_shared_along_a_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluated = []
+    allowed = native_tiles.Selections._allowed
+    monkeypatch.setattr(
+        native_tiles.Selections,
+        "_allowed",
+        lambda self, tiles: evaluated.append(len(tiles)) or allowed(self, tiles),
+    )
+    x = draw(1, 1, 2048, D)
+    with torch.no_grad():
+        attention(x, x, x, mask=masks.causal() & masks.window(100), impl="native")
+        assert sum(evaluated) == 2
+        evaluated.clear()
+        attention(x, x, x, mask=documents(2048, 200), impl="native")
+        assert sum(evaluated) >= 16
+
+
+def test_huge_keys_that_nobody_sees_overflow_nothing() -> None:
+    q, k, v = arrays(300, 410)
+    want = found([q, k, v], "native", mask=masks.causal(), query_offset=0)
+    k[:, :, 301:], v[:, :, 301:] = 1e300, -1e300
+    q[:, :, 200] = 1e10
+    spoiled = found([q, k, v], "native", mask=masks.causal(), query_offset=0)
+    assert all(x.isfinite().all() for x in spoiled)
+    assert torch.equal(spoiled[0][:, :, :200], want[0][:, :, :200])
 
 
 def test_which_calls_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
