@@ -99,21 +99,27 @@ def _row(
             number = _keys(g, part, j)
             k, v = (tiles.keys_of(p, a, number) for a in (x.key, x.value))
             found = tiles.logits(p, x, g, part, (i, j), q, k, masked)
-            hidden = found.z
+            z = found.z
             if found.allowed is not None:
-                hidden = tf.where(found.allowed, found.z, tf.fill(tf.shape(found.z), _low(dtype)))
+                z = tf.where(found.allowed, z, _low(dtype))
                 v = tf.where(tiles.seen(found.allowed), v, tf.zeros_like(v))
-            hidden = tf.reshape(hidden, (*shape, g.block_k))
-            highest = tf.maximum(m, tf.reduce_max(hidden, -1, keepdims=True))
+            z = tf.reshape(z, (*shape, g.block_k))
+            top = tf.reduce_max(z, -1, keepdims=True)
+            highest = tf.maximum(m, top)
             base = tf.where(tf.equal(highest, -np.inf), tf.zeros_like(highest), highest)
-            # What is hidden gives 0, or NaN in a row that is NaN.
-            e = tf.exp(hidden - base)
+            # TensorFlow's softmax is a maximum, an exponential and a sum in the time of one of
+            # them. The sum it divides by is found again in the largest share, which is exp(0) of it.
+            share = tf.nn.softmax(z)
+            some = tf.not_equal(top, -np.inf)
+            added = tf.exp(top - base) / tf.reduce_max(share, -1, keepdims=True)
+            added = tf.where(some, added, tf.zeros_like(added))
             fade = tf.exp(m - base)
-            total = total * fade + tf.reduce_sum(e, -1, keepdims=True)
             if p.rate:
                 keep = tf.reshape(tiles.kept(p, x, g, part, i, j), (*shape, g.block_k))
-                e = tf.where(keep, e * (1 / (1 - p.rate)), tf.zeros_like(e))
-            return highest, total, acc * fade + tf.matmul(e, v)
+                share = tf.where(keep, share * (1 / (1 - p.rate)), tf.zeros_like(share))
+            more = tf.matmul(share, v) * added
+            acc = acc * fade + tf.where(some, more, tf.zeros_like(more))
+            return highest, total * fade + added, acc
 
         return step
 

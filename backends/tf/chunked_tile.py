@@ -136,7 +136,7 @@ class Logits(NamedTuple):
 
     Attributes:
         z: accumulation dtype (B', Hk', G, block_q, block_k).
-        allowed: boolean, of the same shape; None where all is.
+        allowed: boolean, broadcasting to it; None where all is.
         slope: d score / d s, or None without a score or where it was not asked for.
         sites: for each look-up of the score, (d score / d value, the indices of the value).
     """
@@ -284,7 +284,7 @@ def indices(g: Geometry, part: Part, i: Array, j: Array) -> dict[str, Array]:
 
 
 def structure(p: Problem, x: Inputs, g: Geometry, part: Part, index: dict[str, Array]) -> Array:
-    """Mask, lengths and the ends of rows and keys, over the whole tile."""
+    """Mask, lengths and the ends of rows and keys; broadcasts to the tile."""
     found = tf.ones((1, 1, 1, 1, 1), tf.bool)
     if part.kv_lengths is not None:
         found = found & (index["k"] < part.kv_lengths)
@@ -296,7 +296,7 @@ def structure(p: Problem, x: Inputs, g: Geometry, part: Part, index: dict[str, A
         found = found & (index["row"] < g.q_len)
     if p.mask is not None:
         found = found & Reading(p.accumulation, x.mask).read(p.mask, index, x.mask)[0]
-    return tf.broadcast_to(found, (*g.outer(p), g.block_k))
+    return found
 
 
 def logits(
