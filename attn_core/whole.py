@@ -13,7 +13,8 @@ from attn_core.language.text import parse
 from attn_core.language.tree import Tree
 from attn_core.spec import Problem
 
-_CAUSAL = parse("q >= k")
+CAUSAL = parse("q >= k")
+"""The tree of `masks.causal()`."""
 
 
 def whole(p: Problem, look: bool = True) -> str | None:
@@ -31,7 +32,7 @@ def whole(p: Problem, look: bool = True) -> str | None:
         return "full"
     if p.offset == "given" or p.q_len is None or p.k_len is None:
         return None
-    if p.mask == _CAUSAL and p.q_len == p.k_len:
+    if p.mask == CAUSAL and p.q_len == p.k_len:
         return "causal"
     if p.mask_operands or not look:
         return None

@@ -108,18 +108,19 @@ def _row(
             highest = tf.maximum(m, top)
             base = tf.where(tf.equal(highest, -np.inf), tf.zeros_like(highest), highest)
             # TensorFlow's softmax is a maximum, an exponential and a sum in the time of one of
-            # them. The sum it divides by is found again in the largest share, which is exp(0) of it.
+            # them. The sum it divides by is found in the largest share: exp(0) over the sum.
             share = tf.nn.softmax(z)
-            some = tf.not_equal(top, -np.inf)
             added = tf.exp(top - base) / tf.reduce_max(share, -1, keepdims=True)
-            added = tf.where(some, added, tf.zeros_like(added))
             fade = tf.exp(m - base)
             if p.rate:
                 keep = tf.reshape(tiles.kept(p, x, g, part, i, j), (*shape, g.block_k))
                 share = tf.where(keep, share * (1 / (1 - p.rate)), tf.zeros_like(share))
             more = tf.matmul(share, v) * added
-            acc = acc * fade + tf.where(some, more, tf.zeros_like(more))
-            return highest, total * fade + added, acc
+            if found.allowed is not None:
+                # A row that sees no key of the tile has shares of 0 / 0.
+                some = tf.not_equal(top, -np.inf)
+                added, more = (tf.where(some, a, tf.zeros_like(a)) for a in (added, more))
+            return highest, total * fade + added, acc * fade + more
 
         return step
 

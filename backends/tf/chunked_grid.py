@@ -22,11 +22,16 @@ from attn_core.blocks import FULL, PARTIAL, block_map
 from attn_core.language.intervals import Intervals
 from attn_core.schedule import Schedule, of_status
 from attn_core.spec import Operands, Problem
+from attn_core.whole import CAUSAL
 
 Array = Any
 
-_ROWS, _KEYS = 512, 256
-"""Rows and keys of a tile: products large enough for both cores, logits that stay in the cache."""
+_ROWS, _KEYS, _KEYS_MASKED = 256, 512, 256
+"""Rows and keys of a tile: products large enough for both cores, logits that stay in the cache.
+
+Under a mask that hides more than a causal one does, as windows and documents do, the wider tile
+would be mostly empty.
+"""
 
 _LONGEST = 4096
 """Rows or keys of a tile at most, where the other axis is short."""
@@ -69,12 +74,12 @@ def cut_up(p: Problem, batch: Any, q_len: Any, k_len: Any, reads: tuple[bool, bo
     # An unknown size may turn out to be 0, where there still is a tile, of nothing.
     if not isinstance(batch, int):
         batch = tf.maximum(batch, 1)
-    area = _ROWS * _KEYS
-    tall = _ROWS
-    if isinstance(k_len, int) and k_len < _KEYS:
+    tall, keys = _ROWS, _KEYS if p.mask in (None, CAUSAL) else _KEYS_MASKED
+    area = tall * keys
+    if isinstance(k_len, int) and k_len < keys:
         tall = min(_LONGEST, area // k_len // 8 * 8)
     block_q, rows = _blocks(q_len, tall)
-    wide = _KEYS
+    wide = keys
     if isinstance(block_q, int) and block_q < _ROWS:
         wide = min(_LONGEST, area // block_q // 8 * 8)
     block_k, columns = _blocks(k_len, wide)
