@@ -69,20 +69,20 @@ class Band(NamedTuple):
     Attributes:
         rows: of the first tile.
         spans: what its rows see.
-        count: tiles.
+        many: tiles.
         step: rows, and keys, from one tile to the next.
     """
 
     rows: slice
     spans: list[Span]
-    count: int = 1
+    many: int = 1
     step: int = 0
 
     def tiles(self, number: int) -> list[tuple[slice, Span]]:
         """Every tile's rows, and its span of that number."""
         rows, span = self.rows, self.spans[number]
         found = []
-        for n in range(self.count):
+        for n in range(self.many):
             by = n * self.step
             at = slice(rows.start + by, rows.stop + by)
             found.append((at, Span(span.start + by, span.stop + by, span.full)))
@@ -90,15 +90,15 @@ class Band(NamedTuple):
 
     def of_rows(self, x: Array, batch: int | slice, heads: slice) -> Array:
         """The tiles of x (B, Hq, Tq, ...), first axis the tiles where they are many: a view."""
-        return _strided(x, batch, heads, self.rows, self.count, self.step)
+        return _strided(x, batch, heads, self.rows, self.many, self.step)
 
     def of_keys(self, x: Array, batch: int | slice, heads: slice, span: Span) -> Array:
         """The same of x (B, Hk, Tk, ...) and a span; what several tiles see is in each."""
-        return _strided(x, batch, heads, slice(span.start, span.stop), self.count, self.step)
+        return _strided(x, batch, heads, slice(span.start, span.stop), self.many, self.step)
 
     def add(self, x: Array, more: Array, batch: int | slice, heads: slice, span: Span) -> None:
         """x += more, where `more` lies as `of_keys` has it."""
-        if self.count == 1 or self.step >= span.stop - span.start:
+        if self.many == 1 or self.step >= span.stop - span.start:
             self.of_keys(x, batch, heads, span).add_(more)
             return
         for n, part in enumerate(more):
@@ -161,7 +161,7 @@ def forward(ask: Ask, scale: float, x: Operands) -> tuple[Array, ...]:
 
 def _batches(w: Work, turn: Turn, band: Band) -> Sequence[int | slice]:
     """Where tiles stand in the place of the batch, one entry after the other."""
-    return (turn.batch,) if band.count == 1 else range(w.batch)[turn.batch]
+    return (turn.batch,) if band.many == 1 else range(w.batch)[turn.batch]
 
 
 def _row(
@@ -305,7 +305,7 @@ class Selections:
         for place in taken:
             many = self._evaluated(place[0])
             # One tile has the batch before its heads, many tiles stand in its place.
-            single = self.turn.bands[place[0]].count == 1
+            single = self.turn.bands[place[0]].many == 1
             part: Any = first if single else (slice(first, first + many), 0)
             every = all(all_seen[first : first + many])
             self._ready[place] = Selection(
@@ -319,7 +319,7 @@ class Selections:
     def _evaluated(self, n: int) -> int:
         """How many tiles of a band are evaluated."""
         band = self.turn.bands[n]
-        return 1 if self._slides else band.count
+        return 1 if self._slides else band.many
 
     def _allowed(self, tiles: Sequence[tuple[slice, Span]]) -> Array:
         """(tiles, B' or 1, H' or 1, rows, keys), whether row may see key."""
@@ -402,15 +402,15 @@ def _bands(w: Work, turn: Turn, lines: list[list[int]]) -> list[Band]:
         series = alike.setdefault((rows.stop - here, form), [])
         if series and spans:
             last = series[-1]
-            step = here - last.rows.start - (last.count - 1) * last.step
+            step = here - last.rows.start - (last.many - 1) * last.step
             most = _most(w, turn, rows, spans)
-            if last.count < most and (last.count == 1 or step == last.step):
-                series[-1] = Band(last.rows, last.spans, last.count + 1, step)
+            if last.many < most and (last.many == 1 or step == last.step):
+                series[-1] = Band(last.rows, last.spans, last.many + 1, step)
                 continue
         series.append(Band(rows, spans))
     bands = sorted((band for series in alike.values() for band in series), key=_first_row)
     return [
-        band._replace(spans=_joined(band.spans, _JOINED if band.count == 1 else _JOINED_BAND))
+        band._replace(spans=_joined(band.spans, _JOINED if band.many == 1 else _JOINED_BAND))
         for band in bands
     ]
 
