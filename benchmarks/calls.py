@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import attn_core
+from attn_core import registry
 from attn_core.benchmarks.cases import Case
 from attn_core.benchmarks.check import expected_names
 
@@ -41,6 +43,26 @@ class Call(NamedTuple):
     answer: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
     planned: Callable[[], int] | None = None
     warm: Callable[[], Any] | None = None
+
+
+class Tiling(NamedTuple):
+    """What a tile loop goes through for a case: tiles of rows x keys, so many of them live."""
+
+    rows: int
+    keys: int
+    live: int
+
+
+def tiling(case: Case, backend: str) -> Tiling:
+    """The tiles of `chunked` in that framework, as `explain` tells them."""
+    x = registry.load(backend).from_numpy(case.arrays()["query"])
+    said = attn_core.explain(x, x, x, mask=case.language(), impl="chunked")
+    if said.tiles is None:
+        raise Refused(f"{backend} cuts no tiles here.")
+    live = 1
+    if said.blocks is not None:
+        live = (said.blocks.full + said.blocks.partial) // (said.blocks.batches * said.blocks.heads)
+    return Tiling(*said.tiles, live)
 
 
 def results_bytes(case: Case, direction: str) -> int:

@@ -187,6 +187,8 @@ _OURS = ("torch:auto", "jax:auto", "tf:auto")
 _PEERS: tuple[str, ...] = ("torch-sdpa", "torch-sdpa-flash", "matmul")
 # One length is enough to see how far off these are, and they are slow; so is jax.nn.
 _SLOW = ("torch-sdpa-math", "torch-flex", "keras-torch", "keras-tf", "keras-jax", "onnxruntime")
+# What a framework's own operations cost on the tiles that are live, with nothing between them.
+_FLOORS = ("torch-floor", "jax-floor", "tf-floor")
 # What `auto` chooses among, by name, so that what it gains or loses can be told.
 _NAMED = tuple(
     f"{name}:{impl}" for name in ("torch", "jax", "tf") for impl in ("chunked", "native")
@@ -228,6 +230,23 @@ def _sparse() -> list[Case]:
     return [window, documents, sweep]
 
 
+def _floors() -> list[Case]:
+    """The forward passes beside what their products alone cost: where the time goes."""
+    asked = (*_OURS, *_FLOORS, "matmul")
+    found = []
+    for mask, length, reach in (
+        ("full", 2048, 0),
+        ("causal", 2048, 0),
+        ("window", 8192, 256),
+        ("documents", 8192, 512),
+    ):
+        name = f"floor-{mask}-T{length}-D64-float32"
+        forward = ("forward",)
+        case = Case(name, length, mask=mask, reach=reach, subjects=asked, directions=forward)
+        found.append(case)
+    return found
+
+
 def _tiny() -> list[Case]:
     asked = ("torch:auto", "torch:chunked", "torch-sdpa")
     return [Case("tiny-T4-D8-float32", 4, 8, heads=2, subjects=asked, directions=("forward",))]
@@ -261,7 +280,7 @@ def _first() -> list[Case]:
     ]
 
 
-CASES: tuple[Case, ...] = (*_dense(), *_sparse(), *_tiny(), *_memory(), *_first())
+CASES: tuple[Case, ...] = (*(*_dense(), *_sparse(), *_floors(), *_tiny(), *_memory(), *_first()),)
 BY_NAME = {case.name: case for case in CASES}
 
 

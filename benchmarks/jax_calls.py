@@ -1,6 +1,7 @@
 """JAX's subjects, by exact entry point, and JAX's way of differentiating.
 
     jax:IMPL    attn_core.attention(impl=IMPL), under jax.jit
+    jax-floor   the two products of every live tile of `chunked`, in a jitted loop: no attention
     jax-nn      jax.nn.dot_product_attention(implementation="xla"), under jax.jit; it takes
                 (B, T, H, D), and is given arrays that lie so
 
@@ -18,7 +19,7 @@ import numpy as np
 
 import attn_core
 from attn_core import registry
-from attn_core.benchmarks.calls import Attend, Call, Made, Refused, in_words
+from attn_core.benchmarks.calls import Attend, Call, Made, Refused, in_words, tiling
 from attn_core.benchmarks.cases import Case
 
 
@@ -49,6 +50,30 @@ def nn(case: Case) -> Attend:
         )
 
     return attend
+
+
+def floor(case: Case) -> Call:
+    """All live tiles, one after the other, at rows and keys that change."""
+    t = tiling(case, "jax")
+    heads = case.batch * case.heads
+    arrays = case.arrays()
+    q, k, v = (
+        jax.numpy.asarray(arrays[n]).reshape(heads, case.length, case.width)
+        for n in ("query", "key", "value")
+    )
+
+    def products(q: Any, k: Any, v: Any) -> Any:
+        def tile(n: Any, total: Any) -> Any:
+            row, key = (n % (case.length // size) * size for size in (t.rows, t.keys))
+            rows = jax.lax.dynamic_slice_in_dim(q, row, t.rows, 1)
+            keys, values = (jax.lax.dynamic_slice_in_dim(x, key, t.keys, 1) for x in (k, v))
+            return total + (rows @ keys.swapaxes(1, 2)) @ values
+
+        start = jax.numpy.zeros((heads, t.rows, case.width), q.dtype)
+        return jax.lax.fori_loop(0, t.live, tile, start)
+
+    compiled = jax.jit(products)
+    return Call(lambda: jax.block_until_ready(compiled(q, k, v)), lambda arrays: {})
 
 
 FUNCTIONS: dict[str, Made] = {"jax-nn": nn}

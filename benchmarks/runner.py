@@ -65,7 +65,7 @@ def plan(
             for name in case.subjects
             if not frameworks or subjects.framework(name) in frameworks
         )
-        if set(chosen) - {"matmul"}:
+        if set(chosen) - set(subjects.NO_ATTENTION):
             shown = case.small() if quick else case
             steps += [Step(shown, direction, chosen) for direction in case.directions]
     if not steps:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attn_core.benchmarks.calls import Call, Refused
+from attn_core.benchmarks.calls import Call, Refused, forward_only
 from attn_core.benchmarks.cases import Case
 from attn_core.config import nearest
 
@@ -25,8 +25,14 @@ PEERS = {
     "keras-tf": "tf",
     "onnxruntime": "onnxruntime",
     "matmul": "torch",
+    "torch-floor": "torch",
+    "jax-floor": "jax",
+    "tf-floor": "tf",
 }
-"""The framework of every subject that is not ours. `matmul` is the ceiling, and no attention."""
+"""The framework of every subject that is not ours."""
+
+NO_ATTENTION = ("matmul", "torch-floor", "jax-floor", "tf-floor")
+"""The ceiling and the floors give no answer that could be checked."""
 
 _OURS = {"torch": "torch", "jax": "jax", "tf": "tf", "tf-unknown": "tf"}
 _ROOMS = {"torch": "torch+jax", "jax": "torch+jax", "tf": "tf", "onnxruntime": "onnxruntime"}
@@ -84,6 +90,9 @@ def prepared(name: str, case: Case, direction: str, threads: int) -> Call:
         calls = _calls(of)
         if name == "matmul":
             return calls.ceiling(case)
+        if name in NO_ATTENTION:
+            forward_only(name, direction)
+            return calls.floor(case)
         if name.startswith("keras-"):
             from attn_core.benchmarks import keras_calls
 

@@ -1,6 +1,7 @@
 """TensorFlow's subjects, and TensorFlow's way of differentiating.
 
     tf:IMPL             attn_core.attention(impl=IMPL) in a tf.function of known shapes
+    tf-floor            the two products of every live tile of `chunked`, in a loop: no attention
     tf-unknown:IMPL     the same with batch and lengths unknown when it is traced
 
 A tape lives inside a tf.function, so a backward pass cannot be called by itself; "both" can. Calls
@@ -17,7 +18,7 @@ import tensorflow as tf
 
 import attn_core
 from attn_core import registry
-from attn_core.benchmarks.calls import Attend, Call, Made, Refused
+from attn_core.benchmarks.calls import Attend, Call, Made, Refused, tiling
 from attn_core.benchmarks.cases import Case
 
 
@@ -40,6 +41,31 @@ def ours(impl: str, *, unknown: bool = False) -> Made:
         return attend
 
     return made
+
+
+def floor(case: Case) -> Call:
+    """All live tiles, one after the other, at rows and keys that change."""
+    t = tiling(case, "tf")
+    heads = case.batch * case.heads
+    arrays = case.arrays()
+
+    def tiles(name: str, size: int) -> Any:
+        x = tf.reshape(tf.constant(arrays[name]), (heads, case.length // size, size, case.width))
+        return tf.transpose(x, (1, 0, 2, 3))
+
+    given = [tiles("query", t.rows), tiles("key", t.keys), tiles("value", t.keys)]
+
+    def products(q: Any, k: Any, v: Any) -> Any:
+        def tile(n: Any, total: Any) -> tuple[Any, Any]:
+            rows, keys, values = (tf.gather(x, n % x.shape[0]) for x in (q, k, v))
+            return n + 1, total + tf.matmul(tf.matmul(rows, keys, transpose_b=True), values)
+
+        start = (tf.constant(0), tf.zeros((heads, t.rows, case.width), q.dtype))
+        return tf.while_loop(lambda n, total: n < t.live, tile, start, parallel_iterations=1)[1]
+
+    function: Any = tf.function(products, autograph=False)
+    concrete = function.get_concrete_function(*given)
+    return Call(lambda: concrete(*given), lambda arrays: {})
 
 
 FUNCTIONS: dict[str, Made] = {}

@@ -5,6 +5,8 @@
     torch-sdpa-flash    the same, pinned to SDPBackend.FLASH_ATTENTION
     torch-sdpa-math     the same, pinned to SDPBackend.MATH
     torch-flex          torch.nn.attention.flex_attention.flex_attention, under torch.compile
+    torch-floor         the kernel behind it, once over all tiles of 128 rows of a window with every
+                        key that one of their rows sees, or over all documents: no mask within
     matmul              torch.matmul of two 2048 x 2048 matrices: the ceiling, no attention
 
 A backward pass alone is `torch.autograd.grad` over a graph that is kept.
@@ -139,6 +141,31 @@ def prepared(name: str, attend: Attend, case: Case, direction: str) -> Call:
         return {n: backend.to_numpy(x) for n, x in zip(keys, found, strict=True)}
 
     return Call(call(moved(case.arrays())), answer)
+
+
+FLOOR = 128
+"""Rows of a tile in the floor under a window."""
+
+
+def floor(case: Case) -> Call:
+    """One call of the fused CPU kernel, which reads tiles by their stride; nothing is copied."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    arrays = case.arrays()
+    q, k, v = (torch.as_tensor(arrays[n])[0] for n in ("query", "key", "value"))
+    documents = case.mask == "documents"
+    if case.mask not in ("window", "documents"):
+        raise Refused("of full and causal attention the kernel itself is the floor: torch-sdpa.")
+    rows = case.reach if documents else min(FLOOR, case.length - case.reach)
+    before = 0 if documents else case.reach
+
+    def tiles(x: Any, size: int) -> Any:
+        count = (x.shape[1] - size) // rows + 1
+        return x.as_strided(
+            (count, x.shape[0], size, x.shape[2]), (rows * x.stride(1), *x.stride())
+        )
+
+    given = [tiles(q[:, before:], rows), *(tiles(x, before + rows) for x in (k, v))]
+    return Call(lambda: kernel(*given, 0.0, documents)[0], lambda arrays: {})
 
 
 def ceiling(case: Case) -> Call:

@@ -104,7 +104,7 @@ def test_a_subject_may_be_asked_with_another_mask() -> None:
 
 def test_a_name_is_one_case_and_a_part_of_it_several() -> None:
     assert [case.name for case in named(["tiny-T4-D8-float32"])] == ["tiny-T4-D8-float32"]
-    assert len(named(["causal-T2048"])) == 4
+    assert len(named(["causal-T2048"])) == 5
     with pytest.raises(ValueError, match=r"must name a case or a part of one. Got cuasal"):
         named(["cuasal"])
 
