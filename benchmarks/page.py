@@ -12,6 +12,7 @@ from pathlib import Path
 from attn_core.benchmarks.report import COLUMNS, bound, cells, outcomes, value_of
 from attn_core.benchmarks.results import Measurement, Results, merged
 from attn_core.benchmarks.targets import Outcome, Row, sweep
+from attn_core.benchmarks.timing import ratio
 from attn_core.conformance.report import printable, write_whole
 
 PICTURE = "benchmarks-blocks.png"
@@ -32,6 +33,20 @@ points, listed at the head of `benchmarks/*_calls.py`. "backward" is the backwar
 is forward and backward in one; TensorFlow hands out no backward pass alone, so its targets are on
 "both", on both sides. GFLOP/s counts the useful operations, those of live entries; the ceiling is a
 2048 x 2048 torch matmul in the same dtype and the same turns.
+"""
+
+_FLOORS = """
+## Where the time goes
+
+A floor is no attention. In JAX and TensorFlow it is the two products of every live tile, in the
+framework's own loop: what is above it are exponentials, sums, masks and the loop. In torch it is
+the framework's fused kernel, called once on tiles that hold every live entry of a window, or on the
+documents as a batch, with no mask inside. A share of work that a floor itself does not reach is out
+of reach for anything built on those operations: their rate falls with the size of a product, and a
+narrow window is made of small ones.
+
+| case | framework | attention, ms | floor, ms | floor / attention | quartiles |
+| --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -65,6 +80,7 @@ def page(results: Results, file: str, *, picture: bool) -> str:
             " forward, float32. The line is fitted to the points.\n\n"
             f"![Time against live blocks]({PICTURE})\n"
         )
+    text += _floors(results)
     text += "\n## Targets, case by case\n"
     for each in found:
         text += _target_rows(each)
@@ -79,6 +95,25 @@ def page(results: Results, file: str, *, picture: bool) -> str:
             measured = [p for p in parts if known and p.status == "measured"]
             text += _markdown(results, f"{case}, {direction}", measured)
     return text + _without(results)
+
+
+def _floors(results: Results) -> str:
+    """Forward passes beside what their products alone cost; empty where those were not measured."""
+    lines = ""
+    for case in results.cases.values():
+        for name in ("torch", "jax", "tf"):
+            ours, floor = (
+                results.find(case.name, f"{name}{what}", "forward") for what in (":auto", "-floor")
+            )
+            if ours is None or floor is None:
+                continue
+            share = ratio(floor.rounds, ours.rounds)
+            lines += (
+                f"| {case.name} | {name} | {1e3 * ours.time.middle:.3g} "
+                f"| {1e3 * floor.time.middle:.3g} | {100 * share.middle:.0f}% "
+                f"| {100 * share.low:.0f}% to {100 * share.high:.0f}% |\n"
+            )
+    return _FLOORS + lines if lines else ""
 
 
 def _shown(each: Outcome) -> str:

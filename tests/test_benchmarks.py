@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,8 @@ def test_a_sample_is_the_mean_of_its_calls_without_pause_and_warming() -> None:
     assert clock.slept == timing.PAUSE
     alone = Clock(9.0, 1.0)
     assert timing.sample(alone.run, 1, alone.read, alone.sleep) == 9.0
+    short = Clock(timing.LONG / 2, 0.03)
+    assert timing.sample(short.run, 1, short.read, short.sleep) == 0.03
 
 
 @pytest.mark.parametrize("seconds", [1e-6, 3e-4, 0.02, 0.05, 1.0])
@@ -535,6 +538,33 @@ def test_the_page_publishes_losses_and_refusals(tmp_path: Path) -> None:
     run.quick = True
     with pytest.raises(ValueError, match=r"must be made from a full run. Got one with --quick"):
         page.page(run, "cpu.json", picture=False)
+
+
+def test_floors_stand_beside_what_they_are_the_floor_of() -> None:
+    name = next(case.name for case in CASES if case.name.startswith("floor-window"))
+    parts = [timed(name, "jax:auto", "forward", 0.2), timed(name, "jax-floor", "forward", 0.05)]
+    text = page.page(run_of(*parts, timed(name, "tf:auto", "forward", 0.2)), "x", picture=False)
+    assert f"| {name} | jax | 200 | 50 | 25% | 25% to 25% |" in text
+    assert f"| {name} | tf |" not in text
+    assert "Where the time goes" not in page.page(run_of(parts[0]), "x", picture=False)
+
+
+@pytest.mark.parametrize("name", ["torch", "jax", "tf"])
+def test_a_floor_is_timed_and_never_checked(name: str) -> None:
+    if find_spec("tensorflow" if name == "tf" else name) is None:
+        pytest.skip(f"{name} is not installed")
+    for case in (c.small() for c in CASES if c.name.startswith("floor-")):
+        question = {"subject": f"{name}-floor", "case": case.as_dict()}
+        with rooms.Worker(1) as room:
+            command = {"do": "prepare", **question, "least": 0.001}
+            got = room.ask({**command, "direction": "forward"}, 300)
+            if name == "torch" and case.mask in ("full", "causal"):
+                assert "the kernel itself is the floor" in got["refused"]
+                continue
+            assert got["shares"] == {}
+            assert room.ask({"do": "sample", **question}, 300)["seconds"] > 0
+            got = room.ask({**command, "direction": "both"}, 300)
+            assert "has no backward pass" in got["refused"]
 
 
 def test_the_picture_stands_beside_the_page(tmp_path: Path) -> None:

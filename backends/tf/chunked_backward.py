@@ -37,6 +37,8 @@ class _Pulled(NamedTuple):
         out: dO / l, (parts * rows, B', Hk', G * block_q, Dv).
         base: (delta - dlse) / l, m, 1 / l: (parts * rows, B', Hk', G * block_q, 1).
         weights: tiles of dW, or None.
+        moves: 0 for rows that give all their weight to one key, else 1, as `base`; None where a
+            gradient of lse moves their logit all the same.
     """
 
     out: Array
@@ -44,6 +46,7 @@ class _Pulled(NamedTuple):
     m: Array
     inverse: Array
     weights: Tiled | None
+    moves: Array | None
 
 
 def backward(
@@ -79,6 +82,8 @@ def backward(
         cut(rows.m[..., None]),
         cut(inverse),
         spread,
+        # There dP and delta are equal but for their rounding, which would be all that is left.
+        cut(tf.cast(tf.not_equal(rows.total, 1), dtype)[..., None]) if d_lse is None else None,
     )
     if spread is not None:
         size = (sizes(rows.m)[0], sizes(rows.m)[2])
@@ -176,6 +181,10 @@ def _tile(
             # Sums over rows as (D, rows) x (rows, keys): faster than the tile turned over.
             value = sums.value + tf.matmul(d_out, _folded(kept, g), transpose_a=True)
             bias, tables = sums.bias, sums.tables
+            moves = None if pulled.moves is None else tf.gather(pulled.moves, n)
+            if moves is not None and not tiles.prescaled(p):
+                slope = slope * tf.reshape(moves, (*g.outer(p), 1))
+                moves = None
             if x.bias is not None:
                 number = x.bias.number(part, i, j)
                 added = tf.reshape(_reduced(slope, x.bias.size), x.bias.inner)
@@ -186,7 +195,10 @@ def _tile(
                 if found.allowed is not None:
                     slope = tf.where(found.allowed, slope, tf.zeros_like(slope))
             ds = _folded(slope, g)
-            query = sums.query.write(n, sums.query.read(n) + tf.matmul(ds, k))
+            dq = tf.matmul(ds, k)
+            if moves is not None:
+                q, dq = q * moves, dq * moves
+            query = sums.query.write(n, sums.query.read(n) + dq)
             key = sums.key + tf.matmul(q, ds, transpose_a=True)
             return _flat(_Sums(query, key, value, bias, tables))
 

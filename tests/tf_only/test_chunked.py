@@ -270,6 +270,27 @@ def test_lengths_that_are_tensors_skip_tiles(counted):
     assert counted == {"logits": 4, "structure": 2}
 
 
+@pytest.mark.parametrize("more", [{}, {"bias": True}])
+def test_a_row_of_one_key_moves_nothing(more):
+    """Its weight is 1 whatever the logit: what two equal sums differ by must not be left over."""
+    rng = np.random.default_rng(3)
+    query, key, value, up = (
+        tf.constant(rng.standard_normal((1, 2, 300, 128)), tf.float32) for _ in range(4)
+    )
+    bias = tf.zeros((300, 300))
+    with tf.GradientTape() as tape:
+        tape.watch([query, key, value, bias])
+        options = {"bias": bias} if more else {}
+        out = attn_core.attention(
+            query, key, value, mask=masks.window(0, 0), impl="chunked", **options
+        )
+    d_query, d_key, d_value, d_bias = tape.gradient(out, [query, key, value, bias], up)
+    assert not d_query.numpy().any()
+    assert not d_key.numpy().any()
+    np.testing.assert_array_equal(d_value, up)
+    assert d_bias is None or not d_bias.numpy().any()
+
+
 def test_five_lengths_are_one_trace():
     traced = []
     spec = [tf.TensorSpec((None, n, None, d)) for n, d in ((HQ, D), (HK, D), (HK, DV))]
