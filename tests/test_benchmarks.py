@@ -211,7 +211,7 @@ def test_a_sample_is_the_mean_of_its_calls_without_pause_and_warming() -> None:
     alone = Clock(9.0, 1.0)
     assert timing.sample(alone.run, 1, alone.read, alone.sleep) == 9.0
     short = Clock(timing.LONG / 2, 0.03)
-    assert timing.sample(short.run, 1, short.read, short.sleep) == 0.03
+    assert timing.sample(short.run, 1, short.read, short.sleep) == pytest.approx(0.03)
 
 
 @pytest.mark.parametrize("seconds", [1e-6, 3e-4, 0.02, 0.05, 1.0])
