@@ -29,7 +29,7 @@ def prepared(case: Case, direction: str, threads: int) -> Call:
     except ModuleNotFoundError as error:
         raise Refused(
             f"{NAME} needs onnx and onnxruntime, which are optional: "
-            f"pip install onnx onnxruntime. Got no module {error.name}."
+            f"pip install attn-core[bench]. Got no module {error.name}."
         ) from error
     forward_only(NAME, direction)
     in_words(NAME, case, "full", "causal")

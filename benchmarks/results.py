@@ -99,8 +99,9 @@ class Results:
         return ratio(theirs.rounds, ours.rounds)
 
     def holds(self, case: Case, direction: str, subjects: Iterable[str]) -> bool:
-        """Whether all of these have been asked this very case, whatever came of it."""
-        there = {(m.case, m.subject, m.direction) for m in self.measurements}
+        """Whether all of these have been asked this very case; ours must not have failed."""
+        bad = {id(each) for each in self.broken}
+        there = {(m.case, m.subject, m.direction) for m in self.measurements if id(m) not in bad}
         same = self.cases.get(case.name) == case
         return same and all((case.name, name, direction) in there for name in subjects)
 
@@ -143,7 +144,10 @@ def resumed(earlier: Results, now: Results) -> Results:
         raise ValueError("a run must go on as it began. Got --quick in one part of it.")
     parts = [*earlier.environment.get("parts", [earlier.environment["date"]])]
     place = {**earlier.environment, "parts": [*parts, now.environment["date"]]}
-    return Results(place, {**earlier.cases, **now.cases}, list(earlier.measurements), now.quick)
+    # What was measured of a case that has changed since is no answer to the case as it is now.
+    changed = {n for n, case in now.cases.items() if earlier.cases.get(n, case) != case}
+    kept = [each for each in earlier.measurements if each.case not in changed]
+    return Results(place, {**earlier.cases, **now.cases}, kept, now.quick)
 
 
 _SETTINGS = (

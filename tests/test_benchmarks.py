@@ -653,6 +653,18 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(kept.measurements) == 12 // size * size
 
 
+def test_a_case_that_changed_or_went_wrong_is_measured_again() -> None:
+    good, bad = timed(DENSE[0], "jax:auto", "forward", 0.1), DENSE[1]
+    before = run_of(good, Measurement(bad, "tf:auto", "both", "wrong", "Got out 9."))
+    found = results.resumed(before, before)
+    assert found.measurements == before.measurements
+    assert found.holds(BY_NAME[DENSE[0]], "forward", ["jax:auto"])
+    assert not found.holds(BY_NAME[bad], "both", ["tf:auto"])
+    changed = replace(BY_NAME[DENSE[0]], subjects=("jax:auto",))
+    now = replace(before, cases={**before.cases, changed.name: changed}, measurements=[])
+    assert good not in results.resumed(before, now).measurements
+
+
 def test_a_run_goes_on_only_where_it_began(tmp_path: Path) -> None:
     before = run_of(timed(DENSE[0], "jax:auto", "forward", 0.1))
     now = replace(before, environment={**PLACE, "date": "2026-02-01"}, measurements=[])
