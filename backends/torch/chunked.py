@@ -105,9 +105,10 @@ def _forward_op(ask: str, scale: float, *given: Any) -> tuple[Array, ...]:
     schema=f"(str ask, float scale, bool[] wanted, {_GIVEN}, {_UPSTREAM}) -> Tensor[]",
 )
 def _backward_op(ask: str, scale: float, wanted: Sequence[bool], *given: Any) -> list[Array]:
-    """As `chunked_backward.backward`."""
+    """As `chunked_backward.backward`, in memory as each reads: a compiler was promised that."""
     saved, *upstream = given[_FIXED + 1 :]
-    return _backward(read(ask), scale, wanted, _flat(given), saved, upstream)
+    found = _backward(read(ask), scale, wanted, _flat(given), saved, upstream)
+    return [g.contiguous() for g in found]
 
 
 def _forward(ask: Ask, scale: float, given: Sequence[Any]) -> tuple[Array, ...]:

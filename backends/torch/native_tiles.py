@@ -203,7 +203,8 @@ def backward(
     if ask.kernel != "tiles":
         causal = ask.kernel == "causal"
         found = _kernel_backward(d_out, q, k, v, out, saved.m, 0.0, causal, scale=scale)
-        return [_laid_out(ask, g) for g, yes in zip(found, wanted, strict=False) if yes]
+        found = [g if ask.layout == "BHTD" else g.transpose(1, 2) for g in found]
+        return [g for g, yes in zip(found, wanted, strict=False) if yes]
     w = Work(ask, scale, x, _ROWS, _KEYS)
     lse, clean = saved.m + saved.log_l, _Clean(k, v)
     grads = [torch.zeros(a.shape, dtype=w.dtype, device=w.device) for a in x[:3]]
