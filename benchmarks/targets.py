@@ -258,7 +258,7 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(
         "JAX forward against jax.nn",
-        *(5.0, 5.0, "x", True, _speed("forward", _JAX, "jax-nn", _EACH)),
+        *(5.0, 6.0, "x", True, _speed("forward", _JAX, "jax-nn", _EACH)),
     ),
     Target(
         "JAX backward against torch flash, float32",

@@ -116,10 +116,9 @@ def _row(
                 keep = tf.reshape(tiles.kept(p, x, g, part, i, j), (*shape, g.block_k))
                 share = tf.where(keep, share * (1 / (1 - p.rate)), tf.zeros_like(share))
             more = tf.matmul(share, v) * added
-            if found.allowed is not None:
-                # A row that sees no key of the tile has shares of 0 / 0.
-                some = tf.not_equal(top, -np.inf)
-                added, more = (tf.where(some, a, tf.zeros_like(a)) for a in (added, more))
+            # A row all of whose logits are hidden, or -inf themselves, has shares of 0 / 0.
+            some = tf.not_equal(top, -np.inf)
+            added, more = (tf.where(some, a, tf.zeros_like(a)) for a in (added, more))
             return highest, total * fade + added, acc * fade + more
 
         return step

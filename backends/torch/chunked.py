@@ -114,7 +114,8 @@ def _backward_op(ask: str, scale: float, wanted: Sequence[bool], *given: Any) ->
 def _forward(ask: Ask, scale: float, given: Sequence[Any]) -> tuple[Array, ...]:
     x = operands_of(ask, given)
     with _without_autocast(given[0]):
-        if ask.kernel:
+        tiled = ask.kernel == "tiles"
+        if ask.kernel and (not tiled or native_tiles.fits(scale, [(x.query, x.key)])):
             return native_tiles.forward(ask, scale, x)
         return forward(Work(ask, scale, x))
 
@@ -133,7 +134,9 @@ def _backward(
     x = operands_of(ask, given)
     with _without_autocast(given[0]):
         if ask.kernel and up.lse is None and up.out is not None:
-            return native_tiles.backward(ask, scale, x, Saved(*saved), up.out, wanted)
+            pairs = [(x.query, x.key), (up.out, x.value)]
+            if ask.kernel != "tiles" or native_tiles.fits(scale, pairs):
+                return native_tiles.backward(ask, scale, x, Saved(*saved), up.out, wanted)
         return backward(Work(ask, scale, x), Saved(*saved), up, wanted)
 
 

@@ -43,6 +43,9 @@ _BAND = 2**24
 _PLAIN = 2.0**32
 """The largest key or value of which it is taken for granted that no product with it overflows."""
 
+_LARGEST = 2.0**100
+"""What products may come to at most: far from float32's 2**128, and from nothing that occurs."""
+
 _kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -469,6 +472,22 @@ def _joined(spans: Sequence[Span], most: int) -> list[Span]:
             span = Span(joined.pop().start, span.stop, False)
         joined.append(span)
     return joined
+
+
+def fits(scale: float, pairs: Sequence[tuple[Array, Array]]) -> bool:
+    """Whether no product of these rows can overflow, and none is NaN.
+
+    The kernel hides by adding -inf, so that a hidden logit of +inf would be NaN, and says lse 0 of
+    a row whose logits are all -inf. Such numbers are left to products and selections of our own.
+    """
+    for x, y in pairs:
+        ends = torch.stack([end.double() for a in (x, y) for end in torch.aminmax(a)]).abs()
+        low, high, other_low, other_high = ends.tolist()
+        most = max(low, high) * max(other_low, other_high) * x.shape[-1] * max(1.0, abs(scale))
+        # NaN is not below anything.
+        if not most < _LARGEST:
+            return False
+    return True
 
 
 class _Clean:

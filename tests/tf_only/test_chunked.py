@@ -291,6 +291,17 @@ def test_a_row_of_one_key_moves_nothing(more):
     assert d_bias is None or not d_bias.numpy().any()
 
 
+def test_rows_of_logits_that_are_all_minus_infinity_in_a_full_tile():
+    query, key = tf.fill((1, 1, 1200, 2), 1e20), np.zeros((1, 1, 1200, 2), np.float32)
+    key[:, :, :600] = -1e20
+    value = tf.constant(np.random.default_rng(0).standard_normal((1, 1, 1200, 2)), tf.float32)
+    got = attn_core.attention(query, tf.constant(key), value, impl="chunked")
+    np.testing.assert_allclose(got[0, 0, 0], tf.reduce_mean(value[0, 0, 600:], 0), atol=1e-5)
+    nothing = attn_core.attention(query, tf.fill(key.shape, -1e20), value, return_lse=True)
+    assert not nothing.out.numpy().any()
+    assert (nothing.lse.numpy() == -np.inf).all()
+
+
 def test_five_lengths_are_one_trace():
     traced = []
     spec = [tf.TensorSpec((None, n, None, d)) for n, d in ((HQ, D), (HK, D), (HK, DV))]
