@@ -249,6 +249,17 @@ def test_which_calls_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 4
 
 
+def test_sixteen_bits_of_grouped_heads_keep_their_gradients() -> None:
+    """The kernel would add 16 heads' gradients of one key in bfloat16."""
+    q, k, v = draw(1, 16, 256, 16), draw(1, 1, 256, 16), draw(1, 1, 256, 16)
+    short = [x.to(torch.bfloat16) for x in (q, k, v)]
+    leaves = [x.clone().requires_grad_() for x in short]
+    with pytest.raises(UnsupportedError, match="Hq must be Hk for gradients in 16 bits"):
+        attention(*leaves, mask=masks.causal(), impl="native")
+    assert attn_core.explain(*leaves, mask=masks.causal()).impl == "chunked"
+    assert attn_core.explain(*short, mask=masks.causal()).impl == "native"
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "score": ({"score": scores.softcap(2.0)}, "`score` must be left out"),
     "bias": ({"bias": draw(TQ, TK)}, "`bias` must be left out"),
