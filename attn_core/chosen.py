@@ -32,7 +32,11 @@ def chosen(name: str, given: Any, size: int | None, axis: str) -> list[int] | No
     if given is None:
         return None
     try:
-        found = [index(i) for i in (given if np.iterable(given) else [given])]
+        if isinstance(given, int):
+            given = [given]
+        # torch.compile cannot look into np.iterable, and needs not for what is plainly one.
+        several = isinstance(given, (list, tuple, range)) or np.iterable(given)
+        found = [index(i) for i in (given if several else [given])]
     except TypeError:
         raise TypeError(
             f"`{name}` must be an int or host ints. Got {type(given).__name__}."

@@ -55,3 +55,13 @@ def test_weights_of_chosen_heads_and_rows():
     every = attn_core.attention(query, key, key, return_weights=True, **options).weights
     found = attn_core.weights(query, key, heads=[3, 0], queries=[29, 4], **options)
     torch.testing.assert_close(found, every[:, [3, 0]][:, :, [29, 4]])
+
+
+def test_weights_of_chosen_rows_compile_whole():
+    query, key = torch.randn(1, 4, 30, 8), torch.randn(1, 2, 30, 8)
+
+    def asked(query, key):
+        return attn_core.weights(query, key, mask=masks.causal(), heads=[3, 0], queries=29)
+
+    compiled = torch.compile(asked, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(query, key), asked(query, key))
