@@ -41,9 +41,9 @@ _FLOORS = """
 A floor is no attention. In JAX and TensorFlow it is the two products of every live tile, in the
 framework's own loop: what is above it are exponentials, sums, masks and the loop. In torch it is
 the framework's fused kernel, called once on tiles that hold every live entry of a window, or on the
-documents as a batch, with no mask inside. A share of work that a floor itself does not reach is out
-of reach for anything built on those operations: their rate falls with the size of a product, and a
-narrow window is made of small ones.
+documents as a batch, with no mask inside. What a floor does not reach is out of reach for that
+loop in tiles of that size, however cheap the rest: finer tiles compute less that is hidden, in
+products that run at a lower rate.
 
 | case | framework | attention, ms | floor, ms | floor / attention | quartiles |
 | --- | --- | --- | --- | --- | --- |

@@ -1,8 +1,8 @@
 """TensorFlow's subjects, and TensorFlow's way of differentiating.
 
     tf:IMPL             attn_core.attention(impl=IMPL) in a tf.function of known shapes
-    tf-floor            the two products of every live tile of `chunked`, in a loop: no attention
     tf-unknown:IMPL     the same with batch and lengths unknown when it is traced
+    tf-floor            the two products of every live tile of `chunked`, in a loop: no attention
 
 A tape lives inside a tf.function, so a backward pass cannot be called by itself; "both" can. Calls
 are concrete functions, which return when their results are there.

@@ -1,9 +1,9 @@
 """How a problem is cut into tiles, and which of them are computed.
 
-Blocks are about 256 by 256; where one axis is short the other is cut more coarsely, so that a tile
-keeps its area. An axis that fits into one block is a tile of just its length. Batches and heads
-join a tile as long as it stays within a few MB, and unless the map tells them apart.
-
+Blocks are 256 rows by 512 keys, or by 256 under masks beyond causal; where one axis is short the
+other is cut more coarsely, so that a tile keeps its area. An axis that fits into one block is a
+tile of just its length. Batches and heads join a tile as long as it stays within a few MB, and
+unless the map tells them apart.
 The status of a tile comes from the mask's intervals: on the host, where nothing that it depends on
 is a tensor, else in the graph, where sizes may be unknown. Tiles that a part holds of several
 batches or heads are live if one of them is, and full if all are.

@@ -92,7 +92,7 @@ def _native(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Accoun
     if p.device == "cpu":
         held += torch.get_num_threads() * wide * _ROWS * (_KEYS + p.width)
     if native._kind(p) != "tiles":
-        # torch copies the gradients that its kernel gives into the layout of the arguments.
+        # torch's kernel copies on its way to gradients that lie as (B, T, H, D).
         return Account(None, held, 2 * statistics + inputs * narrow, *numbers)
     block_q, _, block_k, _ = tiles_of(p.group, q_len, k_len, native_tiles._ROWS, native_tiles._KEYS)
     selected = 0
