@@ -475,17 +475,17 @@ def _joined(spans: Sequence[Span], most: int) -> list[Span]:
 
 
 def fits(scale: float, pairs: Sequence[tuple[Array, Array]]) -> bool:
-    """Whether no product of these rows can overflow, and none is NaN.
+    """Whether no product of these rows can overflow, where they are finite at all.
 
     The kernel hides by adding -inf, so that a hidden logit of +inf would be NaN, and says lse 0 of
-    a row whose logits are all -inf. Such numbers are left to products and selections of our own.
+    a row whose logits are all -inf. Such numbers are left to products and selections of our own;
+    NaN and infinity are not, since they are replaced where nobody may see them, and data elsewhere.
     """
     for x, y in pairs:
         ends = torch.stack([end.double() for a in (x, y) for end in torch.aminmax(a)]).abs()
         low, high, other_low, other_high = ends.tolist()
         most = max(low, high) * max(other_low, other_high) * x.shape[-1] * max(1.0, abs(scale))
-        # NaN is not below anything.
-        if not most < _LARGEST:
+        if _LARGEST <= most < float("inf"):
             return False
     return True
 
