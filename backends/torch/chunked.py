@@ -26,7 +26,7 @@ from attn_core.backends.torch.chunked_backward import Saved, Upstream, backward
 from attn_core.backends.torch.chunked_forward import forward
 from attn_core.backends.torch.chunked_parts import Ask, Work, operands_of, read, written
 from attn_core.registry import UnsupportedError
-from attn_core.spec import AttentionOutput, Operands, Problem
+from attn_core.spec import WIDTH, AttentionOutput, Operands, Problem
 
 Array = Any
 
@@ -64,6 +64,14 @@ def attend(p: Problem, x: Operands, kernel: str = "") -> AttentionOutput:
     return AttentionOutput(
         found[0], found[1] if p.return_lse else None, found[2] if p.return_weights else None
     )
+
+
+def sums_wide(group: int, dtype: str) -> bool:
+    """Whether torch's kernel adds the gradients of a group of heads in the accumulation's dtype.
+
+    Its CPU kernel adds them in the dtype of key and value.
+    """
+    return group == 1 or WIDTH[dtype] >= 32
 
 
 def _plain(tree: Any) -> tuple[Any, ...] | None:
@@ -132,8 +140,11 @@ def _backward(
     # A compiler may hand over zeros, of no shape, for what was never returned.
     up = Upstream(out, lse if ask.lse else None, weights if ask.weights else None)
     x = operands_of(ask, given)
+    axis = ask.layout.index("H")
+    group = x.query.shape[axis] // x.key.shape[axis]
+    kernel = ask.kernel and sums_wide(group, str(x.query.dtype).removeprefix("torch."))
     with _without_autocast(given[0]):
-        if ask.kernel and up.lse is None and up.out is not None:
+        if kernel and up.lse is None and up.out is not None:
             pairs = [(x.query, x.key), (up.out, x.value)]
             if ask.kernel != "tiles" or native_tiles.fits(scale, pairs):
                 return native_tiles.backward(ask, scale, x, Saved(*saved), up.out, wanted)

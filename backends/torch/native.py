@@ -29,11 +29,6 @@ def refusals(p: Problem) -> list[str]:
     if p.dtype not in _DTYPES[p.device]:
         names = ", ".join(_DTYPES[p.device])
         reasons.append(f"the dtype must be one of {names} on {p.device}. Got {p.dtype}.")
-    if p.device == "cpu" and p.needs_grad and p.group > 1 and p.dtype in _DTYPES["cuda"]:
-        reasons.append(
-            "Hq must be Hk for gradients in 16 bits, since torch's kernel adds those of a group "
-            f"in 16 bits too. Got Hq = {p.heads} and Hk = {p.kv_heads} in {p.dtype}."
-        )
     if p.device != "cpu":
         if p.return_lse:
             reasons.append("`return_lse` must be left out on cuda. Got True.")
@@ -62,9 +57,12 @@ def attend(p: Problem, x: Operands) -> AttentionOutput:
 
 
 def _recorded(p: Problem) -> bool:
-    """Whether derivatives may be asked for; torch.compile refuses second ones on its own."""
+    """Whether derivatives may be asked for that torch's own do not answer.
+
+    torch.compile refuses second ones on its own.
+    """
     if torch.compiler.is_compiling():
-        return False
+        return p.needs_grad and not chunked.sums_wide(p.group, p.dtype)
     transformed = torch._C._are_functorch_transforms_active()
     return p.needs_grad or transformed or forward_ad._current_level >= 0
 
