@@ -106,8 +106,9 @@ def resolve(
             "`scale` must be a host number; a learnt scale multiplies query instead. "
             f"Got {type(scale).__name__}."
         )
-    elif abs(scale) >= 2**1023 if isinstance(scale, int) else not math.isfinite(scale):
-        raise ValueError(f"`scale` must be finite. Got {scale}.")
+    wide = "float64" if dtype == "float64" else "float32"
+    if not abs(scale) < (2**1023 if wide == "float64" else 2**127):
+        raise ValueError(f"`scale` must be finite in {wide}, in which logits are. Got {scale}.")
 
     problem = Problem(
         backend=backend.NAME,

@@ -9,6 +9,7 @@ score of the smaller problem look its h, row and q up where the larger one has t
     q   -> rows[row] + offset[b]
 
 and padded rows, which the smaller problem does not know by their place, become part of its mask.
+Where heads alone are chosen, rows and offset stay what they were.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def chosen(name: str, given: Any, size: int | None, axis: str) -> list[int] | No
         raise TypeError(
             f"`{name}` must be an int or host ints. Got {type(given).__name__}."
         ) from None
+    if not found and name == "heads":
+        raise ValueError("`heads` must name at least one head. Got none.")
     for i in found:
         if i < 0 or (size is not None and i >= size):
             raise ValueError(f"`{name}` must lie within [0, {axis}) = [0, {size}). Got {i}.")
@@ -66,18 +69,22 @@ def narrowed(
         for picked, spanned, axis in ((heads, p.bias[1], -3), (rows, p.bias[2], -2)):
             if picked is not None and spanned:
                 bias = take(bias, picked, len(bias.shape) + axis)
+    mask = None
+    if p.mask is not None or (rows is not None and p.q_lengths):
+        mask = Mask(*_moved(p, x, p.mask, x.mask, heads, rows))
     score = None if p.score is None else Score(*_moved(p, x, p.score, x.score, heads, rows))
     return {
         "query": query,
         "key": key,
         "value": key,  # any value will do
-        "mask": Mask(*_moved(p, x, p.mask, x.mask, heads, rows)),
+        "mask": mask,
         "bias": bias,
         "score": score,
         "scale": p.scale,
         "sinks": sinks,
         "kv_lengths": _plain(x.kv_lengths),
-        "query_offset": "start",
+        "q_lengths": _plain(x.q_lengths) if rows is None else None,
+        "query_offset": "start" if rows is not None else _offset(p, x),
         "layout": p.layout,
         "precision": p.precision,
         "return_weights": True,
@@ -91,6 +98,11 @@ def _plain(lengths: Any) -> Any:
     return lengths[0] if len(lengths) == 1 else list(lengths)
 
 
+def _offset(p: Problem, x: Operands) -> Any:
+    """The offset as it was given."""
+    return _plain(x.query_offset) if p.offset == "given" else {"zero": "start"}.get(p.offset, "end")
+
+
 def _moved(
     p: Problem,
     x: Operands,
@@ -101,37 +113,45 @@ def _moved(
 ) -> tuple[Tree, tuple[Any, ...]]:
     """The tree over the positions of the larger problem; of a mask also its padded rows."""
     tape = Tape()
-    h, row, b = tape.index("h"), tape.index("row"), tape.index("b")
+    b, bind = tape.index("b"), {}
     if heads is not None:
         # Held within what they are known to be, so that the int32 rule knows it too.
-        h = _within(tape, tape.lookup(np.array(heads, np.int32), "int", [h]), 0, p.heads - 1)
+        h = tape.lookup(np.array(heads, np.int32), "int", [tape.index("h")])
+        bind["h"] = _within(tape, h, 0, p.heads - 1)
     if rows is not None:
-        row = tape.lookup(np.array(rows, np.int32), "int", [row])
+        row = tape.lookup(np.array(rows, np.int32), "int", [tape.index("row")])
         row = _within(tape, row, 0, (FAR if p.q_len is None else max(p.q_len, 1)) - 1)
-    q = row
-    if p.offset == "given":
-        offset = _one_each(tape, x.query_offset, b)
-        q = tape.apply("add", row, _within(tape, offset, -FAR, FAR))
-    elif p.offset == "end":
-        ends = []
-        for lengths, size in ((x.kv_lengths, p.k_len), (x.q_lengths, p.q_len)):
-            end = tape.const(size or 0)
-            if lengths is not None:
-                most = FAR if size is None else size
-                end = _within(tape, _one_each(tape, lengths, b), 0, most)
-            elif size is None:
-                raise ValueError(
-                    '`query_offset="end"` must come with known Tq and Tk where rows are chosen. '
-                    "Got an unknown size: give the offset itself."
-                )
-            ends.append(end)
-        q = tape.apply("add", row, tape.apply("sub", *ends))
-    bind = {"h": h, "row": row, "q": q}
+        bind |= {"row": row, "q": _position(tape, p, x, row, b)}
     at = tape.const(True) if tree is None else tape.replay(tree, arrays, bind)
-    if (tree is None or tape.kind(at) == "bool") and x.q_lengths is not None:
-        valid = tape.apply("lt", row, _one_each(tape, x.q_lengths, b))
+    if rows is not None and x.q_lengths is not None and tape.kind(at) == "bool":
+        valid = tape.apply("lt", bind["row"], _one_each(tape, x.q_lengths, b))
         at = tape.apply("and", at, valid)
     return tape.finish(at)
+
+
+def _position(tape: Tape, p: Problem, x: Operands, row: int, b: int) -> int:
+    """q of a row of the larger problem."""
+    if p.offset == "given":
+        offset, most = x.query_offset, FAR
+        if isinstance(offset, tuple):
+            # A power of two, since what moves from step to step may not change the tree each time.
+            most = 1 << max((abs(o) for o in offset), default=0).bit_length()
+        offset = _within(tape, _one_each(tape, offset, b), -most, most)
+        return tape.apply("add", row, offset)
+    if p.offset != "end":
+        return row
+    ends = []
+    for lengths, size in ((x.kv_lengths, p.k_len), (x.q_lengths, p.q_len)):
+        end = tape.const(size or 0)
+        if lengths is not None:
+            end = _within(tape, _one_each(tape, lengths, b), 0, FAR if size is None else size)
+        elif size is None:
+            raise ValueError(
+                '`query_offset="end"` must come with known Tq and Tk where rows are chosen. '
+                "Got an unknown size: give the offset itself."
+            )
+        ends.append(end)
+    return tape.apply("add", row, tape.apply("sub", *ends))
 
 
 def _one_each(tape: Tape, given: Any, b: int) -> int:

@@ -43,13 +43,13 @@ def whole(p: Problem, look: bool = True) -> str | None:
 def beside(p: Problem, kernel: str) -> list[str]:
     """Refusals of what fused kernels know nothing of: they make `out` of query, key and value."""
     reasons = [
-        f"`{name}` must be left out for {kernel}. Got one."
-        for name, given in (
-            ("score", p.score),
-            ("bias", p.bias),
-            ("sinks", p.sinks_dtype),
-            ("dropout", p.rate),
-            ("return_weights", p.return_weights),
+        f"`{name}` must be left out for {kernel}. Got {got}."
+        for name, given, got in (
+            ("score", p.score, "one"),
+            ("bias", p.bias, "one"),
+            ("sinks", p.sinks_dtype, "some"),
+            ("dropout", p.rate, f"a rate of {p.rate:g}"),
+            ("return_weights", p.return_weights, "True"),
         )
         if given
     ]

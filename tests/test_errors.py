@@ -438,11 +438,15 @@ CASES: dict[str, tuple[Any, type[Exception], list[str]]] = {
         ["operand 0 of `score` must be one of"],
     ),
     # scale
-    "scale nan": (lambda: call(scale=math.nan), ValueError, ["`scale` must be finite. Got nan"]),
+    "scale nan": (
+        lambda: call(scale=math.nan),
+        ValueError,
+        ["`scale` must be finite in float32, in which logits are. Got nan"],
+    ),
     "scale infinite": (
         lambda: call(scale=-math.inf),
         ValueError,
-        ["`scale` must be finite. Got -inf"],
+        ["`scale` must be finite in float32", "Got -inf"],
     ),
     "scale array": (
         lambda: call(scale=np.ones(1)),
@@ -470,6 +474,11 @@ CASES: dict[str, tuple[Any, type[Exception], list[str]]] = {
         ["`scale` must be a host number", "Got complex"],
     ),
     "scale too large": (lambda: call(scale=10**400), ValueError, ["`scale` must be finite"]),
+    "scale too large for its numbers": (
+        lambda: call(scale=1e39),
+        ValueError,
+        ["`scale` must be finite in float32, in which logits are. Got 1e+39."],
+    ),
     # sinks
     "sinks shape": (
         lambda: call(sinks=np.zeros(HK, "float32")),

@@ -103,3 +103,18 @@ def test_the_memory_is_that_of_the_chosen_rows() -> None:
 def test_misuse(given: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         attn_core.weights(QUERY, KEY, **given)
+
+
+def test_an_offset_of_the_host_is_no_larger_than_it_is() -> None:
+    """Held within +-2 ** 28, q * 1000 would not be an int32 for certain, and be refused."""
+    far = attn_core.mask(lambda b, h, q, k: q * 1000 >= k)
+    given = {"query": QUERY, "key": KEY, "mask": far, "query_offset": 1000}
+    whole = attn_core.attention(**given, value=KEY, return_weights=True).weights
+    got = attn_core.weights(**given, queries=[3])
+    np.testing.assert_allclose(got, whole[:, :, [3]], atol=1e-12)
+
+
+def test_no_head_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`heads` must name at least one head. Got none."):
+        attn_core.weights(QUERY, KEY, heads=[])
+    assert attn_core.weights(QUERY, KEY, queries=[]).shape == (B, HQ, 0, TK)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from attn_core.backends.torch import native, native_tiles
+from attn_core.backends.torch import chunked, native, native_bands
 from attn_core.backends.torch.chunked_parts import joined, tiles_of, together
 from attn_core.footprint import differs, reading, sizes
 from attn_core.language.duals import differentiate
@@ -22,8 +22,8 @@ _PHILOX = 20
 """Bytes of an entry of dropout's mask while it is made: words and their products are int64."""
 
 
-_ROWS, _KEYS = 256, 512
-"""Of the tile that each thread of torch's fused kernel holds on a CPU, at most."""
+_KEYS = 512
+"""That a thread of torch's fused kernel takes at once on a CPU."""
 
 
 def account(p: Problem, impl: str) -> Account:
@@ -87,27 +87,67 @@ def _native(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Accoun
     batch, q_len, k_len = found
     narrow, wide = WIDTH[p.dtype] // 8, WIDTH[p.accumulation] // 8
     statistics = batch * p.heads * q_len * wide
-    inputs = batch * (p.heads * q_len * p.width + p.kv_heads * k_len * (p.width + p.v_width))
+    results = batch * p.heads * q_len * p.v_width * narrow
+    whole = native._kind(p) != "tiles"
+    block_q, _, block_k, _ = tiles_of(p.group, q_len, k_len, native_bands.ROWS, native_bands.KEYS)
     held = statistics
     if p.device == "cpu":
-        held += torch.get_num_threads() * wide * _ROWS * (_KEYS + p.width)
-    if native._kind(p) != "tiles":
-        # torch's kernel copies on its way to gradients that lie as (B, T, H, D).
-        return Account(None, held, 2 * statistics + inputs * narrow, *numbers)
-    block_q, _, block_k, _ = tiles_of(p.group, q_len, k_len, native_tiles._ROWS, native_tiles._KEYS)
-    selected = 0
-    if p.mask is not None and slides(p.mask) and not (p.kv_lengths or p.q_lengths):
-        selected = block_q * min(k_len, native_tiles._JOINED) * narrow
-    elif p.mask is not None or p.kv_lengths or p.q_lengths:
-        selected = min(native_tiles._SELECTION, batch * q_len * k_len * narrow)
-    # What one call over many tiles gives, before it is put where it belongs.
-    outputs = min(native_tiles._BAND, batch * p.heads * q_len * p.v_width * narrow)
-    # Neighbouring tiles see some keys twice.
-    gradients = min(native_tiles._BAND, 3 * inputs // 2 * narrow)
+        rows = _split(q_len if whole else block_q)
+        held += torch.get_num_threads() * wide * rows * (min(_KEYS, k_len) + p.width)
+    if whole:
+        # The kernel wants what flows back as (B, T, H, D), and lays its results out so.
+        copies = 1 if p.layout == "BTHD" else 2
+        backward = 2 * statistics + copies * results
+    else:
+        forward, backward = _bands(p, found)
+        held, backward = held + forward, held + statistics + backward
+    if not chunked.sums_wide(p.group, p.dtype):
+        backward = max(held, _chunked(p, found, numbers).backward or 0)
+    return Account(None if whole else (block_q, block_k), held, backward, *numbers)
+
+
+def _bands(p: Problem, found: tuple[int, int, int]) -> tuple[int, int]:
+    """What one call over a band of tiles gives and is given, before it is put where it belongs."""
+    batch, q_len, k_len = found
+    narrow, wide = WIDTH[p.dtype] // 8, WIDTH[p.accumulation] // 8
+    by_batch, by_head = differs(p)
+    heads = p.group if by_head else p.heads
+    block_q = min(q_len, native_bands.ROWS)
+    masked = p.mask is not None or p.kv_lengths or p.q_lengths
+    read = heads if p.mask is not None and p.mask.reads("h") else 1
+    sliding = p.mask is not None and slides(p.mask) and not (p.kv_lengths or p.q_lengths)
+    one = block_q * (min(k_len, native_bands.JOINED // 2) if sliding else k_len) * read * narrow
+    selected, tiles, most = 0, q_len // block_q, native_bands.SELECTION
+    if by_batch and tiles == 1 and batch * one <= 2 * most:
+        by_batch, one = False, batch * one  # batches are taken together
+    if sliding:
+        selected = one
+    elif masked:
+        selected = min(max(one, most), tiles * one)
+        if p.mask is not None:  # else most spans are full, and bands long
+            tiles = max(1, min(tiles, most // one))
+    rows = tiles * block_q
+    batches = 1 if by_batch or tiles > 1 else batch
+    width = p.width + p.v_width
+    # Neighbouring tiles of a band see some keys twice; each query head has its own gradients.
+    keys = heads * (3 * rows // 2 + min(k_len, native_bands.JOINED // 2) if sliding else k_len)
+    keys *= width
+    if not sliding:
+        # Made of what is allowed, a byte each, and of the mask's steps.
+        entries = selected // narrow
+        tile = {"b": 1, "h": 1, "row": block_q, "k": entries // block_q}
+        selected += entries + reading(p.mask, tile, wide)
+    outputs = min(native_bands.BAND, batches * heads * rows * p.v_width * narrow)
+    gradients = min(native_bands.BAND, batches * (heads * rows * p.width + keys) * narrow)
+    inputs = batch * (p.heads * q_len * p.width + p.kv_heads * k_len * width)
     # Gradients are added up span by span, in memory of their own where entries have 16 bits.
     added = inputs * wide if narrow < wide else 0
-    backward = held + statistics + selected + gradients + added
-    return Account((block_q, block_k), held + selected + outputs, backward, *numbers)
+    return selected + outputs, selected + gradients + added
+
+
+def _split(rows: int) -> int:
+    """Rows that a thread of torch's CPU kernel takes at once."""
+    return 256 if rows >= 768 else 64 if rows >= 192 else 32
 
 
 def _lowered(products: str) -> tuple[str, str] | None:

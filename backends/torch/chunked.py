@@ -122,8 +122,9 @@ def _backward_op(ask: str, scale: float, wanted: Sequence[bool], *given: Any) ->
 def _forward(ask: Ask, scale: float, given: Sequence[Any]) -> tuple[Array, ...]:
     x = operands_of(ask, given)
     with _without_autocast(given[0]):
-        tiled = ask.kernel == "tiles"
-        if ask.kernel and (not tiled or native_tiles.fits(scale, [(x.query, x.key)])):
+        whole = ask.kernel != "tiles"
+        pair = [(x.query, x.key)]
+        if ask.kernel and ((whole and not ask.lse) or native_tiles.fits(scale, pair, whole)):
             return native_tiles.forward(ask, scale, x)
         return forward(Work(ask, scale, x))
 
@@ -188,8 +189,10 @@ def _looped(call: Any) -> Any:
     """The rule of vmap: once for each example, since masks and dropout count the batch."""
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, tuple[int, ...]]:
-        each = [call(*_select(args, in_dims, n)) for n in range(info.batch_size)]
-        found = tuple([torch.stack(x) for x in zip(*each, strict=True)])
+        # Of no examples the results have shapes all the same: those of one that is made up.
+        some = args if info.batch_size else _first(args, in_dims)
+        each = [call(*_select(some, in_dims, n)) for n in range(max(1, info.batch_size))]
+        found = tuple([torch.stack(x)[: info.batch_size] for x in zip(*each, strict=True)])
         return (list(found) if isinstance(each[0], list) else found), (0,) * len(found)
 
     return rule
@@ -199,6 +202,15 @@ def _select(x: Any, dim: Any, n: int) -> Any:
     if isinstance(x, (tuple, list)):
         return [_select(y, d, n) for y, d in zip(x, dim, strict=True)]
     return x if dim is None else x.select(dim, n)
+
+
+def _first(x: Any, dim: Any) -> Any:
+    """Arguments of one example, zeros, in the place of none."""
+    if isinstance(x, (tuple, list)):
+        return [_first(y, d) for y, d in zip(x, dim, strict=True)]
+    if dim is None:
+        return x
+    return x.new_zeros([1 if axis == dim else n for axis, n in enumerate(x.shape)])
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
@@ -331,8 +343,8 @@ def _grads_batched(
 
 def _refused(what: str) -> UnsupportedError:
     return UnsupportedError(
-        f'{what} impl="reference". Got impl="chunked", which has the first derivative only, '
-        "backwards."
+        f'{what} impl="reference". Got one that has the first derivative only, backwards: '
+        "chunked, or native."
     )
 
 

@@ -150,13 +150,24 @@ def peak(call: Any) -> int:
         {"mask": masks.causal() & masks.window(left=100), "impl": "native"},
         {"mask": masks.causal() & masks.segments(np.arange(2048) // 300), "impl": "native"},
         {"mask": masks.window(left=100), "impl": "native", "dtype": torch.bfloat16},
+        {"mask": masks.causal(), "impl": "native", "layout": "BTHD"},
+        {"mask": masks.causal(), "impl": "native", "offset": 100},
+        {"mask": masks.prefix(700) | masks.causal(), "impl": "native"},
+        {"mask": masks.dense(torch.rand(2048, 2048) > 0.5), "impl": "native"},
+        {"mask": attn_core.mask(lambda b, h, q, k: q - k <= 100 * (h + 1)), "impl": "native"},
+        {"mask": masks.window(256, 0), "impl": "native", "kv_heads": 1, "batch": 3},
+        {"mask": masks.window(256, 0), "impl": "native", "kv_heads": 1, "dtype": torch.bfloat16},
+        {"lengths": [2048, 1500, 300], "impl": "native", "batch": 3},
+        {"lengths": [2048, 1500, 300], "impl": "native", "batch": 3, "mask": masks.causal()},
     ],
 )
 def test_estimates_are_near_what_is_allocated(more: dict[str, Any]) -> None:
     given: dict[str, Any] = {"impl": "chunked", **more}
     dtype, heads = given.pop("dtype", torch.float32), given.pop("heads", 4)
     kv_heads = given.pop("kv_heads", heads)
-    query, key, value = (draw(2048, 1, h, dtype) for h in (heads, kv_heads, kv_heads))
+    batch, lengths = given.pop("batch", 1), given.pop("lengths", None)
+    query, key, value = (draw(2048, batch, h, dtype) for h in (heads, kv_heads, kv_heads))
+    given |= {"query_offset": given.pop("offset", 0), "kv_lengths": lengths}
     if given.get("layout") == "BTHD":
         query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
     arrays = (query, key, value)

@@ -15,7 +15,7 @@ from torch.func import grad, jvp, vmap
 
 import attn_core
 from attn_core import UnsupportedError, attention, masks, scores
-from attn_core.backends.torch import native_tiles
+from attn_core.backends.torch import native_bands, native_selections, native_tiles
 
 RNG = np.random.default_rng(23)
 B, HQ, HK, TQ, TK, D = 2, 4, 2, 300, 410, 8
@@ -92,7 +92,7 @@ def test_whole(options: Any) -> None:
 
 
 def test_a_long_row_is_asked_for_in_spans_and_merged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_tiles, "_JOINED", 64)
+    monkeypatch.setattr(native_bands, "JOINED", 64)
     for name in ("causal", "keys that lie apart", "lengths", "rows without keys"):
         compare(arrays(), **CASES[name])
 
@@ -173,7 +173,7 @@ BANDS: dict[str, Any] = {
 @pytest.mark.parametrize("band", [0, 2**20, 2**24], ids=["one by one", "some", "all"])
 @pytest.mark.parametrize("name", BANDS)
 def test_tiles_alike_are_one_call(name: str, band: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_tiles, "_BAND", band)
+    monkeypatch.setattr(native_bands, "BAND", band)
     counted = []
     kernel = native_tiles._kernel
     monkeypatch.setattr(
@@ -186,9 +186,9 @@ def test_tiles_alike_are_one_call(name: str, band: int, monkeypatch: pytest.Monk
 
 def test_a_selection_is_shared_along_a_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated = []
-    allowed = native_tiles.Selections._allowed
+    allowed = native_selections.Selections._allowed
     monkeypatch.setattr(
-        native_tiles.Selections,
+        native_selections.Selections,
         "_allowed",
         lambda self, tiles: evaluated.append(len(tiles)) or allowed(self, tiles),
     )
@@ -225,6 +225,41 @@ def test_huge_keys_that_nobody_sees_overflow_nothing() -> None:
     spoiled = found([q, k, v], "native", mask=masks.causal(), query_offset=0)
     assert all(x.isfinite().all() for x in spoiled)
     torch.testing.assert_close(spoiled[0][:, :, :200], want[0][:, :, :200])
+
+
+@pytest.mark.parametrize("calls", [1, 6])
+def test_short_batches_of_several_lengths_are_one_call(
+    calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call for each costs more than looking at what others may not see; a long one does not."""
+    asked: list[int] = []
+    kernel = native_tiles._kernel
+    monkeypatch.setattr(
+        native_tiles, "_kernel", lambda q, *a, **o: asked.append(q.shape[0]) or kernel(q, *a, **o)
+    )
+    if calls > 1:
+        monkeypatch.setattr(native_bands, "_CALL", 0)
+    lengths = [300, 0, 1, 64, 65, 299]
+    q, k, v = draw(6, HQ, 1, D), draw(6, HK, 300, D), draw(6, HK, 300, D)
+    for b, length in enumerate(lengths):
+        k[b, :, length:], v[b, :, length:] = torch.nan, torch.inf
+    with torch.no_grad():
+        attention(q, k, v, kv_lengths=lengths, impl="native")
+    assert asked == ([6] if calls == 1 else [1] * 5)  # of length 0 nothing is asked
+    compare((q, k, v), kv_lengths=lengths)
+    lengths = torch.tensor(lengths)
+    compare((q, k, v), kv_lengths=lengths, mask=masks.causal(), query_offset=lengths - 1)
+
+
+@pytest.mark.parametrize("mask", [None, masks.causal()])
+def test_a_row_whose_logits_are_all_lost_has_no_sum(mask: Any) -> None:
+    """The kernel says lse 0 of it."""
+    q, k, v = (draw(1, 2, 100, 8, dtype=torch.float32) for _ in range(3))
+    q[0, 0, 40], k[0, 0] = -1e30, 1e30
+    out, lse, _ = attention(q, k, v, mask=mask, impl="native", return_lse=True)
+    assert lse[0, 0, 40] == -torch.inf
+    assert (out[0, 0, 40] == 0).all()
+    assert lse[0, 1].isfinite().all()
 
 
 def test_which_calls_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
