@@ -1,0 +1,53 @@
+"""What the language means where Triton means something else, as device functions."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def floordiv(x, y):
+    """Floor of the quotient; Triton's own `//` truncates. y is never 0."""
+    quotient = x // y
+    rest = x - quotient * y
+    return quotient - ((rest != 0) & ((rest < 0) != (y < 0))).to(x.dtype)
+
+
+@triton.jit
+def mod(x, y):
+    """x minus y times that floor."""
+    return x - y * floordiv(x, y)
+
+
+@triton.jit
+def divide(x, y):
+    """Rounded as IEEE says; Triton's own `/` of float32 is 2 units off."""
+    return tl.div_rn(x, y)
+
+
+@triton.jit
+def tanh(x):
+    """To a unit or two in the last place, at small x too, without a library of the device's."""
+    squared = x * x
+    # The series where 1 - exp(-2x) would cancel; its next term is below 2e-9 there.
+    series = 21844.0 / 6081075.0
+    series = series * squared - 1382.0 / 155925.0
+    series = series * squared + 62.0 / 2835.0
+    series = series * squared - 17.0 / 315.0
+    series = series * squared + 2.0 / 15.0
+    series = series * squared - 1.0 / 3.0
+    small = x + x * squared * series
+    e = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.3, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def widened(x):
+    """A value of a table: floats as float32, integers as they are, at least int32."""
+    if x.dtype.is_floating():
+        return x.to(tl.float32)
+    if x.dtype.primitive_bitwidth < 32:
+        return x.to(tl.int32)
+    return x
