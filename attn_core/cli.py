@@ -1,11 +1,14 @@
-"""The command line: `attn-core doctor`, `attn-core explain` and `attn-core conformance run`.
+"""The command line: `attn-core doctor`, `explain`, `conformance` and `bench`.
+
+Options and their words stand here; what they lead to is imported when it is asked for.
 
 Completion: `attn-core --install-completion`.
 """
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -138,6 +141,16 @@ def run_suite(
     raise typer.Exit(1 if bad else 0)
 
 
+@contextmanager
+def _told(*kinds: type[Exception], status: int = 2) -> Iterator[None]:
+    """End with that exit status where one of these is raised, and say its message."""
+    try:
+        yield
+    except kinds as error:
+        Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
+        raise typer.Exit(status) from error
+
+
 def _progress() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
@@ -158,11 +171,8 @@ def diff_reports(
     """What changed between two reports; exit 1 where what passed no longer does."""
     from attn_core.conformance.difference import compare
 
-    try:
+    with _told(ValueError, OSError):
         status = compare(before, after, Console(), factor)
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
     raise typer.Exit(status)
 
 
@@ -184,14 +194,11 @@ def write_golden(
     from attn_core.conformance.golden_write import write
     from attn_core.conformance.judgement import chosen
 
-    try:
+    with _told(ValueError, ImportError, OSError):
         cases = chosen(case or [])
         with _progress() as bar:
             task = bar.add_task("golden", total=len(cases))
             write(directory, cases, seen=lambda name: bar.update(task, advance=1, description=name))
-    except (ValueError, ImportError, OSError) as error:
-        Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
     size = sum(path.stat().st_size for path in directory.iterdir())
     Console().print(
         f"{len(cases)} cases, {size / 1000:.0f} kB, in {directory}", markup=False, soft_wrap=True
@@ -215,7 +222,8 @@ def check_golden(
     console = Console()
     names = backend or ["numpy"]
     verdicts: list[Verdict] = []
-    try:
+    # A set that is not what it says is a failure; a question that cannot be asked is misuse.
+    with _told(ValueError, ImportError), _told(golden.GoldenError, status=1):
         total = len(names) * len(golden.verify(directory))
         with _progress() as bar:
             task = bar.add_task("golden", total=total)
@@ -225,12 +233,6 @@ def check_golden(
 
             for name in names:
                 verdicts += golden_check.check(directory, name, seen=seen)
-    except golden.GoldenError as error:
-        Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from error
-    except (ValueError, ImportError) as error:
-        Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
     console.print(report.matrix(verdicts))
     report.summary(verdicts, console)
     raise typer.Exit(0 if all(v.passed for v in verdicts) else 1)
@@ -240,6 +242,12 @@ def _masks(incomplete: str) -> list[str]:
     from attn_core.explain_shapes import NAMED
 
     return [name for name in NAMED if name.startswith(incomplete)]
+
+
+def _scores(incomplete: str) -> list[str]:
+    from attn_core.explain_shapes import SCORES
+
+    return [name for name in SCORES if name.startswith(incomplete)]
 
 
 @app.command("explain")
@@ -259,11 +267,33 @@ def explain_shapes(
             autocompletion=_masks,
         ),
     ] = None,
-    kv_lengths: Annotated[str | None, typer.Option(help="Ints with commas between.")] = None,
-    query_offset: Annotated[str | None, typer.Option(help="start, end or an int.")] = None,
+    bias: Annotated[
+        str | None, typer.Option(help="Its shape, Tq,Tk or 1,Hq,Tq,Tk and the like.")
+    ] = None,
+    score: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='softcap:50, alibi or text such as "s * 0.5"; may be repeated, one after another.',
+            autocompletion=_scores,
+        ),
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="1 / sqrt(D) when left out.")] = None,
+    sinks: Annotated[bool, typer.Option("--sinks", help="A sink to each head.")] = False,
+    kv_lengths: Annotated[
+        str | None, typer.Option(help="An int for all batches, or one to each, commas between.")
+    ] = None,
+    q_lengths: Annotated[str | None, typer.Option(help="As --kv-lengths.")] = None,
+    query_offset: Annotated[
+        str | None, typer.Option(help="start, end, an int, or one to each batch.")
+    ] = None,
+    dropout: Annotated[float, typer.Option(help="The rate.")] = 0.0,
     layout: Annotated[str, typer.Option(help="BHTD or BTHD.")] = "BHTD",
     precision: Annotated[str | None, typer.Option(help="highest or fast.")] = None,
     impl: Annotated[str, typer.Option(help="auto, or the name of an implementation.")] = "auto",
+    return_lse: Annotated[bool, typer.Option("--return-lse", help="Ask for lse too.")] = False,
+    return_weights: Annotated[
+        bool, typer.Option("--return-weights", help="Ask for the weights too.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What attention would do with arrays of these sizes; exit 1 where nothing answers."""
@@ -271,7 +301,7 @@ def explain_shapes(
 
     from attn_core.explain_shapes import report
 
-    try:
+    with _told(ValueError, TypeError, ImportError):
         found = report(
             backend,
             shape,
@@ -280,15 +310,20 @@ def explain_shapes(
             value_width=value_width,
             dtype=dtype,
             mask=mask or (),
+            bias=bias,
+            score=score or (),
+            scale=scale,
+            sinks=sinks,
             kv_lengths=kv_lengths,
+            q_lengths=q_lengths,
             query_offset=query_offset,
+            dropout=dropout,
             layout=layout,
             precision=precision,
             impl=impl,
+            return_lse=return_lse,
+            return_weights=return_weights,
         )
-    except (ValueError, TypeError, ImportError) as error:
-        Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
     if json:
         typer.echo(dumps(found.as_dict(), indent=2))
     else:
@@ -324,7 +359,14 @@ def run_benchmarks(
             help="torch, jax, tf or onnxruntime; may be repeated.", autocompletion=_frameworks
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of turns, two samples each.")] = 7,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Rounds of turns, two samples each.",
+            show_default="7, or 2 with --quick",
+        ),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads, and cores, of every worker.")] = 2,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that an answer may take.")] = 900.0,
     quick: Annotated[
@@ -339,65 +381,24 @@ def run_benchmarks(
     ] = False,
 ) -> None:
     """Check, then time; exit 1 where an attention of ours is wrong or raises."""
-    from attn_core.benchmarks import report, results, runner
+    from attn_core.benchmarks import runner, terminal
 
-    console = Console()
-    pace = runner.QUICK if quick else runner.Pace(rounds=rounds)
-    pace = pace._replace(timeout=timeout)
-    interrupted = False
-    try:
-        steps = runner.plan(case or [], framework or [], quick=quick)
-    except ValueError as error:
-        Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
-    found = results.Results(
-        results.environment(threads), {step.case.name: step.case for step in steps}, quick=quick
+    pace = (runner.QUICK if quick else runner.Pace())._replace(timeout=timeout)
+    pace = pace if rounds is None else pace._replace(rounds=rounds)
+    with _told(ValueError):
+        steps, found = terminal.begun(
+            *(case or [], framework or []), threads=threads, quick=quick, into=json, resume=resume
+        )
+    raise typer.Exit(
+        terminal.run(
+            *(steps, found),
+            pace=pace,
+            threads=threads,
+            into=json,
+            console=Console(),
+            bar=_progress(),
+        )
     )
-    if resume:
-        try:
-            if json is None:
-                raise ValueError("`--resume` must come with --json FILE. Got none.")
-            found = results.resumed(results.load(json), found) if json.exists() else found
-        except ValueError as error:
-            Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
-            raise typer.Exit(2) from error
-        steps = [s for s in steps if not found.holds(s.case, s.direction, s.subjects)]
-        # Ratios are of samples that took turns: a step that was cut off begins anew.
-        found.drop((s.case.name, s.direction) for s in steps)
-    load, cores = found.environment["load"], found.environment["cores"]
-    if load and load[0] > cores / 4:
-        console.print(f"The machine is busy: its load is {load[0]} on {cores} cores.")
-    try:
-        with _progress() as bar:
-            task = bar.add_task("benchmarks", total=sum(len(step.subjects) for step in steps))
-            for each in runner.run(
-                steps,
-                threads=threads,
-                pace=pace,
-                seen=lambda what: bar.update(task, description=what),
-            ):
-                found.measurements.append(each)
-                if json is not None:
-                    results.save(found, json)
-                bar.update(task, advance=1)
-    except KeyboardInterrupt:
-        # What was done is kept and shown, and the exit status says that it is not all.
-        interrupted = True
-    for parts in results.merged(found.measurements).values():
-        console.print(report.step_table(found, parts))
-    if not quick:
-        console.print(report.targets_table(found))
-    for each in report.failures(found):
-        text = f"{each.case} {each.direction} {each.subject}: {each.status}: {each.problem}"
-        console.print(text, markup=False, soft_wrap=True)
-    if json is not None:
-        results.save(found, json)
-    if interrupted:
-        raise typer.Exit(130)
-    if not any(each.status == "measured" for each in found.measurements):
-        console.print("nothing has been measured.")
-        raise typer.Exit(1)
-    raise typer.Exit(1 if found.broken else 0)
 
 
 @benches.command("page")
@@ -410,53 +411,18 @@ def write_benchmark_page(
     ),
 ) -> None:
     """Write the page of a run, and the picture of time against live blocks."""
-    from attn_core.benchmarks import page, results
+    from attn_core.benchmarks import terminal
 
-    try:
-        drawn = page.write_page(source, results.load(source), to)
-    except (ValueError, ImportError, OSError) as error:
-        Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
-    beside = f" and {page.PICTURE}" if drawn else ", without a picture: no sweep was measured"
-    Console().print(f"{to}{beside}", markup=False, soft_wrap=True)
+    with _told(ValueError, ImportError, OSError):
+        said = terminal.write_page(source, to)
+    Console().print(said, markup=False, soft_wrap=True)
 
 
 @app.command()
 def doctor() -> None:
     """What is installed, and which backends can be used."""
-    import subprocess
-    import sys
+    from attn_core.cli_doctor import lines
 
     console = Console()
-    console.print(f"attn-core {version('attn-core')}, Python {sys.version.split()[0]}")
-    packages = {"torch": "torch", "tf": "tensorflow", "jax": "jax", "numpy": "numpy"}
-    for name in config.BACKENDS:
-        found = _version(packages[name])
-        if found is None:
-            console.print(f"  {name}: not installed; pip install 'attn-core[{name}]'", markup=False)
-            continue
-        # In a process of its own: two frameworks are never imported into one.
-        check = subprocess.run(
-            [sys.executable, "-c", f"from attn_core import registry; registry.load({name!r})"],
-            capture_output=True,
-            text=True,
-        )
-        last = (check.stderr.strip().splitlines() or ["no message"])[-1]
-        state = "ready" if check.returncode == 0 else f"broken: {last}"
-        console.print(f"  {name}: {packages[name]} {found}, {state}", markup=False)
-    triton = _version("triton")
-    if triton and _version("tensorflow") and not triton.startswith(("3.4", "3.5", "3.6")):
-        console.print(
-            f"  triton {triton} aborts a process that imported TensorFlow first (3.7 to 3.9 do); "
-            "3.6.0 does not.",
-            markup=False,
-        )
-
-
-def _version(package: str) -> str | None:
-    for name in (package, f"{package}-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return None
+    for line in lines():
+        console.print(line, markup=False)

@@ -3,7 +3,8 @@
 A figure is published only beside the check it passed, and only beside those it was measured with:
 
 cases       named, frozen questions: a shape, a mask, and who is asked in which direction
-check       a subject's answer at full size, against the float64 judge, on sampled rows
+judge       attention in float64, row by row, apart from everything that is timed
+check       a subject's answer at full size, against the judge, on sampled rows
 *_calls     a subject as something that can be timed: one run, to its end
 timing      A B B A; medians, quartiles and ratios
 memory      the most that a call takes beside its arguments and results
@@ -13,6 +14,7 @@ runner      every case through every subject, turn by turn
 results     the measurements as JSON
 targets     what is promised, and whether it holds
 report      the terminal's tables; page, docs/BENCHMARKS.md and its picture
+terminal    a run as it is seen there
 """
 
 if __name__ == "benchmarks":

@@ -8,6 +8,7 @@ what is checked is then one and the same compiled or eager function.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -65,11 +66,29 @@ def tiling(case: Case, backend: str) -> Tiling:
     return Tiling(*said.tiles, live)
 
 
+def ours(backend: str, impl: str, case: Case, **options: Any) -> Attend:
+    """attn_core.attention with that implementation, asked the case in its own words.
+
+    Lengths are an array of the framework, as they are where they change from call to call.
+    """
+    library = registry.load(backend)
+    known = ("auto", *library.IMPLEMENTATIONS)
+    if impl not in known:
+        raise Refused(f"{backend} has no implementation {impl!r}; it has {', '.join(known)}.")
+    given: dict[str, Any] = {"mask": case.language(), "impl": impl, **options}
+    if case.kv_lengths:
+        given["kv_lengths"] = library.from_numpy(np.array(case.kv_lengths, np.int32))
+
+    def attend(query: Any, key: Any, value: Any) -> Any:
+        return attn_core.attention(query, key, value, **given)
+
+    return attend
+
+
 def results_bytes(case: Case, direction: str) -> int:
     """What a call's results take: they are no temporaries."""
-    one = case.batch * case.heads * case.length * case.width
     size = {"float32": 4, "bfloat16": 2}[case.dtype]
-    return one * size * len(expected_names(direction))
+    return size * sum(math.prod(case.sizes(name)) for name in expected_names(direction))
 
 
 def forward_only(name: str, direction: str) -> None:
@@ -78,7 +97,9 @@ def forward_only(name: str, direction: str) -> None:
         raise Refused(f"{name} has no backward pass here.")
 
 
-def in_words(name: str, case: Case, *words: str) -> None:
+def in_words(name: str, case: Case, *words: str, lengths: bool = False) -> None:
     """Refuse masks other than these: they would have to be made dense, T x T."""
+    if case.kv_lengths and not lengths:
+        raise Refused(f"{name} has no word for lengths here.")
     if case.mask not in words:
         raise Refused(f"{name} has no word for {case.mask}; it would need a mask of T x T entries.")

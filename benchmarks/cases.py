@@ -9,6 +9,8 @@ that everything about it can be counted and judged without the language:
     window          [i - reach + 1, i]          the last `reach` keys, itself among them
     documents       [i // reach * reach, i]     causal within documents of `reach` tokens
 
+and of each, in a case with `kv_lengths`, what lies before the length of the batch's own keys.
+
 Who is asked stands with the case: subjects by the names of `subjects.py`, directions by
 
     forward         out, from arrays that need no gradient
@@ -30,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from attn_core import masks
-from attn_core.conformance.questions import Shape, numpy_dtype
+from attn_core.conformance.questions import numpy_dtype
 from attn_core.language.values import Mask
 
 MASKS = ("full", "causal", "window", "documents")
@@ -52,7 +54,7 @@ class Case:
 
     Attributes:
         name: unique; says mask, length, width and dtype.
-        length: T, of queries and keys alike.
+        length: T, of keys, and of queries too where `queries` says nothing else.
         width: D, of queries, keys and values alike.
         mask: one of MASKS.
         reach: keys of a window, or tokens of a document.
@@ -60,6 +62,8 @@ class Case:
         directions: what of them.
         measure: "time", "memory" (peak temporaries) or "first" (what the first call costs).
         shrunk: by how much length and reach have been divided.
+        queries: of them, where there are not T; 0 is T. Query i still stands at position i.
+        kv_lengths: of each batch, the keys that are there; the others are padding. All, if empty.
     """
 
     name: str
@@ -74,13 +78,20 @@ class Case:
     directions: tuple[str, ...] = DIRECTIONS
     measure: str = "time"
     shrunk: int = 1
+    queries: int = 0
+    kv_lengths: tuple[int, ...] = ()
 
     @property
-    def shape(self) -> Shape:
-        sizes = (self.batch, self.heads, self.heads, self.length, self.length)
-        return Shape(*sizes, self.width, self.width)
+    def rows(self) -> int:
+        """Query rows."""
+        return self.queries or self.length
 
-    def keys(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def sizes(self, name: str) -> tuple[int, int, int, int]:
+        """(B, H, T, D) of query, key, value or out; a gradient is as large as its argument."""
+        count = self.length if name in ("key", "value") else self.rows
+        return self.batch, self.heads, count, self.width
+
+    def keys(self, rows: np.ndarray, batch: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """The first key that each of these rows sees, and the first beyond the last."""
         first, beyond = np.zeros_like(rows), rows + 1
         if self.mask == "full":
@@ -89,11 +100,13 @@ class Case:
             first = np.maximum(rows - self.reach + 1, 0)
         elif self.mask == "documents":
             first = rows // self.reach * self.reach
-        return first, beyond
+        if self.kv_lengths:
+            beyond = np.minimum(beyond, self.kv_lengths[batch])
+        return np.minimum(first, beyond), beyond
 
-    def dense(self, rows: np.ndarray) -> np.ndarray:
+    def dense(self, rows: np.ndarray, batch: int = 0) -> np.ndarray:
         """Which keys these rows see, boolean (rows, T), made without the language."""
-        first, beyond = self.keys(rows)
+        first, beyond = self.keys(rows, batch)
         key = np.arange(self.length)
         return (first[:, None] <= key) & (key < beyond[:, None])
 
@@ -113,18 +126,18 @@ class Case:
 
     @property
     def entries(self) -> int:
-        """Live entries of one head."""
-        first, beyond = self.keys(np.arange(self.length))
-        return int((beyond - first).sum())
+        """Live entries of one head, in all batches."""
+        ranges = [self.keys(np.arange(self.rows), b) for b in range(self.batch)]
+        return sum(int((beyond - first).sum()) for first, beyond in ranges)
 
     @property
     def blocks(self) -> int:
-        """Blocks of BLOCK x BLOCK of one head that hold a live entry.
+        """Blocks of BLOCK x BLOCK of one head of the first batch that hold a live entry.
 
         Ranges of neighbouring rows meet, so the blocks of a row of blocks are a range too.
         """
-        first, beyond = self.keys(np.arange(self.length))
-        starts = np.arange(0, self.length, BLOCK)
+        first, beyond = self.keys(np.arange(self.rows))
+        starts = np.arange(0, self.rows, BLOCK)
         low = np.minimum.reduceat(first, starts) // BLOCK
         high = -(-np.maximum.reduceat(beyond, starts) // BLOCK)
         return int((high - low).sum())
@@ -135,15 +148,14 @@ class Case:
         Those that a subject computes beside them, such as a masked half, do not count for it.
         """
         matmuls = {"forward": 2, "backward": 5, "both": 7}[direction]
-        return 2.0 * matmuls * self.batch * self.heads * self.entries * self.width
+        return 2.0 * matmuls * self.heads * self.entries * self.width
 
     def arrays(self) -> dict[str, np.ndarray]:
         """query, key, value and the cotangent of out, (B, H, T, D); equal for equal names."""
         rng = np.random.default_rng(np.random.SeedSequence([ord(c) for c in self.name]))
-        shape = (self.batch, self.heads, self.length, self.width)
         dtype = numpy_dtype(self.dtype)
         return {
-            name: rng.standard_normal(shape, np.float32).astype(dtype)
+            name: rng.standard_normal(self.sizes(name), np.float32).astype(dtype)
             for name in ("query", "key", "value", "cotangent")
         }
 
@@ -168,8 +180,14 @@ class Case:
         """The same case at a sixteenth of its length, for a look at whether everything runs."""
         if self.length < 1024:
             return self
-        reach = max(self.reach // 16, 1)
-        return replace(self, length=self.length // 16, reach=reach, shrunk=16)
+        return replace(
+            self,
+            length=self.length // 16,
+            reach=max(self.reach // 16, 1),
+            queries=-(-self.queries // 16),
+            kv_lengths=tuple(max(n // 16, 1) for n in self.kv_lengths),
+            shrunk=16,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -243,10 +261,23 @@ def _floors() -> list[Case]:
         ("documents", 8192, 512),
     ):
         name = f"floor-{mask}-T{length}-D64-float32"
-        forward = ("forward",)
-        case = Case(name, length, mask=mask, reach=reach, subjects=asked, directions=forward)
-        found.append(case)
+        # Beside the causal floor at that length: what share of work the bare products reach.
+        more = tuple(causal_floor(x) for x in ("torch", "jax", "tf")) if reach else ()
+        found.append(
+            Case(
+                *(name, length),
+                mask=mask,
+                reach=reach,
+                subjects=(*asked, *more),
+                directions=("forward",),
+            )
+        )
     return found
+
+
+def causal_floor(framework: str) -> str:
+    """The floor under a framework's causal attention; torch's is its kernel, called directly."""
+    return "torch-sdpa@causal" if framework == "torch" else f"{framework}-floor@causal"
 
 
 def _tiny() -> list[Case]:
@@ -268,6 +299,29 @@ def _memory() -> list[Case]:
     ]
 
 
+def _lengths() -> list[Case]:
+    """Batches whose keys are of uneven lengths: a step of decoding, and a padded prefill."""
+    asked = (*_OURS, "tf-unknown:auto", *_NAMED, "torch-sdpa", "jax-nn", "matmul")
+    # Spread evenly, from nearly nothing to all there is.
+    spread = tuple(32 * n for n in range(1, 65))
+    decode = Case(
+        *("decode-lengths-B64-T2048-D64-float32", 2048),
+        batch=64,
+        queries=1,
+        kv_lengths=spread,
+        subjects=asked,
+        directions=("forward",),
+    )
+    prefill = Case(
+        *("prefill-lengths-B4-T1024-D64-float32", 1024),
+        batch=4,
+        mask="causal",
+        kv_lengths=(1024, 700, 389, 97),
+        subjects=asked,
+    )
+    return [decode, prefill]
+
+
 def _first() -> list[Case]:
     return [
         Case(
@@ -282,7 +336,9 @@ def _first() -> list[Case]:
     ]
 
 
-CASES: tuple[Case, ...] = (*(*_dense(), *_sparse(), *_floors(), *_tiny(), *_memory(), *_first()),)
+CASES: tuple[Case, ...] = (
+    *(*_dense(), *_sparse(), *_floors(), *_lengths(), *_tiny(), *_memory(), *_first()),
+)
 BY_NAME = {case.name: case for case in CASES}
 
 

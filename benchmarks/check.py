@@ -1,10 +1,11 @@
 """Check, then time: a subject's answer at full size against the float64 judge.
 
-The judge is brute force in float64 (`attn_core.reference`) and cannot hold T x T entries, so it is
-asked about some query rows, and about nothing but those:
+The judge (`judge.py`) is brute force in float64 and would take far longer over all T x T entries
+than what it judges, so it is asked about some query rows, and about nothing but those:
 
 - out: the sampled rows, each against all of its keys. The first and last row, those beside the
-  edges of common tiles, and others drawn at random are among them.
+  edges of common tiles, and one drawn at random from each of as many equal stretches of the others
+  as there are rows left: any T / 50 rows in succession hold one of them.
 - gradients: the cotangent is zeroed outside the sampled rows. What those rows pull back is then
   *all* there is, so the whole of d_key and d_value, and d_query in every row (exactly zero outside
   the sample), are compared, at full size and through the very function that is timed.
@@ -17,18 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from attn_core import reference
 from attn_core.benchmarks.cases import Case
-from attn_core.conformance.plain import Textbook, plain
+from attn_core.benchmarks.judge import Answer, answer, exact, rounded
 from attn_core.conformance.questions import numpy_dtype
 from attn_core.conformance.tolerance import share
 
-ENTRIES = 1 << 22
-"""Entries of a sampled problem, over all heads: a few hundred megabytes of float64 on the way."""
+ROWS = 128
+"""Rows of each head that the judge is asked about."""
 
 _EDGES = (0, 63, 64, 127, 128, 255, 256, 511, 512)
 
@@ -49,14 +49,15 @@ def asked(case: Case) -> Asked:
 
 
 def sampled(case: Case) -> np.ndarray:
-    """Which query rows the judge is asked: sorted, 16 to 64 of them where there are so many."""
-    count = ENTRIES // (case.batch * case.heads * case.length)
-    count = min(max(count, 16), 64, case.length)
+    """Which query rows the judge is asked: sorted, ROWS of them where there are so many."""
+    last = case.rows - 1
     # Each once: a row asked twice would pull its gradient back twice.
-    edges = sorted({row for row in (*_EDGES, case.length - 1) if row < case.length})
-    rng = np.random.default_rng(case.length)
-    rest = rng.permutation(np.setdiff1d(np.arange(case.length), edges))
-    return np.sort(np.array([*edges, *rest][:count], np.int64))
+    edges = sorted({row for row in (*_EDGES, last) if row <= last})
+    others = np.setdiff1d(np.arange(case.rows), edges)
+    rng = np.random.default_rng(case.rows)
+    stretches = np.array_split(others, min(ROWS - len(edges), len(others)) or 1)
+    drawn = [rng.choice(stretch) for stretch in stretches if len(stretch)]
+    return np.sort(np.array([*edges, *drawn], np.int64))
 
 
 def shares(case: Case, direction: str, got: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -73,10 +74,11 @@ def shares(case: Case, direction: str, got: Mapping[str, np.ndarray]) -> dict[st
     names = expected_names(direction)
     if set(got) != set(names):
         raise ValueError(f"a {direction} call must give {', '.join(names)}. Got {', '.join(got)}.")
-    rows, textbook, judged = _judged(case)
+    rows = sampled(case)
+    textbook, judged = _judged(case, direction == "forward")
     found = {}
     for name in names:
-        array, full = got[name], (case.batch, case.heads, case.length, case.width)
+        array, full = got[name], case.sizes(name)
         if array.shape != full or array.dtype != numpy_dtype(case.dtype):
             raise ValueError(
                 f"{_shown(name)} must be {case.dtype} {full}. Got {array.dtype} {array.shape}."
@@ -88,11 +90,10 @@ def shares(case: Case, direction: str, got: Mapping[str, np.ndarray]) -> dict[st
                 found[_shown(name)] = float("inf")
                 continue
             array = array[:, :, rows]
-        ordinary = textbook.outputs[name] if name == "out" else textbook.gradients[name]
         found[_shown(name)] = share(
             array,
-            judged[name],
-            ordinary,
+            judged.results[name],
+            textbook.results[name],
             case.dtype,
             "out" if name == "out" else "gradient",
             textbook.logit,
@@ -110,23 +111,13 @@ def _shown(name: str) -> str:
     return name if name == "out" else f"d_{name}"
 
 
-# The judge is slower than most subjects. A sweep asks about as many masks as this.
+# A sweep asks about as many masks as this. What a forward pass needs is a fraction of the work.
 @lru_cache(maxsize=8)
-def _judged(case: Case) -> tuple[np.ndarray, Textbook, dict[str, np.ndarray]]:
-    """The sampled rows, the textbook's account of them and the judge's."""
-    given, rows = asked(case)
-    cotangent = given["cotangent"][:, :, rows]
-    question: dict[str, Any] = {
-        "query": given["query"][:, :, rows],
-        "key": given["key"],
-        "value": given["value"],
-        "mask": case.dense(rows)[None, None],
-        "layout": "BHTD",
-    }
-    none = np.zeros((), np.float32)
-    textbook = plain(
-        question, {"out": cotangent, "lse": none, "weights": none}, numpy_dtype(case.dtype)
+def _judged(case: Case, forward: bool) -> tuple[Answer, Answer]:
+    """The textbook's account of the sampled rows, and the judge's."""
+    given, rows = case.arrays(), sampled(case)
+    textbook, judged = (
+        answer(case, given, rows, r, gradients=not forward)
+        for r in (rounded(numpy_dtype(case.dtype)), exact)
     )
-    judged = reference.gradients(**question, d_out=cotangent)
-    judged["out"] = reference.attention(**question).out
-    return rows, textbook, judged
+    return textbook, judged

@@ -17,36 +17,30 @@ from typing import Any
 import jax
 import numpy as np
 
-import attn_core
 from attn_core import registry
-from attn_core.benchmarks.calls import Attend, Call, Made, Refused, in_words, tiling
+from attn_core.benchmarks import calls
+from attn_core.benchmarks.calls import Attend, Call, Made, in_words, tiling
 from attn_core.benchmarks.cases import Case
 
 
 def ours(impl: str) -> Made:
     """attn_core.attention with that implementation."""
-
-    def made(case: Case) -> Attend:
-        known = ("auto", *registry.load("jax").IMPLEMENTATIONS)
-        if impl not in known:
-            raise Refused(f"jax has no implementation {impl!r}; it has {', '.join(known)}.")
-        mask = case.language()
-
-        def attend(query: Any, key: Any, value: Any) -> Any:
-            return attn_core.attention(query, key, value, mask=mask, impl=impl)
-
-        return attend
-
-    return made
+    return lambda case: calls.ours("jax", impl, case)
 
 
 def nn(case: Case) -> Attend:
-    in_words("jax-nn", case, "full", "causal")
+    in_words("jax-nn", case, "full", "causal", lengths=True)
     causal = case.mask == "causal"
+    lengths = np.array(case.kv_lengths, np.int32) if case.kv_lengths else None
 
     def attend(query: Any, key: Any, value: Any) -> Any:
         return jax.nn.dot_product_attention(
-            query, key, value, is_causal=causal, implementation="xla"
+            query,
+            key,
+            value,
+            is_causal=causal,
+            key_value_seq_lengths=None if lengths is None else jax.numpy.asarray(lengths),
+            implementation="xla",
         )
 
     return attend

@@ -9,10 +9,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from attn_core.benchmarks.report import COLUMNS, bound, cells, outcomes, value_of
+from attn_core.benchmarks.report import COLUMNS, bound, cells, in_words, outcomes, value_of
 from attn_core.benchmarks.results import Measurement, Results, merged
 from attn_core.benchmarks.targets import Outcome, Row, sweep
-from attn_core.benchmarks.timing import ratio
+from attn_core.benchmarks.timing import ratios
 from attn_core.conformance.report import printable, write_whole
 
 PICTURE = "benchmarks-blocks.png"
@@ -22,11 +22,12 @@ _HEAD = """# How fast it is
 Measured, not written: `attn-core bench page` makes this page from `{file}`, which `make bench`
 wrote. Every figure has passed a check first: outputs and gradients at full size against the float64
 judge, on sampled query rows, by the tolerance of the conformance suite. Subjects that are compared
-took turns (A B B A), so a ratio is of neighbours in time; times are medians between quartiles.
-Losses stand here as they were measured.
+took turns (A B B A), so a ratio is of neighbours in time. A target is judged by the ratio of the
+medians; quartiles and median of the rounds' own ratios stand beside it. Times are medians between
+quartiles. Losses stand here as they were measured.
 
 {cpu}, {threads} threads on {cores} cores; load before the run {load}. Python {python}, {versions}.
-{date}.
+{parts}
 
 `torch:auto` and the like are `attn_core.attention`; the other names are the libraries' own entry
 points, listed at the head of `benchmarks/*_calls.py`. "backward" is the backward pass alone, "both"
@@ -43,7 +44,8 @@ framework's own loop: what is above it are exponentials, sums, masks and the loo
 the framework's fused kernel, called once on tiles that hold every live entry of a window, or on the
 documents as a batch, with no mask inside. What a floor does not reach is out of reach for that
 loop in tiles of that size, however cheap the rest: finer tiles compute less that is hidden, in
-products that run at a lower rate.
+products that run at a lower rate. What the bare products reach of the share of work, against those
+of causal attention at that length, stands beside the share targets below.
 
 | case | framework | attention, ms | floor, ms | floor / attention | quartiles |
 | --- | --- | --- | --- | --- | --- |
@@ -65,7 +67,7 @@ def page(results: Results, file: str, *, picture: bool) -> str:
     versions = ", ".join(f"{name} {packages[name]}" for name in _SHOWN if name in packages)
     facts = {name: place[name] for name in ("cpu", "threads", "cores", "python")}
     load = ", ".join(map(str, place["load"])) or "unknown"
-    text = _HEAD.format(file=file, versions=versions, load=load, date=place["date"][:10], **facts)
+    text = _HEAD.format(file=file, versions=versions, load=load, parts=_parts(results), **facts)
     text += (
         "\n## Targets\n\n| target | must | aim | worst | holds |\n| --- | --- | --- | --- | --- |\n"
     )
@@ -73,7 +75,9 @@ def page(results: Results, file: str, *, picture: bool) -> str:
         target = each.target
         worst = "" if each.worst is None else value_of(target, each.worst)
         bounds = f"{bound(target, target.must)} | {bound(target, target.aim)}"
-        text += f"| {target.name} | {bounds} | {worst} | {_shown(each)} |\n"
+        verdict = in_words(each)
+        verdict = f"**{verdict}**" if each.misses else verdict
+        text += f"| {target.name} | {bounds} | {worst} | {verdict} |\n"
     if picture:
         text += (
             "\n## Time against live blocks\n\nCausal windows of 128 to 4096 keys at T 8192,"
@@ -83,7 +87,7 @@ def page(results: Results, file: str, *, picture: bool) -> str:
     text += _floors(results)
     text += "\n## Targets, case by case\n"
     for each in found:
-        text += _target_rows(each)
+        text += _target_rows(results, each)
     text += "\n## Times\n"
     for (case, direction), parts in merged(results.measurements).items():
         measured = [p for p in parts if p.status == "measured" and p.rounds]
@@ -97,6 +101,28 @@ def page(results: Results, file: str, *, picture: bool) -> str:
     return text + _without(results)
 
 
+def _parts(results: Results) -> str:
+    """When it was measured, and of which code; a run that was made in parts is told as such."""
+    dates: dict[str, list[str]] = defaultdict(list)
+    for each in results.measurements:
+        dates[each.commit].append(each.date[:10] or "day not recorded")
+    begun = results.environment["date"][:10]
+    days = results.environment.get("parts", ())
+    told = [
+        f"commit {commit or 'not recorded'} ({_span(found)}, {len(found)} measurements)"
+        for commit, found in dates.items()
+    ]
+    if len(dates) > 1 or len(days) > 1:
+        times = f", begun {len(days)} times" if len(days) > 1 else ""
+        return f"Measured in parts{times}, from {begun}: {'; '.join(told)}."
+    return f"Measured on {begun}: {'; '.join(told)}."
+
+
+def _span(days: Sequence[str]) -> str:
+    first, last = min(days), max(days)
+    return first if first == last else f"{first} to {last}"
+
+
 def _floors(results: Results) -> str:
     """Forward passes beside what their products alone cost; empty where those were not measured."""
     lines = ""
@@ -107,7 +133,7 @@ def _floors(results: Results) -> str:
             )
             if ours is None or floor is None:
                 continue
-            share = ratio(floor.rounds, ours.rounds)
+            share = ratios(floor.rounds, ours.rounds)
             lines += (
                 f"| {case.name} | {name} | {1e3 * ours.time.middle:.3g} "
                 f"| {1e3 * floor.time.middle:.3g} | {100 * share.middle:.0f}% "
@@ -116,27 +142,33 @@ def _floors(results: Results) -> str:
     return _FLOORS + lines if lines else ""
 
 
-def _shown(each: Outcome) -> str:
-    if each.verdict != "incomplete":
-        return f"**{each.verdict}**" if each.verdict == "missed" else each.verdict
-    known = sum(row.value is not None for row in each.rows)
-    return f"incomplete: {known} of {len(each.rows)} cases measured"
-
-
-def _target_rows(each: Outcome) -> str:
-    rows = [row for row in each.rows if row.value is not None]
-    if not rows:
+def _target_rows(results: Results, each: Outcome) -> str:
+    """Every case of a target that was measured at all, the bare products' figure beside ours."""
+    target = each.target
+    if each.worst is None:
         return ""
-    text = f"\n### {each.target.name}\n\n| case | value | quartiles |\n| --- | --- | --- |\n"
-    for row in rows:
-        text += f"| {row.label} | {value_of(each.target, row.value)} | {_quartiles(each, row)} |\n"
+    columns = ["case", "value", "round by round", *(["bare products"] if target.floors else [])]
+    text = f"\n### {target.name}\n\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}\n"
+    floors = {} if target.floors is None else target.floors(results)
+    for row in each.rows:
+        value = "not measured" if row.value is None else value_of(target, row.value)
+        cells = [row.label, value, _quartiles(each, row)]
+        if target.floors is not None:
+            floor = floors.get(row.label)
+            known = "" if floor is None else value_of(target, floor)
+            # Floors are forward passes; of the others there is none to be measured.
+            cells.append(known or ("not measured" if row.label.endswith("forward") else ""))
+        text += f"| {' | '.join(cells)} |\n"
     return text
 
 
 def _quartiles(each: Outcome, row: Row) -> str:
     if row.low is None or row.high is None:
         return ""
-    return f"{value_of(each.target, row.low)} to {value_of(each.target, row.high)}"
+    low, high = value_of(each.target, row.low), value_of(each.target, row.high)
+    if row.middle is None:
+        return f"{low} to {high}"
+    return f"{low} to {high}, median {value_of(each.target, row.middle)}"
 
 
 def _markdown(results: Results, title: str, measured: Sequence[Measurement]) -> str:
@@ -146,7 +178,11 @@ def _markdown(results: Results, title: str, measured: Sequence[Measurement]) -> 
     used = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows)]
     lines = [[COLUMNS[i] for i in used], ["---"] * len(used)]
     lines += [[row[i] for i in used] for row in rows]
-    return f"\n### {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    commits = {each.commit for each in results.measurements}
+    here = ", ".join(sorted({each.commit or "not recorded" for each in measured}))
+    # Where it is the same everywhere, the head of the page says it.
+    of = f"Commit {here}.\n\n" if len(commits) > 1 else ""
+    return f"\n### {title}\n\n{of}" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _without(results: Results) -> str:

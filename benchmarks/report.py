@@ -27,7 +27,7 @@ def targets_table(results: Results) -> Table:
         table.add_column(name, justify="right" if name in ("must", "aim", "worst") else "left")
     for each in outcomes(results):
         if each.worst is not None:
-            verdict = Text(each.verdict, _STYLES.get(each.verdict, "yellow"))
+            verdict = Text(in_words(each), _STYLES.get(each.verdict, "yellow"))
             must, aim = bound(each.target, each.target.must), bound(each.target, each.target.aim)
             worst = value_of(each.target, each.worst)
             table.add_row(each.target.name, must, aim, worst, _worst_label(each), verdict)
@@ -79,6 +79,15 @@ def _rate(results: Results, each: Measurement) -> float:
 
 def _worst_label(each: Outcome) -> str:
     return next(row.label for row in each.rows if row.value == each.worst)
+
+
+def in_words(each: Outcome) -> str:
+    """The verdict; where not all was measured how much was not, and what the rest already says."""
+    if each.verdict != "incomplete":
+        return each.verdict
+    known = len(each.rows) - each.missing
+    said = f"not measured: {each.missing} of {len(each.rows)} cases"
+    return f"{said}; {each.misses} of the other {known} missed" if each.misses else said
 
 
 def bound(target: Target, limit: float) -> str:

@@ -6,9 +6,12 @@
      "cases": [{"name": "causal-T2048-D64-float32", "length": 2048, ...}, ...],
      "measurements": [{"case": ..., "subject": "jax:auto", "direction": "forward",
                        "status": "measured", "shares": {"out": 0.3}, "repeats": 2,
-                       "rounds": [[0.031, 0.030], ...]}, ...]}
+                       "rounds": [[0.031, 0.030], ...],
+                       "commit": "9ea0324", "date": "2026-01-31T12:00:00+00:00"}, ...]}
 
-Medians and ratios are not in it: they are worked out when they are read, from the samples.
+Medians and ratios are not in it: they are worked out when they are read, from the samples. A run
+may go on another day, with other code: so each measurement says of which commit it is, and when it
+was made; those made before that was kept say nothing.
 """
 
 from __future__ import annotations
@@ -17,15 +20,17 @@ import json
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from attn_core.benchmarks.cases import Case
 from attn_core.benchmarks.subjects import is_ours
-from attn_core.benchmarks.timing import Spread, ratio, spread
+from attn_core.benchmarks.timing import Spread, ratio, ratios, spread
 from attn_core.conformance import report
 
 VERSION = 1
@@ -46,6 +51,9 @@ class Measurement:
         peak: bytes of temporaries by the kernel's mark.
         planned: bytes of temporaries by the framework's own account, where it gives one.
         first: seconds that the first call takes beyond a later one.
+        commit: of the code that was measured, "-dirty" behind it where that had been changed since;
+            empty where it is not known.
+        date: when, ISO 8601; empty where it is not known.
     """
 
     case: str
@@ -59,6 +67,8 @@ class Measurement:
     peak: int | None = None
     planned: int | None = None
     first: float | None = None
+    commit: str = ""
+    date: str = ""
 
     @property
     def time(self) -> Spread:
@@ -91,12 +101,14 @@ class Results:
                 return each if each.status == "measured" else None
         return None
 
-    def faster(self, case: str, direction: str, subject: str, base: str) -> Spread | None:
-        """Time of `base` over time of `subject`; None where one has no figure."""
+    def faster(
+        self, case: str, direction: str, subject: str, base: str
+    ) -> tuple[float, Spread] | None:
+        """Time of `base` over time of `subject`, and round by round; None where one has none."""
         ours, theirs = self.find(case, subject, direction), self.find(case, base, direction)
         if ours is None or theirs is None or not ours.rounds or not theirs.rounds:
             return None
-        return ratio(theirs.rounds, ours.rounds)
+        return ratio(theirs.rounds, ours.rounds), ratios(theirs.rounds, ours.rounds)
 
     def holds(self, case: Case, direction: str, subjects: Iterable[str]) -> bool:
         """Whether all of these have been asked this very case; ours must not have failed."""
@@ -128,6 +140,35 @@ def environment(threads: int) -> dict[str, Any]:
     settings = {name: os.environ[name] for name in _SETTINGS if name in os.environ}
     machine = {"cpu": _processor(), "cores": cores, "threads": threads, "load": load}
     return {**found, **machine, "settings": settings}
+
+
+def now() -> str:
+    """The date of a measurement that has just been made."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def commit() -> str:
+    """The commit of this code, or nothing where it is in no checkout of its own.
+
+    What a run itself writes, its results and their page, makes no code "dirty".
+    """
+    here = Path(__file__).resolve()
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here.parent), *words], capture_output=True, text=True
+            )
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # A package installed below somebody else's checkout is none of that checkout's commits.
+    if git("ls-files", "--error-unmatch", here.name) is None:
+        return ""
+    outputs = [f":(top,exclude){place}" for place in ("benchmarks/results", "docs")]
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *outputs)
+    return f"{git('describe', '--always') or ''}{'-dirty' if changed else ''}"
 
 
 def resumed(earlier: Results, now: Results) -> Results:

@@ -60,14 +60,16 @@ def plan(
             )
     steps = []
     for case in catalogue.named(list(patterns)):
-        chosen = tuple(
-            name
-            for name in case.subjects
-            if not frameworks or subjects.framework(name) in frameworks
-        )
-        if set(chosen) - set(subjects.NO_ATTENTION):
-            shown = case.small() if quick else case
-            steps += [Step(shown, direction, chosen) for direction in case.directions]
+        shown = case.small() if quick else case
+        for direction in case.directions:
+            chosen = tuple(
+                name
+                for name in case.subjects
+                if (not frameworks or subjects.framework(name) in frameworks)
+                and subjects.asked(name, case, direction)
+            )
+            if {subjects.bare(name) for name in chosen} - set(subjects.NO_ATTENTION):
+                steps.append(Step(shown, direction, chosen))
     if not steps:
         raise ValueError(
             f"`case` and `framework` must leave something to measure. Got {', '.join(patterns)} "

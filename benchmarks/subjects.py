@@ -69,6 +69,16 @@ def room(name: str) -> str:
     return _ROOMS[framework(name)]
 
 
+def asked(name: str, case: Case, direction: str) -> bool:
+    """Whether a step asks this subject: of memory, one way back is enough, and costs a process.
+
+    "both" holds what "backward" holds; it is for TensorFlow, which has no other.
+    """
+    if case.measure != "memory" or direction == "forward":
+        return True
+    return (direction == "both") == (framework(name) == "tf")
+
+
 def is_ours(name: str) -> bool:
     return name.partition(":")[0] in _OURS
 

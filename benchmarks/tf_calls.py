@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-import attn_core
 from attn_core import registry
+from attn_core.benchmarks import calls
 from attn_core.benchmarks.calls import Attend, Call, Made, Refused, tiling
 from attn_core.benchmarks.cases import Case
 
@@ -26,19 +26,11 @@ def ours(impl: str, *, unknown: bool = False) -> Made:
     """attn_core.attention with that implementation."""
 
     def made(case: Case) -> Attend:
-        known = ("auto", *registry.load("tf").IMPLEMENTATIONS)
-        if impl not in known:
-            raise Refused(f"tf has no implementation {impl!r}; it has {', '.join(known)}.")
         if unknown and case.mask == "documents":
             raise Refused("documents are given for a known length.")
-        mask = case.language()
         # Where lengths are not known, a mask that reads q must be told where queries stand.
-        offset = "start" if unknown and mask is not None else None
-
-        def attend(query: Any, key: Any, value: Any) -> Any:
-            return attn_core.attention(query, key, value, mask=mask, impl=impl, query_offset=offset)
-
-        return attend
+        start = {"query_offset": "start"} if unknown and case.mask != "full" else {}
+        return calls.ours("tf", impl, case, **start)
 
     return made
 
@@ -77,9 +69,14 @@ def prepared(name: str, attend: Attend, case: Case, direction: str) -> Call:
         raise Refused("a tape gives no backward pass alone; ask for both.")
     backend = registry.load("tf")
     names = ("query", "key", "value", "cotangent")
-    batch, length = (None, None) if name.startswith("tf-unknown") else (case.batch, case.length)
+    unknown = name.startswith("tf-unknown")
     dtype = {"float32": tf.float32, "bfloat16": tf.bfloat16}[case.dtype]
-    spec = tf.TensorSpec((batch, case.heads, length, case.width), dtype)
+
+    def spec(name: str) -> Any:
+        batch, heads, length, width = case.sizes(name)
+        return tf.TensorSpec(
+            (None, heads, None, width) if unknown else (batch, heads, length, width), dtype
+        )
 
     def forward(q: Any, k: Any, v: Any, upstream: Any) -> tuple[Any, ...]:
         return (attend(q, k, v),)
@@ -91,10 +88,14 @@ def prepared(name: str, attend: Attend, case: Case, direction: str) -> Call:
         return (out, *tape.gradient(out, (q, k, v), upstream))
 
     function: Any = tf.function(
-        forward if direction == "forward" else both, autograph=False, input_signature=[spec] * 4
+        forward if direction == "forward" else both,
+        autograph=False,
+        input_signature=[spec(n) for n in names],
     )
     concrete = function.get_concrete_function()
-    given = [backend.from_numpy(case.arrays()[n]) for n in names]
+    arrays = case.arrays()
+    given = [backend.from_numpy(arrays[n]) for n in names]
+    del arrays
 
     def answer(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         found = concrete(*[backend.from_numpy(arrays[n]) for n in names])
@@ -103,7 +104,7 @@ def prepared(name: str, attend: Attend, case: Case, direction: str) -> Call:
 
     def warm() -> Any:
         small = case.small()
-        if batch is None:
+        if unknown:
             arrays = small.arrays()
             return concrete(*[backend.from_numpy(arrays[n]) for n in names])
         return prepared(name, attend, small, direction).run()

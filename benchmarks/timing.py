@@ -14,7 +14,7 @@ a call of 40 ms lost up to a fifth by coming after one that had swept them.
 
     time        the median of all samples
     spread      quartiles
-    ratio       median over median; its spread is that of the ratios within the rounds
+    ratio       median over median; beside it the median and quartiles of the rounds' own ratios
 """
 
 from __future__ import annotations
@@ -101,21 +101,32 @@ def spread(rounds: Rounds) -> Spread:
     return _spread([x for part in rounds for x in part])
 
 
-def ratio(base: Rounds, subject: Rounds) -> Spread:
-    """How many times faster the subject is than the base: above 1 it wins.
+def ratio(base: Rounds, subject: Rounds) -> float:
+    """How many times faster the subject is than the base: above 1 it wins. Median over median."""
+    return spread(base).middle / spread(subject).middle
 
-    The middle is the ratio of the medians, low and high are quartiles of the rounds' own ratios.
+
+def ratios(base: Rounds, subject: Rounds) -> Spread:
+    """The same round by round: median and quartiles of ratios of samples that stood side by side.
 
     Raises:
         ValueError: they were not measured in the same rounds.
     """
+    return _spread([b / s for b, s in _paired(base, subject)])
+
+
+def difference(base: Rounds, subject: Rounds) -> Spread:
+    """Seconds by which the subject is slower than the base, round by round, as `ratio`."""
+    return _spread([s - b for b, s in _paired(base, subject)])
+
+
+def _paired(base: Rounds, subject: Rounds) -> list[tuple[float, float]]:
+    """The two's mean seconds in each round."""
     if len(base) != len(subject) or not base:
         raise ValueError(
             f"a ratio must be of the same rounds. Got {len(base)} and {len(subject)} of them."
         )
-    each = [sum(b) / len(b) / (sum(s) / len(s)) for b, s in zip(base, subject, strict=True)]
-    low, _, high = _spread(each)
-    return Spread(low, spread(base).middle / spread(subject).middle, high)
+    return [(sum(b) / len(b), sum(s) / len(s)) for b, s in zip(base, subject, strict=True)]
 
 
 def _spread(values: Sequence[float]) -> Spread:

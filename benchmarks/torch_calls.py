@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-import attn_core
 from attn_core import registry
+from attn_core.benchmarks import calls
 from attn_core.benchmarks.calls import Attend, Call, Made, Refused, forward_only, in_words
-from attn_core.benchmarks.cases import Case
+from attn_core.benchmarks.cases import MASKS, Case
 
 MATMUL = 2048
 """Rows and columns of the ceiling's matrices: 17 GFLOP."""
@@ -34,27 +34,21 @@ MATMUL = 2048
 
 def ours(impl: str) -> Made:
     """attn_core.attention with that implementation."""
-
-    def made(case: Case) -> Attend:
-        known = ("auto", *registry.load("torch").IMPLEMENTATIONS)
-        if impl not in known:
-            raise Refused(f"torch has no implementation {impl!r}; it has {', '.join(known)}.")
-        mask = case.language()
-
-        def attend(query: Any, key: Any, value: Any) -> Any:
-            return attn_core.attention(query, key, value, mask=mask, impl=impl)
-
-        return attend
-
-    return made
+    return lambda case: calls.ours("torch", impl, case)
 
 
 def sdpa(case: Case) -> Attend:
-    in_words("torch-sdpa", case, "full", "causal")
-    causal = case.mask == "causal"
+    """Lengths are a boolean mask to it, (B, 1, Tq, Tk), made beforehand with all that is hidden."""
+    in_words("torch-sdpa", case, "full", "causal", lengths=True)
+    causal, mask = case.mask == "causal", None
+    if case.kv_lengths:
+        rows, causal = np.arange(case.rows), False
+        if case.mask == "full":
+            rows = rows[:1]
+        mask = torch.as_tensor(np.stack([case.dense(rows, b) for b in range(case.batch)]))[:, None]
 
     def attend(query: Any, key: Any, value: Any) -> Any:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
 
     return attend
 
@@ -75,6 +69,7 @@ def pinned(backend: SDPBackend) -> Made:
 
 
 def flex(case: Case) -> Attend:
+    in_words("torch-flex", case, *MASKS)
     mask = None
     if case.mask != "full":
         mask = create_block_mask(_rule(case), None, None, case.length, case.length, device="cpu")

@@ -99,7 +99,7 @@ def _first(call: Call) -> float:
 
 def _checked(name: str, call: Call, case: Case, direction: str) -> dict[str, float | str]:
     """The shares of the allowance, those that JSON has no number for as words."""
-    if name in subjects.NO_ATTENTION:
+    if subjects.bare(name) in subjects.NO_ATTENTION:
         return {}
     got = call.answer(check.asked(case).arrays)
     found = check.shares(case, direction, got)

@@ -1,8 +1,9 @@
 """The cases: named, seeded, framework-free questions, and the tiers they belong to.
 
 Sizes are odd, Tq differs from Tk unless the case is about their being equal, and heads are grouped
-by default. There is every option alone, every pair of options, the shapes of real models, every
-kind of poison, and each of the telling ones once more in every dtype.
+by default. There is every option alone, every pair of options, every kind of poison, what floats
+barely hold (`cases_edges.py`), the shapes of tiles and of real models (`cases_shapes.py`), and each
+of the telling ones once more in every dtype.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import numpy as np
 
 from attn_core import masks
 from attn_core.conformance import vocabulary
+from attn_core.conformance.cases_edges import EDGES
+from attn_core.conformance.cases_shapes import CAUSAL, END, SOFTCAP, WINDOW, models, tiles
 from attn_core.conformance.questions import (
     Case,
     Change,
@@ -34,15 +37,6 @@ from attn_core.conformance.questions import (
 )
 from attn_core.language.values import mask
 
-_END = offset("end")
-_CAUSAL = plain(masks.causal, lambda b, h, q, k, i: k <= q, causal=True)
-_WINDOW = plain(
-    lambda: masks.causal() & masks.window(left=2),
-    lambda b, h, q, k, i: 0 <= q - k <= 2,
-    causal=True,
-    window=(2, None),
-)
-_SOFTCAP = scored(vocabulary.softcap, softcap=1.5)
 _ALIBI = scored(vocabulary.alibi, slopes=0)
 _HOLES = plain(
     lambda: mask(lambda b, h, q, k: (q % 3 != 1) & (k < 5)),
@@ -87,21 +81,21 @@ def _cases() -> list[Case]:
         Case("scale-zero", (given(scale=0.0),)),
         Case("heads-mha", shape=Shape(kv_heads=4)),
         Case("heads-mqa", shape=Shape(kv_heads=1)),
-        Case("heads-gqa-6-2", (_END, _CAUSAL), Shape(heads=6)),
+        Case("heads-gqa-6-2", (END, CAUSAL), Shape(heads=6)),
         Case("width-1", shape=Shape(width=1, v_width=1)),
         Case("width-v-wide", shape=Shape(width=3, v_width=11)),
-        Case("one-query", (_END, _CAUSAL), Shape(q_len=1)),
-        Case("one-key", (_END, _CAUSAL), Shape(k_len=1)),
-        Case("strided", (strided, _END, _CAUSAL)),
-        Case("layout-bthd", (_END, _CAUSAL), layout="BTHD"),
-        Case("layout-bthd-all", (_END, _CAUSAL, biased(1, 2, 3), sunk()), layout="BTHD"),
+        Case("one-query", (END, CAUSAL), Shape(q_len=1)),
+        Case("one-key", (END, CAUSAL), Shape(k_len=1)),
+        Case("strided", (strided, END, CAUSAL)),
+        Case("layout-bthd", (END, CAUSAL), layout="BTHD"),
+        Case("layout-bthd-all", (END, CAUSAL, biased(1, 2, 3), sunk()), layout="BTHD"),
     ]
     wanted: list[tuple[str, tuple[Change, ...]]] = [
-        ("causal", (_END, _CAUSAL)),
+        ("causal", (END, CAUSAL)),
         (
             "window-2-1",
             (
-                _END,
+                END,
                 plain(
                     lambda: masks.window(2, 1),
                     lambda b, h, q, k, i: -1 <= q - k <= 2,
@@ -112,29 +106,29 @@ def _cases() -> list[Case]:
         (
             "window-0",
             (
-                _END,
+                END,
                 plain(lambda: masks.window(0, 0), lambda b, h, q, k, i: q == k, window=(0, 0)),
             ),
         ),
         (
             "window-causal",
-            (_END, _WINDOW),
+            (END, WINDOW),
         ),
         ("prefix", (plain(lambda: masks.prefix(3), lambda b, h, q, k, i: k < 3),)),
-        ("prefix-each", (_END, masked(vocabulary.prefix_each))),
-        ("segments-flat", (_END, masked(vocabulary.segments_flat))),
-        ("segments", (_END, masked(vocabulary.segments))),
+        ("prefix-each", (END, masked(vocabulary.prefix_each))),
+        ("segments-flat", (END, masked(vocabulary.segments_flat))),
+        ("segments", (END, masked(vocabulary.segments))),
         ("segments-apart", (masked(vocabulary.segments_apart),)),
-        ("segments-prefix", (_END, masked(vocabulary.packed_prefix))),
+        ("segments-prefix", (END, masked(vocabulary.packed_prefix))),
         ("lengths", (masked(vocabulary.padding),)),
         (
             "dilated",
-            (_END, plain(lambda: masks.dilated(3), lambda b, h, q, k, i: (q - k) % 3 == 0)),
+            (END, plain(lambda: masks.dilated(3), lambda b, h, q, k, i: (q - k) % 3 == 0)),
         ),
         (
             "dilated-span",
             (
-                _END,
+                END,
                 plain(
                     lambda: masks.dilated(2, left=1, right=2),
                     lambda b, h, q, k, i: (q - k) % 2 == 0 and -4 <= q - k <= 2,
@@ -144,27 +138,27 @@ def _cases() -> list[Case]:
         (
             "global",
             (
-                _END,
+                END,
                 plain(
                     lambda: masks.causal() & (masks.global_tokens(2) | masks.window(1)),
                     lambda b, h, q, k, i: k <= q and (q < 2 or k < 2 or q - k <= 1),
                 ),
             ),
         ),
-        ("global-some", (_END, masked(vocabulary.global_some))),
-        ("chunks", (_END, plain(lambda: masks.chunks(3), lambda b, h, q, k, i: q // 3 == k // 3))),
+        ("global-some", (END, masked(vocabulary.global_some))),
+        ("chunks", (END, plain(lambda: masks.chunks(3), lambda b, h, q, k, i: q // 3 == k // 3))),
         ("dense-2", (masked(vocabulary.dense_2),)),
-        ("dense-4", (_END, masked(vocabulary.dense_4))),
+        ("dense-4", (END, masked(vocabulary.dense_4))),
         ("array", (masked(vocabulary.boolean_array),)),
-        ("blocks", (_END, masked(vocabulary.block_table))),
+        ("blocks", (END, masked(vocabulary.block_table))),
         ("graph", (offset("start"), masked(vocabulary.edges))),
-        ("programmed", (_END, masked(vocabulary.programmed))),
+        ("programmed", (END, masked(vocabulary.programmed))),
         ("floors", (offset(-6), masked(vocabulary.floors))),
-        ("not-causal", (_END, plain(lambda: ~masks.causal(), lambda b, h, q, k, i: k > q))),
+        ("not-causal", (END, plain(lambda: ~masks.causal(), lambda b, h, q, k, i: k > q))),
         (
             "xor",
             (
-                _END,
+                END,
                 plain(
                     lambda: masks.causal() ^ masks.chunks(2),
                     lambda b, h, q, k, i: (k <= q) != (q // 2 == k // 2),
@@ -174,22 +168,22 @@ def _cases() -> list[Case]:
     ]
     found += [Case(f"mask-{name}", changes) for name, changes in wanted]
     found += [
-        Case("offset-start", (offset("start"), _CAUSAL)),
-        Case("offset-int", (offset(1), _CAUSAL)),
-        Case("offset-negative", (offset(-2), _CAUSAL)),
-        Case("offset-each", (offset([3, -1]), _CAUSAL)),
-        Case("offset-omitted", (_CAUSAL,), shape=_SQUARE),
-        Case("offset-end-long-queries", (_END, _CAUSAL), shape=Shape(q_len=9)),
+        Case("offset-start", (offset("start"), CAUSAL)),
+        Case("offset-int", (offset(1), CAUSAL)),
+        Case("offset-negative", (offset(-2), CAUSAL)),
+        Case("offset-each", (offset([3, -1]), CAUSAL)),
+        Case("offset-omitted", (CAUSAL,), shape=_SQUARE),
+        Case("offset-end-long-queries", (END, CAUSAL), shape=Shape(q_len=9)),
         Case(
             "offset-end-lengths",
-            (offset("end", [7 - 5, 4 - 2]), _CAUSAL, given(kv_lengths=[7, 4], q_lengths=[5, 2])),
+            (offset("end", [7 - 5, 4 - 2]), CAUSAL, given(kv_lengths=[7, 4], q_lengths=[5, 2])),
         ),
         Case("kv-lengths", (given(kv_lengths=[7, 3]),)),
         Case("kv-lengths-zero", (given(kv_lengths=[0, 3]),)),
         Case("kv-lengths-one-for-all", (given(kv_lengths=4),)),
         Case("q-lengths", (given(q_lengths=[5, 3]),)),
         Case("q-lengths-zero", (given(q_lengths=[0, 2]),)),
-        Case("lengths-and-mask", (_END, _CAUSAL, given(kv_lengths=[6, 3], q_lengths=[4, 1]))),
+        Case("lengths-and-mask", (END, CAUSAL, given(kv_lengths=[6, 3], q_lengths=[4, 1]))),
     ]
     makers: list[tuple[str, Any]] = [
         ("softcap-learnt", vocabulary.softcap_learnt),
@@ -201,12 +195,12 @@ def _cases() -> list[Case]:
         ("hiding", vocabulary.hiding),
         ("ties", vocabulary.ties),
     ]
-    found += [Case(f"score-{name}", (_END, _CAUSAL, scored(made))) for name, made in makers]
+    found += [Case(f"score-{name}", (END, CAUSAL, scored(made))) for name, made in makers]
     found += [
-        Case("score-softcap", (_END, _CAUSAL, _SOFTCAP)),
-        Case("score-alibi", (_END, _CAUSAL, _ALIBI)),
+        Case("score-softcap", (END, CAUSAL, SOFTCAP)),
+        Case("score-alibi", (END, CAUSAL, _ALIBI)),
     ]
-    found.append(Case("score-no-mask", (_END, scored(vocabulary.free))))
+    found.append(Case("score-no-mask", (END, scored(vocabulary.free))))
     for axes in ((2, 3), (0, 2, 3), (1, 2, 3), (0, 1, 2, 3), (0, 3), (1, 2), (1,), ()):
         spans = "".join("bhqk"[i] for i in axes) or "scalar"
         found.append(Case(f"bias-{spans}", (biased(*axes),)))
@@ -220,7 +214,7 @@ def _cases() -> list[Case]:
         Case("bias-row-least", (biased(0, 1, 2, 3, fill=_least),)),
         Case(
             "bias-mask-lengths",
-            (offset("end", [7 - 5, 3 - 5]), _CAUSAL, biased(1, 2, 3), given(kv_lengths=[7, 3])),
+            (offset("end", [7 - 5, 3 - 5]), CAUSAL, biased(1, 2, 3), given(kv_lengths=[7, 3])),
         ),
         Case("sinks", (sunk(),)),
         Case("sinks-mixed", (sunk([-np.inf, 0.5, -np.inf, 8.0]), _HOLES), shape=_SQUARE),
@@ -234,7 +228,7 @@ def _cases() -> list[Case]:
         Case("dropout-seed-wide", (dropped(0.5, 2**63 + 2**40 + 5),)),
         Case("dropout-seed-negative", (dropped(0.9, -1),)),
         Case("dropout-offset-negative", (offset([-9, -2]), dropped(0.5, 3))),
-        Case("dropout-causal", (offset([-3, 4]), _CAUSAL, dropped(0.25, 2**32 - 1))),
+        Case("dropout-causal", (offset([-3, 4]), CAUSAL, dropped(0.25, 2**32 - 1))),
         Case("poison-keys", (_HOLES, poisoned("key")), shape=_SQUARE),
         Case("poison-values", (_HOLES, poisoned("value")), shape=_SQUARE),
         Case("poison-queries", (_HOLES, poisoned("query")), shape=_SQUARE),
@@ -249,12 +243,12 @@ def _cases() -> list[Case]:
         Case("poison-operand", (_HOLES, scored(vocabulary.spoilt_table)), shape=_SQUARE),
         Case(
             "poison-score-hides",
-            (_END, scored(vocabulary.hiding), poisoned("key", "value", "query")),
+            (END, scored(vocabulary.hiding), poisoned("key", "value", "query")),
         ),
         Case("poison-all", (_HOLES, biased(0, 1, 2, 3), _everywhere), shape=_SQUARE),
         Case("none-batch", shape=Shape(batch=0)),
-        Case("none-queries", (_END, _CAUSAL), shape=Shape(q_len=0)),
-        Case("none-keys", (_END, _CAUSAL), shape=Shape(k_len=0)),
+        Case("none-queries", (END, CAUSAL), shape=Shape(q_len=0)),
+        Case("none-keys", (END, CAUSAL), shape=Shape(k_len=0)),
         Case("none-keys-sinks", (sunk(),), shape=Shape(k_len=0)),
         Case(
             "none-keys-bias", (biased(0, 1, 2, 3), scored(vocabulary.softcap)), shape=Shape(k_len=0)
@@ -269,7 +263,7 @@ def _cases() -> list[Case]:
         sunk(),
         dropped(0.2, 11),
     )
-    found += _tiles()
+    found += [*EDGES, *tiles()]
     found.append(Case("everything", everything))
     found.append(Case("everything-bthd", everything, layout="BTHD"))
     by_name = {case.name: case for case in found}
@@ -290,13 +284,13 @@ def _cases() -> list[Case]:
             if dtype == "float16" and name == "bias-row--1e9":
                 continue  # -1e9 is no float16; it would be the -inf of bias-hides
             found.append(replace(by_name[name], name=f"{name}-{dtype}", dtype=dtype))
-    return found + _pairs() + _models()
+    return found + _pairs() + models()
 
 
 _PARTS: dict[str, tuple[str, tuple[Change, ...]]] = {
-    "causal": ("mask", (offset([2, -1]), _CAUSAL)),
+    "causal": ("mask", (offset([2, -1]), CAUSAL)),
     "segments": ("mask", (offset([1, 2]), masked(vocabulary.segments))),
-    "softcap": ("score", (_SOFTCAP,)),
+    "softcap": ("score", (SOFTCAP,)),
     "alibi": ("score", (offset([2, -1]), _ALIBI)),
     "bias": ("bias", (biased(1, 2, 3),)),
     "bias_hides": ("bias", (biased(0, 1, 2, 3, fill=_checkered),)),
@@ -329,61 +323,6 @@ def _pairs() -> list[Case]:
             )
         )
     return found
-
-
-def _tiles() -> list[Case]:
-    """Lengths around the tiles that implementations cut attention into, and common head widths."""
-    few = Shape(batch=1, heads=2, kv_heads=1, width=64, v_width=64)
-    wide = few._replace(width=128, v_width=128)
-    packed = masked(vocabulary.packed_causal)
-    return [
-        Case("tiles-63-65", (_END, _CAUSAL), few._replace(q_len=63, k_len=65)),
-        Case(
-            "tiles-64-129", (biased(1, 2, 3), sunk([0.5, -1.0])), few._replace(q_len=64, k_len=129)
-        ),
-        Case("tiles-128-127", (_END, _WINDOW), wide._replace(q_len=128, k_len=127)),
-        Case(
-            "tiles-130-poison",
-            (given(kv_lengths=[70]), poisoned("key", "value")),
-            few._replace(q_len=130, k_len=130),
-        ),
-        Case("tiles-257-300", (_END, _CAUSAL, _SOFTCAP), few._replace(q_len=257, k_len=300)),
-        Case("tiles-300-packed", (packed,), few._replace(q_len=300, k_len=300)),
-        Case(
-            "tiles-1-513",
-            (offset("end", [399]), _WINDOW, given(kv_lengths=[400])),
-            few._replace(q_len=1, k_len=513),
-        ),
-        Case("tiles-520-dropout", (dropped(0.25, 9),), few._replace(q_len=520, k_len=520)),
-    ]
-
-
-def _models() -> list[Case]:
-    """Attention as it is called in models people run, small."""
-    full = Shape(batch=2, heads=4, kv_heads=4, q_len=17, k_len=17, width=16, v_width=16)
-    grouped = full._replace(heads=8, kv_heads=2)
-    decode = grouped._replace(q_len=1, k_len=19)
-    documents = masked(vocabulary.packed_causal)
-    return [
-        Case("model-gpt2", (_CAUSAL,), full),
-        Case("model-bert-padded", (given(kv_lengths=[17, 9]),), full),
-        Case("model-llama-prefill", (_CAUSAL,), grouped),
-        Case(
-            "model-llama-decode",
-            (offset("end", [18, 10]), _CAUSAL, given(kv_lengths=[19, 11])),
-            decode,
-        ),
-        Case("model-gemma2", (_WINDOW, scored(vocabulary.softcap_50, softcap=50.0)), grouped),
-        Case("model-gpt-oss", (_WINDOW, sunk()), grouped),
-        Case("model-t5", (offset("start"), scored(vocabulary.t5(True)), given(scale=1.0)), full),
-        Case("model-vit", (), full._replace(q_len=26, k_len=26)),
-        Case("model-packed", (documents,), full),
-        Case(
-            "model-transformer-cross",
-            (given(kv_lengths=[13, 6], q_lengths=[17, 11]),),
-            full._replace(k_len=13),
-        ),
-    ]
 
 
 def _rank_2(x: Question, rng: np.random.Generator, size: Shape) -> None:

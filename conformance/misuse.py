@@ -265,7 +265,7 @@ MISUSES: tuple[Misuse, ...] = (
     Misuse(
         "refused-scale-nan",
         ValueError,
-        "`scale` must be finite. Got nan.",
+        "`scale` must be finite in float32, in which logits are. Got nan.",
         lambda: {"scale": math.nan},
     ),
     Misuse(

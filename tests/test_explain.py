@@ -325,8 +325,62 @@ def test_the_command_says_the_same_as_the_function() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "field", "said"),
+    [
+        (("--score", "softcap:50"), "score", "50.0 * tanh(s / 50.0)"),
+        (("--score", "s * 0.5"), "score", "s * 0.5"),
+        (("--score", "s * 0.5", "--score", "s + 1.0"), "score", "s * 0.5 + 1.0"),
+        (("--score", "alibi"), "operands", ["score float0: float64 (4,)"]),
+        (("--scale", "0.5"), "scale", 0.5),
+        (("--bias", "1,4,1,9"), "options", ["bias (1, Hq, 1, Tk) float32"]),
+        (("--bias", "9,9"), "options", ["bias (1, 1, Tq, Tk) float32"]),
+        (("--sinks",), "options", ["sinks float32"]),
+        (("--dropout", "0.25"), "options", ["dropout 0.25"]),
+        (("--kv-lengths", "5"), "options", ["kv_lengths"]),
+        (("--q-lengths", "5"), "options", ["q_lengths"]),
+        (("--query-offset", "3"), "options", ["query_offset 3"]),
+        (("--return-lse",), "options", ["return_lse"]),
+        (("--return-weights",), "options", ["return_weights"]),
+    ],
+)
+def test_an_option_of_the_command_is_in_its_answer(
+    words: tuple[str, ...], field: str, said: Any
+) -> None:
+    question = ("--shape", "2,4,9,8", "--json")
+    found = [json.loads(run(*question, *more).stdout)[field] for more in ((), words)]
+    assert found[1] == said
+    assert found[0] != said
+
+
+@pytest.mark.parametrize("option", ["--kv-lengths", "--q-lengths", "--query-offset"])
+def test_one_int_is_for_all_batches_and_several_are_one_to_each(option: str) -> None:
+    def live(words: str) -> Any:
+        done = run(*("--shape", "2,1,512,8", "--mask", "causal", option, words, "--json"))
+        assert done.exit_code == 0, done.output
+        blocks = json.loads(done.stdout)["blocks"]
+        return (blocks["full"] + blocks["partial"]) / blocks["batches"]
+
+    assert live("130") == live("130,130")
+    assert live("130,300") == (live("130") + live("300")) / 2
+    assert live("130") != live("300")
+    done = run("--shape", "2,1,512,8", "--mask", "causal", option, "1,2,3")
+    assert done.exit_code == 2
+    assert "(B,) = (2,). Got (3,)" in done.stderr
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("--score", "sotfcap:3"), "Did you mean 'softcap'?"),
+        (("--score", "softcap"), "must have a number behind its colon"),
+        (("--score", "alibi:3"), "must come without numbers"),
+        (("--score", "float0[h] + s"), "must look no array up"),
+        (("--score", "q - k"), "must be a float made of s, b, h, q and k"),
+        (("--score", "s*0.5"), "must be as printed, 's * 0.5'"),
+        (("--bias", "3,x"), "`bias` must be ints"),
+        (("--bias", "1,2,3"), "`bias` must have rank 2"),
+        (("--dropout", "1.5"), "`rate` must be at least 0 and below 1"),
+        (("--query-offset", "ends"), "`query_offset` must be ints"),
         (("--shape", "2,3"), "`shape` must be B,Hq,Tq,D"),
         (("--shape", "2,3,x,4"), "`shape` must be ints"),
         (("--mask", "casual"), "Did you mean 'causal'?"),
