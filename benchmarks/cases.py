@@ -44,6 +44,9 @@ DENSE = ((2048, 64), (4096, 64), (2048, 128))
 LENGTHS = (4096, 8192, 16384)
 """Sequence lengths at which temporaries are measured; each is twice the one before."""
 
+LONG = 65536
+"""Tokens of which all logits would be 137 GB: whoever answers keeps none."""
+
 BLOCK = 128
 """Rows and keys of the blocks in which live entries are counted: the finest tile in use."""
 
@@ -286,7 +289,15 @@ def _tiny() -> list[Case]:
 
 
 def _memory() -> list[Case]:
-    return [
+    long = Case(
+        f"memory-causal-T{LONG}-D64-float32",
+        LONG,
+        mask="causal",
+        subjects=_OURS,
+        directions=("both",),
+        measure="memory",
+    )
+    found = [
         Case(
             f"memory-{mask}-T{length}-D64-float32",
             length,
@@ -297,6 +308,7 @@ def _memory() -> list[Case]:
         for mask in ("full", "causal")
         for length in LENGTHS
     ]
+    return [*found, long]
 
 
 def _lengths() -> list[Case]:
