@@ -1,8 +1,8 @@
 """What each implementation spends: bytes beside arguments and results, and in which numbers.
 
-Counted from the same sizes by which the work is cut up. Queries, keys and values are cut into tiles
-before the loops and results put together after them, which copies each; within the loops a few
-tiles of logits are held.
+Counted from the same sizes by which the work is cut up: within the loops a few tiles of logits are
+held, and slices of the arguments. What the loops leave is put together afterwards, which takes a
+second copy of it, of one gradient after the other.
 """
 
 from __future__ import annotations
@@ -49,12 +49,17 @@ def _chunked(p: Problem, numbers: tuple[str, tuple[str, str] | None]) -> Account
     dropped = _PHILOX * entries if p.rate else 0
     rows = g.batch * p.heads * g.rows * g.block_q
     keys = g.batch * p.kv_heads * g.columns * g.block_k
-    q, out, kv = rows * p.width, rows * p.v_width, keys * (p.width + p.v_width)
+    part = g.batches * g.heads
+    q, kv = part * p.group * g.block_q, part * g.block_k
     saved = rows * (2 * wide + 1)
-    forward = 2 * tile + hidden + score + dropped + (q + kv + out) * narrow + 2 * saved
-    # Tiles of what flows back, and of every gradient, are there beside those of the arguments.
-    backward = 3 * tile + hidden + slope + dropped + (q + kv) * narrow + 2 * saved
-    backward += (q + kv + out) * wide
+    forward = 2 * tile + hidden + score + dropped + 2 * saved
+    forward += (q * (p.width + p.v_width) + kv * (p.width + p.v_width)) * wide
+    forward += rows * p.v_width * narrow
+    backward = 3 * tile + hidden + slope + dropped + 4 * saved
+    backward += 2 * (q + kv) * (p.width + p.v_width) * wide
+    # Gradients are summed in the accumulation dtype, beside which the results are made.
+    sums = [rows * p.width, keys * p.width, keys * p.v_width]
+    backward += max(sums) * wide + sum(sums) * (wide - narrow)
     return Account((g.block_q, g.block_k), forward, backward, *numbers)
 
 

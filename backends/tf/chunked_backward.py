@@ -21,7 +21,7 @@ import tensorflow as tf
 
 from attn_core.backends.tf import chunked_tile as tiles
 from attn_core.backends.tf.arrays import DTYPES, clamp, sizes
-from attn_core.backends.tf.chunked_forward import Rows, held, inverted, line, over_tiles
+from attn_core.backends.tf.chunked_forward import Rows, inverted, line, over_tiles
 from attn_core.backends.tf.chunked_grid import Plan, plan, schedule
 from attn_core.backends.tf.chunked_tile import Geometry, Inputs, Logits, Part, Tiled
 from attn_core.language.duals import Derivative, differentiate
@@ -31,22 +31,24 @@ Array = Any
 
 
 class _Pulled(NamedTuple):
-    """What flows back, in tiles of rows.
+    """What flows back; what is one number for each row, in tiles of rows.
 
     Attributes:
-        out: dO / l, (parts * rows, B', Hk', G * block_q, Dv).
-        base: (delta - dlse) / l, m, 1 / l: (parts * rows, B', Hk', G * block_q, 1).
-        weights: tiles of dW, or None.
-        moves: 0 for rows that give all their weight to one key, else 1, as `base`; None where a
-            gradient of lse moves their logit all the same.
+        out: dO in the problem's layout.
+        alive: boolean (parts * rows, B', Hk', G * block_q, 1), the row may see a key.
+        base: (delta - dlse) / l, m, 1 / l: as `alive`, accumulation dtype.
+        weights: dW, or None.
+        lone: boolean, as `alive`: the row gives all its weight to one key, as far as its sum shows.
+            None where a gradient of lse moves the logit of that key all the same.
     """
 
     out: Array
+    alive: Array
     base: Array
     m: Array
     inverse: Array
     weights: Tiled | None
-    moves: Array | None
+    lone: Array | None
 
 
 def backward(
@@ -59,54 +61,71 @@ def backward(
     """Gradients of query, key, value, bias, sinks and the score's floats; None for the rest."""
     dtype = DTYPES[p.accumulation]
     d_out, d_lse, d_weights = cotangents
-    blocks = (g.rows, g.block_q)
-    turn = (lambda a: a) if p.layout == "BHTD" else lambda a: tf.transpose(a, (0, 2, 1, 3))
-    alive = turn(rows.alive[..., None])
-    query = tf.where(alive, asked.query, tf.zeros_like(asked.query))
-    x = tiles.lay_out(p, asked._replace(query=query), g)
-    todo = plan(p, x, g, asked)
-    d_out = tf.where(alive, tf.cast(d_out, dtype), tf.zeros_like(d_out, dtype))
-    delta = tf.reduce_sum(d_out * tf.cast(rows.out, dtype), -1, keepdims=True)
-    delta = turn(delta)
-    summed = tf.not_equal(rows.total, 0)[..., None]
-    inverse = inverted(rows.total)[..., None]
-    spread = None if d_weights is None else tiles.spread(tf.cast(d_weights, dtype), p, g)
-    d_out = d_out * turn(inverse)
 
     def cut(a: Array) -> Array:
-        return tiles.cut(a, g, blocks, p.group)
+        return tiles.cut(a[..., None], g, (g.rows, g.block_q), p.group)
 
+    x = tiles.lay_out(p, asked, g)
+    todo = plan(p, x, g, asked)
+    inverse = inverted(rows.total)
     pulled = _Pulled(
-        tiles.cut(d_out, g, blocks, p.group, p.layout),
-        delta,
-        cut(rows.m[..., None]),
+        tiles.filled(d_out),
+        cut(rows.alive),
+        cut(tf.zeros_like(rows.m)),
+        cut(rows.m),
         cut(inverse),
-        spread,
-        # There dP and delta are equal but for their rounding, which would be all that is left.
-        cut(tf.cast(tf.not_equal(rows.total, 1), dtype)[..., None]) if d_lse is None else None,
+        None if d_weights is None else tiles.spread(d_weights, p, g),
+        cut(tf.equal(rows.total, 1)) if d_lse is None else None,
     )
-    if spread is not None:
-        size = (sizes(rows.m)[0], sizes(rows.m)[2])
-        delta += tiles.join(
-            _weighed(p, x, g, todo, pulled, spread), g, blocks, p.group, size, "BHTD"
-        )
-    t = delta
+    t = _deltas(p, x, g, pulled, tiles.filled(rows.out))
+    if pulled.weights is not None:
+        t += _weighed(p, x, g, todo, pulled, pulled.weights)
     if d_lse is not None:
         # Padded rows, and those without keys and sink, hand nothing on.
-        t = delta - tf.where(summed, d_lse[..., None], tf.zeros_like(delta))
-    pulled = pulled._replace(base=cut(t * inverse))
+        t -= cut(tf.where(tf.not_equal(rows.total, 0), d_lse, tf.zeros_like(d_lse)))
+    pulled = pulled._replace(base=t * pulled.inverse)
     d_sinks = None
     if asked.sinks is not None:
-        sinks = tf.cast(asked.sinks, dtype)[:, None, None]
-        share = tf.exp(sinks - rows.m[..., None]) * inverse
+        size = (sizes(rows.m)[0], sizes(rows.m)[2])
+        t = tiles.join(t, g, (g.rows, g.block_q), p.group, size, "BHTD")[..., 0]
+        sinks = tf.cast(asked.sinks, dtype)[:, None]
+        share = tf.exp(sinks - rows.m) * inverse
         moved = tf.where(tf.equal(sinks, -np.inf), tf.zeros_like(share), -share * t)
-        d_sinks = tf.cast(tf.reduce_sum(moved, (0, 2, 3)), asked.sinks.dtype)
+        d_sinks = tf.cast(tf.reduce_sum(moved, (0, 2)), asked.sinks.dtype)
     found = _columns(p, x, g, todo, pulled)
     return _restored(p, asked, x, g, found)._replace(sinks=d_sinks)
 
 
+def _deltas(p: Problem, x: Inputs, g: Geometry, pulled: _Pulled, out: Array) -> Array:
+    """sum(dO * O) of every row, in tiles."""
+    dtype = DTYPES[p.accumulation]
+    count, outer = g.parts[0] * g.parts[1] * g.rows, (g.batches, g.heads, p.group * g.block_q, 1)
+
+    def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        part, i = tiles.part_of(p, x, g, n // g.rows), n % g.rows
+        moved = _selected(p, g, pulled, part, i, pulled.out)
+        moved *= _selected(p, g, pulled, part, i, out)
+        return (carry[0].write(n, tf.reduce_sum(moved, -1, keepdims=True)),)
+
+    start = tf.TensorArray(dtype, count, element_shape=tiles.static(outer))
+    return tiles.loop(0, count, turn, (start,))[0].stack()
+
+
+def _selected(p: Problem, g: Geometry, pulled: _Pulled, part: Part, i: Array, x: Array) -> Array:
+    """Tile i of rows in the accumulation dtype, 0 in rows that may see no key."""
+    found = tiles.rows_at(x, p, g, part, i, (g.rows, g.block_q), p.group)
+    alive = tf.gather(pulled.alive, _rows(g, part, i))
+    return tf.cast(tf.where(alive, found, tf.zeros_like(found)), DTYPES[p.accumulation])
+
+
+def _queries(p: Problem, x: Inputs, g: Geometry, pulled: _Pulled, part: Part, i: Array) -> Array:
+    """Rows of a tile as `tiles.query_of` gives them, but 0 where they may see no key."""
+    q = _selected(p, g, pulled, part, i, x.query)
+    return q * p.scale if tiles.prescaled(p) else q
+
+
 class _Sums(NamedTuple):
-    """The gradients in tiles (as TensorArrays while the loops run) and the tables of a score."""
+    """The gradients as TensorArrays of tiles, and the tables of a score."""
 
     query: Any
     key: Any
@@ -124,17 +143,21 @@ def _columns(p: Problem, x: Inputs, g: Geometry, todo: Plan, pulled: _Pulled) ->
         return tf.TensorArray(dtype, count, element_shape=tiles.static(shape))
 
     start = _Sums(
-        held(tf.zeros(sizes(x.query), dtype)),
+        tiles.blank(
+            g.parts[0] * g.parts[1] * g.rows,
+            (g.batches, g.heads, p.group * g.block_q, p.width),
+            dtype,
+        ),
         fresh((g.batches, g.heads, g.block_k, p.width)),
         fresh((g.batches, g.heads, g.block_k, p.v_width)),
-        None if x.bias is None else held(tf.zeros(sizes(x.bias.tiles), dtype)),
+        None if x.bias is None else tiles.blank(x.bias.count, x.bias.inner, dtype),
         # One entry more, for an operand that turns out to be empty.
         tuple([tf.zeros((_entries(x.score[n]) + 1,), dtype) for n in _moving(derivative)]),
     )
 
     def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         part, j = tiles.part_of(p, x, g, n // g.columns), n % g.columns
-        k, v = (tiles.keys_of(p, a, n) for a in (x.key, x.value))
+        k, v = (tiles.keys_of(p, a, g, part, j) for a in (x.key, x.value))
         now = _packed(carry, start)
         dk, dv = (
             tf.zeros((g.batches, g.heads, last, g.block_k), dtype) for last in (p.width, p.v_width)
@@ -148,9 +171,7 @@ def _columns(p: Problem, x: Inputs, g: Geometry, todo: Plan, pulled: _Pulled) ->
         written = (now.key.write(n, dk), now.value.write(n, dv))
         return _flat(new._replace(key=written[0], value=written[1]))
 
-    done = _packed(tiles.loop(0, count, turn, _flat(start)), start)
-    query, key, value, bias = (a if a is None else a.stack() for a in done[:4])
-    return _Sums(query, key, value, bias, done.tables)
+    return _packed(tiles.loop(0, count, turn, _flat(start)), start)
 
 
 def _tile(
@@ -170,21 +191,17 @@ def _tile(
         def step(i: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             sums = _packed(carry, like)
             n = _rows(g, part, i)
-            q = tiles.query_of(p, x, n)
+            q = _queries(p, x, g, pulled, part, i)
+            d_out = _selected(p, g, pulled, part, i, pulled.out) * tf.gather(pulled.inverse, n)
             found = tiles.logits(p, x, g, part, (i, j), q, k_all, masked, derivative)
             k, v = k_all, v_all
             if found.allowed is not None:
                 seen = tiles.seen(found.allowed)
                 k, v = (tf.where(seen, a, tf.zeros_like(a)) for a in (k, v))
-            kept, slope = _slopes(p, x, g, part, pulled, (i, j), found, v)
-            d_out = tf.gather(pulled.out, n)
+            kept, slope = _slopes(p, x, g, part, pulled, (i, j), found, v, d_out)
             # Sums over rows as (D, rows) x (rows, keys): faster than the tile turned over.
             value = sums.value + tf.matmul(d_out, _folded(kept, g), transpose_a=True)
             bias, tables = sums.bias, sums.tables
-            moves = None if pulled.moves is None else tf.gather(pulled.moves, n)
-            if moves is not None and not tiles.prescaled(p):
-                slope = slope * tf.reshape(moves, (*g.outer(p), 1))
-                moves = None
             if x.bias is not None:
                 number = x.bias.number(part, i, j)
                 added = tf.reshape(_reduced(slope, x.bias.size), x.bias.inner)
@@ -196,8 +213,6 @@ def _tile(
                     slope = tf.where(found.allowed, slope, tf.zeros_like(slope))
             ds = _folded(slope, g)
             dq = tf.matmul(ds, k)
-            if moves is not None:
-                q, dq = q * moves, dq * moves
             query = sums.query.write(n, sums.query.read(n) + dq)
             key = sums.key + tf.matmul(q, ds, transpose_a=True)
             return _flat(_Sums(query, key, value, bias, tables))
@@ -216,6 +231,7 @@ def _slopes(
     at: tuple[Array, Array],
     found: Logits,
     v: Array,
+    d_out: Array,
 ) -> tuple[Array, Array]:
     """(e after dropout, gradient of the logits), both over the tile."""
     n = _rows(g, part, at[0])
@@ -224,7 +240,7 @@ def _slopes(
     e = tf.exp(found.z - m)
     if found.allowed is not None:
         e = tf.where(found.allowed, e, tf.zeros_like(e))
-    dp = tf.matmul(tf.gather(pulled.out, n), v, transpose_b=True)
+    dp = tf.matmul(d_out, v, transpose_b=True)
     dp = tf.reshape(dp, tf.shape(e) if None in tuple(e.shape) else e.shape)
     kept = e
     if p.rate:
@@ -232,11 +248,26 @@ def _slopes(
         kept, dp = (tf.where(keep, a * (1 / (1 - p.rate)), tf.zeros_like(a)) for a in (e, dp))
     if pulled.weights is not None:
         inverse = tf.reshape(tf.gather(pulled.inverse, n), shape)
-        dp = dp + tiles.tile_of(pulled.weights, part, *at) * inverse
+        dp = dp + tf.cast(tiles.tile_of(pulled.weights, part, *at), dp.dtype) * inverse
     slope = e * (dp - base)
+    if pulled.lone is not None:
+        moved, lone = slope, tf.reshape(tf.gather(pulled.lone, n), shape)
+        slope = tf.cond(tf.reduce_any(lone), lambda: _settled(moved, e, lone), lambda: moved)
     if found.allowed is not None:
         slope = tf.where(found.allowed, slope, tf.zeros_like(slope))
     return kept, slope
+
+
+def _settled(slope: Array, e: Array, lone: Array) -> Array:
+    """The gradient of the logits, with 0 at a key that has all the weight of its row.
+
+    There dP and delta are equal but for their rounding, which would be all that is left. The sum of
+    such a row is 1, also where other keys have weights too small to show in it: those keep their
+    gradient, which is no difference of equals.
+    """
+    # Beside a sum of 1 the key that makes it up has e = 1, and no other one more than half an ulp.
+    most = tf.where(lone, tf.constant(0.5, e.dtype), tf.constant(np.inf, e.dtype))
+    return slope * tf.cast(e <= most, slope.dtype)
 
 
 def _weighed(
@@ -249,15 +280,14 @@ def _weighed(
 
     def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         part, i = tiles.part_of(p, x, g, n // g.rows), n % g.rows
-        q = tiles.query_of(p, x, n)
+        q = _queries(p, x, g, pulled, part, i)
         m = tf.reshape(tf.gather(pulled.m, n), (*g.outer(p), 1))
 
         def body(masked: bool) -> Any:
             def step(j: Array, now: tuple[Array]) -> tuple[Array]:
-                number = (part.batch * g.parts[1] + part.head) * g.columns + j
-                k = tiles.keys_of(p, x.key, number)
+                k = tiles.keys_of(p, x.key, g, part, j)
                 found = tiles.logits(p, x, g, part, (i, j), q, k, masked)
-                moved = tf.exp(found.z - m) * tiles.tile_of(weights, part, i, j)
+                moved = tf.exp(found.z - m) * tf.cast(tiles.tile_of(weights, part, i, j), dtype)
                 if found.allowed is not None:
                     moved = tf.where(found.allowed, moved, tf.zeros_like(moved))
                 added = tf.reduce_sum(moved, -1, keepdims=True)
@@ -306,20 +336,24 @@ def _restored(p: Problem, asked: Operands, x: Inputs, g: Geometry, found: _Sums)
     """Tiles put together, each gradient in its input's shape and dtype."""
     axis = 2 if p.layout == "BHTD" else 1
     made: dict[str, Array] = {}
+    before: list[Array] = []
     for name, blocks, group in (
-        ("query", (g.rows, g.block_q), p.group),
         ("key", (g.columns, g.block_k), 1),
         ("value", (g.columns, g.block_k), 1),
+        ("query", (g.rows, g.block_q), p.group),
     ):
-        array, tiled = getattr(asked, name), getattr(found, name)
+        array = getattr(asked, name)
         now = sizes(array)
-        if name == "query":
-            tiled = tiled * p.scale
+        # One after the other: each is copied twice on its way, and they are not small.
+        with tf.control_dependencies(before):
+            tiled = getattr(found, name).stack()
         tiled = tiles.join(tiled, g, blocks, group, (now[0], now[axis]), p.layout)
+        tiled = tiled * p.scale if name == "query" else tiled
         made[name] = tf.cast(tiled, array.dtype)
+        before = [made[name]]
     bias = None
     if x.bias is not None:
-        bias = tf.cast(tiles.gather_up(found.bias, x.bias), asked.bias.dtype)
+        bias = tf.cast(tiles.gather_up(found.bias.stack(), x.bias), asked.bias.dtype)
     score: list[Any] = [None] * len(asked.score)
     if p.score is not None:
         for number, table in zip(_moving(differentiate(p.score)), found.tables, strict=True):
@@ -330,13 +364,14 @@ def _restored(p: Problem, asked: Operands, x: Inputs, g: Geometry, found: _Sums)
 
 def _reduced(x: Array, size: Sequence[Any]) -> Array:
     """Sums over the axes of a tile along which an array of this size has one entry."""
-    known = [a for a, n in enumerate(size) if isinstance(n, int) and n == 1 and x.shape[a] != 1]
-    unknown = [a for a, n in enumerate(size) if not isinstance(n, int)]
-    if not unknown:
-        return tf.reduce_sum(x, known, keepdims=True)
-    ones = tf.equal(tf.stack([size[a] for a in unknown]), 1)
-    axes = tf.concat([tf.constant(known, tf.int32), tf.boolean_mask(unknown, ones)], 0)
-    return tf.reduce_sum(x, axes, keepdims=True)
+    split: list[Any] = []
+    for now, then in zip(sizes(x), size, strict=True):
+        # (n, 1) to be summed, or (1, n): which axes they are must be known even to XLA.
+        summed = 1 if now is then else now if isinstance(then, int) else now // then
+        if isinstance(then, int) and then != 1:
+            summed = 1
+        split += [summed, then]
+    return tf.reshape(tf.reduce_sum(tf.reshape(x, split), (0, 2, 4, 6, 8)), size)
 
 
 def _moving(derivative: Derivative | None) -> list[int]:

@@ -55,15 +55,15 @@ def forward(
     like = None
     if p.return_weights:
         full = (size[0], p.heads, size[1], size[2])
-        like = tiles.spread(tf.zeros(full, DTYPES[p.dtype]), p, g)
-        arrays.append(held(like.tiles))
+        like = tiles.like(full, p, g)
+        arrays.append(tiles.blank(like.count, like.inner, DTYPES[p.dtype]))
 
     def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         part, i = tiles.part_of(p, x, g, n // g.rows), n % g.rows
-        found = _row(p, x, g, todo, by_rows, part, (n, i), sinks)
+        found = _row(p, x, g, todo, by_rows, part, i, sinks)
         carry = (*[a.write(n, r) for a, r in zip(carry, found, strict=False)], *carry[4:])
         if like is not None:
-            weights = _weights(p, x, g, todo, by_rows, part, (n, i), found, like, carry[4])
+            weights = _weights(p, x, g, todo, by_rows, part, i, found, like, carry[4])
             carry = (*carry[:4], weights)
         return carry
 
@@ -84,20 +84,18 @@ def _row(
     todo: Plan,
     by_rows: Schedule,
     part: Part,
-    at: tuple[Array, Array],
+    i: Array,
     sinks: Array | None,
 ) -> tuple[Array, Array, Array, Array]:
     """(out, m, total, alive) of row i of tiles, folded."""
-    n, i = at
     dtype = DTYPES[p.accumulation]
-    q = tiles.query_of(p, x, n)
+    q = tiles.query_of(p, x, g, part, i)
     shape = (g.batches, g.heads, p.group * g.block_q)
 
     def body(masked: bool) -> Any:
         def step(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             m, total, acc = carry
-            number = _keys(g, part, j)
-            k, v = (tiles.keys_of(p, a, number) for a in (x.key, x.value))
+            k, v = (tiles.keys_of(p, a, g, part, j) for a in (x.key, x.value))
             found = tiles.logits(p, x, g, part, (i, j), q, k, masked)
             z = found.z
             if found.allowed is not None:
@@ -158,20 +156,19 @@ def _weights(
     todo: Plan,
     by_rows: Schedule,
     part: Part,
-    at: tuple[Array, Array],
+    i: Array,
     row: tuple[Array, Array, Array, Array],
     like: tiles.Tiled,
     kept: Any,
 ) -> Any:
     """The weights of a row of tiles, once its statistics are known."""
-    n, i = at
-    q = tiles.query_of(p, x, n)
+    q = tiles.query_of(p, x, g, part, i)
     _, m, total, _ = row
     m, inverse = (tf.reshape(r, (*g.outer(p), 1)) for r in (m, inverted(total)))
 
     def body(masked: bool) -> Any:
         def step(j: Array, carry: tuple[Any]) -> tuple[Any]:
-            k = tiles.keys_of(p, x.key, _keys(g, part, j))
+            k = tiles.keys_of(p, x.key, g, part, j)
             found = tiles.logits(p, x, g, part, (i, j), q, k, masked)
             w = tf.exp(found.z - m) * inverse
             if found.allowed is not None:
@@ -188,13 +185,6 @@ def inverted(total: Array) -> Array:
     """1 / l, and 0 for a row without a sum."""
     none = tf.equal(total, 0)
     return tf.where(none, tf.zeros_like(total), 1 / tf.where(none, tf.ones_like(total), total))
-
-
-def held(x: Array) -> Any:
-    """A TensorArray of these tiles, to be written to."""
-    return tf.TensorArray(
-        x.dtype, tf.shape(x)[0] if x.shape[0] is None else x.shape[0], element_shape=x.shape[1:]
-    ).unstack(x)
 
 
 def line(g: Geometry, todo: Plan, part: Part, count: Any, at: Array) -> Array:
@@ -226,10 +216,6 @@ def over_tiles(
     if todo.some_partial:
         carry = tiles.loop(full, live, step(True), carry)
     return carry
-
-
-def _keys(g: Geometry, part: Part, j: Array) -> Array:
-    return (part.batch * g.parts[1] + part.head) * g.columns + j
 
 
 def _low(dtype: Any) -> Array:

@@ -19,6 +19,7 @@ import tensorflow as tf
 from attn_core.backends.tf.chunked_tile import Geometry, Inputs
 from attn_core.backends.tf.tiles import Tiles
 from attn_core.blocks import FULL, PARTIAL, block_map
+from attn_core.footprint import differs
 from attn_core.language.intervals import Intervals
 from attn_core.schedule import Schedule, of_status
 from attn_core.spec import Operands, Problem
@@ -128,12 +129,11 @@ def _most(count: int, room: int) -> int:
 
 def _reads(p: Problem, x: Operands) -> tuple[bool, bool]:
     """Whether the map may differ from batch to batch, and from head to head."""
-    given = (x.kv_lengths, x.q_lengths)
-    batch = any(lengths is not None and lengths.shape[0] != 1 for lengths in given)
-    if p.mask is not None:
-        moved = p.offset == "given" and x.query_offset.shape.num_elements() != 1
-        batch = batch or p.mask.reads("b") or (moved and p.mask.reads("q"))
-    return batch, p.mask is not None and p.mask.reads("h")
+    batch, head = differs(p)
+    # Of length 1 they hold for all, which the problem does not say.
+    given = (x.kv_lengths, x.q_lengths, x.query_offset)
+    each = any(a is not None and a.shape[0] != 1 for a in given)
+    return batch and (each or (p.mask is not None and p.mask.reads("b"))), head
 
 
 def plan(p: Problem, x: Inputs, g: Geometry, asked: Operands) -> Plan:

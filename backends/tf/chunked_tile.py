@@ -1,14 +1,17 @@
 """One tile: its positions, which of them are allowed, and the logits there.
 
-Queries and keys are cut into tiles before the loops. G query heads share a key head, and their rows
-are folded into one tall matrix for every product, so that keys and values are never repeated:
+Tiles of queries and keys are slices of the arrays as they came, taken in the loops: a copy of the
+whole cut into tiles would be most of the memory there is. G query heads share a key head, and their
+rows are folded into one tall matrix for every product, so that keys and values are never repeated:
 
-    queries     (parts * rows, B', Hk', G * block_q, D)
-    keys        (parts * columns, B', Hk', block_k, D)
+    queries     (B', Hk', G * block_q, D)
+    keys        (B', Hk', block_k, D)
 
 A *part* is what one tile holds of batches and key heads: B' of them and Hk' of them. A tile of
-logits is (B', Hk', G, block_q, block_k). What fills up the last tiles is zeros; the tile's own
-mask says that they are no keys and no rows.
+logits is (B', Hk', G, block_q, block_k). What fills up the last tiles is no key, as the tile's own
+mask says, and no row: rows beyond the end are left out of the results, and hand nothing back, since
+`alive` is False there. Numbers that belong to rows, such as their maxima, are small, and are cut
+into tiles (parts * rows, B', Hk', G * block_q, 1) before the loops, with zeros behind.
 
 Sizes are ints where they are known when the call is traced, and int32 scalars elsewhere.
 """
@@ -65,7 +68,7 @@ class Inputs(NamedTuple):
     """The operands as the loops read them; `lay_out` makes them.
 
     Attributes:
-        query, key, value: tiles, as above.
+        query, key, value: in the problem's layout; a size that turns out to be 0 is filled up to 1.
         bias: `Tiled`, or None.
         offset, kv_lengths, q_lengths: int32 (B,) or (1,); lengths may be None.
         seed: Philox's key.
@@ -85,16 +88,16 @@ class Inputs(NamedTuple):
 
 
 class Tiled(NamedTuple):
-    """An array that broadcasts to (B, Hq, Tq, Tk), in tiles; axes of size 1 stay of size 1.
+    """An array that broadcasts to (B, Hq, Tq, Tk), read in tiles; axes of size 1 stay of size 1.
 
     Attributes:
-        tiles: (number of tiles, B'', Hk'' * G'', block_q'', block_k'').
+        array: itself, with sizes that turn out to be 0 filled up to 1.
         counts: how many tiles there are along batch, key heads, rows and keys.
         size: (B'', Hk'', G'', block_q'', block_k''), of one tile.
         shape: of the array.
     """
 
-    tiles: Array
+    array: Array
     counts: tuple[Any, Any, Any, Any]
     size: tuple[Any, Any, Any, Any, Any]
     shape: tuple[Any, ...]
@@ -104,12 +107,15 @@ class Tiled(NamedTuple):
         """(B'', Hk'' * G'', block_q'', block_k'')."""
         return (self.size[0], self.size[1] * self.size[2], self.size[3], self.size[4])
 
+    @property
+    def count(self) -> Any:
+        """How many tiles there are."""
+        return self.counts[0] * self.counts[1] * self.counts[2] * self.counts[3]
+
     def number(self, part: Part, i: Array, j: Array) -> Array:
         at: Any = 0
         for place, count in zip((part.batch, part.head, i, j), self.counts, strict=True):
-            at = at * count + (
-                0 if isinstance(count, int) and count == 1 else _within(place, count)
-            )
+            at = at * count + (0 if _alone(count) else _within(place, count))
         return at
 
 
@@ -147,24 +153,78 @@ class Logits(NamedTuple):
     sites: Sequence[tuple[Array, Sequence[Array]]] = ()
 
 
-def cut(x: Array, g: Geometry, blocks: tuple[Any, Any], heads: int, layout: str = "BHTD") -> Array:
+def cut(x: Array, g: Geometry, blocks: tuple[Any, Any], heads: int) -> Array:
     """Tiles (parts * count, B', heads of a part, block, X) of an array (B, H, T, X).
 
     `blocks` is (count, block) along T; `heads` is H / Hk, which are folded into the rows.
     """
     count, block = blocks
     last = sizes(x)[-1]
-    along = 2 if layout == "BHTD" else 1
-    x = pad(x, {0: g.batch, along: count * block})
+    x = pad(x, {0: g.batch, 2: count * block})
     (batches, parts), heads_in = (g.parts, g.heads * heads)
-    if layout == "BHTD":
-        split = (batches, g.batches, parts, heads_in, count, block, last)
-        order = (0, 2, 4, 1, 3, 5, 6)
-    else:
-        split = (batches, g.batches, count, block, parts, heads_in, last)
-        order = (0, 4, 2, 1, 5, 3, 6)
-    x = tf.transpose(tf.reshape(x, split), order)
+    x = tf.reshape(x, (batches, g.batches, parts, heads_in, count, block, last))
+    x = tf.transpose(x, (0, 2, 4, 1, 3, 5, 6))
     return tf.reshape(x, (batches * parts * count, g.batches, g.heads, heads * block, last))
+
+
+def rows_at(
+    x: Array, p: Problem, g: Geometry, part: Part, at: Array, blocks: tuple[Any, Any], heads: int
+) -> Array:
+    """Tile `at`, (B', Hk', heads * block, X), of an array in the problem's layout.
+
+    What fills up the last tile is zeros in layout "BHTD", and the last row again in "BTHD".
+    """
+    count, block = blocks
+    last, heads_in = sizes(x)[-1], g.heads * heads
+    batch, head = part.batch * g.batches, part.head * heads_in
+    if p.layout == "BHTD":
+        whole = isinstance(count, int) and count * block == x.shape[2]
+        size = [g.batches, heads_in, block, last]
+        found = _window(x, [batch, head, at * block, 0], size, {2: whole})
+    else:
+        # One by one, in the order in which they are wanted: a slice would have to be turned over.
+        b, t, h = (
+            tf.reshape(tf.range(n) + first, shape)
+            for n, first, shape in (
+                (g.batches, batch, (-1, 1, 1)),
+                (block, at * block, (1, 1, -1)),
+                (heads_in, head, (1, -1, 1)),
+            )
+        )
+        batches, rows, across, _ = sizes(x)
+        place = (b * rows + tf.minimum(t, rows - 1)) * across + h
+        found = tf.gather(tf.reshape(x, (batches * rows * across, last)), place)
+    return tf.reshape(found, (g.batches, g.heads, heads * block, last))
+
+
+def _window(x: Array, begin: list[Any], size: list[Any], whole: dict[int, bool]) -> Array:
+    """A slice of an array of rank 4, with zeros where it reaches beyond the end.
+
+    `whole` has the axes along which tiles are taken, and whether they cut the axis without a rest.
+    """
+    first = list(begin)
+    for axis, fits in whole.items():
+        if not fits:
+            # Always a slice of one size, which XLA needs: the last one starts earlier.
+            first[axis] = tf.minimum(begin[axis], sizes(x)[axis] - size[axis])
+    found = tf.slice(x, first, size)
+    for axis, fits in whole.items():
+        if not fits:
+            found = _shifted(found, begin[axis] - first[axis], axis, size[axis])
+            found.set_shape(static(size))
+    return found
+
+
+def _shifted(x: Array, by: Array, axis: int, size: Any) -> Array:
+    """`x` without its first `by` entries along the axis, and with zeros behind."""
+
+    def moved() -> Array:
+        shape = [1, 1, 1, 1]
+        shape[axis] = size
+        real = tf.reshape(tf.range(size) < size - by, shape)
+        return tf.where(real, tf.roll(x, -by, axis), tf.zeros_like(x))
+
+    return tf.cond(by > 0, moved, lambda: x)
 
 
 def join(
@@ -192,8 +252,12 @@ def join(
 
 
 def spread(x: Array, p: Problem, g: Geometry) -> Tiled:
-    """Tiles of a bias, or of what flows back into weights."""
-    shape = sizes(x)
+    """How a bias is read in tiles, or what flows back into weights."""
+    return like(sizes(x), p, g)._replace(array=filled(x))
+
+
+def like(shape: tuple[Any, ...], p: Problem, g: Geometry) -> Tiled:
+    """How an array of this shape is cut into tiles; without the array."""
     batch, head, row, key = (_only(size == 1, size) for size in shape)
     ones = [batch, head, head, row, key]
     size = [_choose(one, n) for one, n in zip(ones, (*g.outer(p), g.block_k), strict=True)]
@@ -201,12 +265,7 @@ def spread(x: Array, p: Problem, g: Geometry) -> Tiled:
         _choose(one, n)
         for one, n in zip((batch, head, row, key), (*g.parts, g.rows, g.columns), strict=True)
     ]
-    inner = (size[0], size[1] * size[2], size[3], size[4])
-    x = pad(x, {axis: counts[axis] * inner[axis] for axis in range(4)})
-    split = [n for pair in zip(counts, inner, strict=True) for n in pair]
-    cells = tf.transpose(tf.reshape(x, split), (0, 2, 4, 6, 1, 3, 5, 7))
-    number = counts[0] * counts[1] * counts[2] * counts[3]
-    return Tiled(tf.reshape(cells, (number, *inner)), tuple(counts), tuple(size), shape)
+    return Tiled(None, tuple(counts), tuple(size), shape)
 
 
 def gather_up(tiles: Array, like: Tiled) -> Array:
@@ -223,7 +282,11 @@ def pad(x: Array, to: dict[int, Any], value: Any = 0) -> Array:
     behind = [to.get(axis, size) - size for axis, size in enumerate(now)]
     if all(isinstance(n, int) and n == 0 for n in behind):
         return x
-    return tf.pad(x, [(0, n) for n in behind], constant_values=value)
+    found = tf.pad(x, [(0, n) for n in behind], constant_values=value)
+    grown = [isinstance(n, int) for n in behind]
+    known = [size + n if fits else None for size, n, fits in zip(now, behind, grown, strict=True)]
+    found.set_shape([n if isinstance(n, int) else None for n in known])
+    return found
 
 
 def lay_out(p: Problem, x: Operands, g: Geometry) -> Inputs:
@@ -234,7 +297,6 @@ def lay_out(p: Problem, x: Operands, g: Geometry) -> Inputs:
             return given
         return pad(tf.broadcast_to(given, (_real(p.batch, x.query),)), {0: g.batch})
 
-    rows, keys = (g.rows, g.block_q), (g.columns, g.block_k)
     axis = 2 if p.layout == "BHTD" else 1
     q_len, k_len = sizes(x.query)[axis], sizes(x.key)[axis]
     kv_lengths, q_lengths = (
@@ -242,9 +304,9 @@ def lay_out(p: Problem, x: Operands, g: Geometry) -> Inputs:
         for given, most in ((x.kv_lengths, k_len), (x.q_lengths, q_len))
     )
     return Inputs(
-        cut(x.query, g, rows, p.group, p.layout),
-        cut(x.key, g, keys, 1, p.layout),
-        cut(x.value, g, keys, 1, p.layout),
+        filled(x.query),
+        filled(x.key),
+        filled(x.value),
         None if x.bias is None else spread(x.bias, p, g),
         per_batch(tf.reshape(reference.offset(p, x, q_len, k_len), (-1,))),
         per_batch(kv_lengths),
@@ -253,6 +315,11 @@ def lay_out(p: Problem, x: Operands, g: Geometry) -> Inputs:
         x.mask,
         tuple([tf.cast(t, dtype) if t.dtype.is_floating else t for t in x.score]),
     )
+
+
+def filled(x: Array) -> Array:
+    """`x`, with zeros along axes that turn out to be empty: there still is a tile, of nothing."""
+    return pad(x, {a: tf.maximum(n, 1) for a, n in enumerate(sizes(x)) if not isinstance(n, int)})
 
 
 def part_of(p: Problem, x: Inputs, g: Geometry, number: Array) -> Part:
@@ -351,19 +418,27 @@ def prescaled(p: Problem) -> bool:
     return p.score is None and p.bias is None
 
 
-def query_of(p: Problem, x: Inputs, number: Array) -> Array:
+def query_of(p: Problem, x: Inputs, g: Geometry, part: Part, i: Array) -> Array:
     """Folded rows of a tile in the accumulation dtype, scaled where that is done beforehand."""
-    q = tf.cast(tf.gather(x.query, number), DTYPES[p.accumulation])
+    q = rows_at(x.query, p, g, part, i, (g.rows, g.block_q), p.group)
+    q = tf.cast(q, DTYPES[p.accumulation])
     return q * p.scale if prescaled(p) else q
 
 
-def keys_of(p: Problem, tiles: Array, number: Array) -> Array:
-    return tf.cast(tf.gather(tiles, number), DTYPES[p.accumulation])
+def keys_of(p: Problem, x: Array, g: Geometry, part: Part, j: Array) -> Array:
+    found = rows_at(x, p, g, part, j, (g.columns, g.block_k), 1)
+    return tf.cast(found, DTYPES[p.accumulation])
 
 
 def tile_of(x: Tiled, part: Part, i: Array, j: Array) -> Array:
     """The tile at (i, j), five axes of which some may be 1."""
-    return tf.reshape(tf.gather(x.tiles, x.number(part, i, j)), x.size)
+    numbers = zip((part.batch, part.head, i, j), x.counts, strict=True)
+    at = [0 if _alone(count) else _within(n, count) for n, count in numbers]
+    begin = [n * size for n, size in zip(at, x.inner, strict=True)]
+    rest = zip(x.counts[2:], x.inner[2:], x.array.shape[2:], strict=True)
+    fits = [isinstance(count, int) and count * size == length for count, size, length in rest]
+    found = _window(x.array, begin, list(x.inner), dict(zip((2, 3), fits, strict=True)))
+    return tf.reshape(found, x.size)
 
 
 def kept(p: Problem, x: Inputs, g: Geometry, part: Part, i: Array, j: Array) -> Array:
@@ -386,6 +461,13 @@ def fold(x: Array, g: Geometry, group: int) -> Array:
 def static(shape: Sequence[Any]) -> tf.TensorShape:
     """What is known of a shape when the call is traced."""
     return tf.TensorShape([n if isinstance(n, int) else None for n in shape])
+
+
+def blank(count: Any, shape: Sequence[Any], dtype: Any) -> Any:
+    """A TensorArray of zeros, to be added to. They are one tile until something else is written."""
+    zeros = tf.zeros(shape, dtype)
+    fresh = tf.TensorArray(dtype, count, element_shape=static(shape))
+    return loop(0, count, lambda n, carry: (carry[0].write(n, zeros),), (fresh,))[0]
 
 
 def loop(start: Any, stop: Any, body: Any, carry: Sequence[Any]) -> tuple[Any, ...]:
@@ -423,6 +505,10 @@ def _choose(one: Any, size: Any) -> Any:
     if isinstance(one, bool):
         return 1 if one else size
     return tf.where(one, 1, size)
+
+
+def _alone(count: Any) -> bool:
+    return isinstance(count, int) and count == 1
 
 
 def _within(at: Array, count: Any) -> Array:

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import attn_core
-from attn_core import Dropout, UnsupportedError, masks, scores
+from attn_core import Dropout, UnsupportedError, masks, reference, scores
 from attn_core.backends import tf as backend
 from attn_core.backends.tf import chunked_grid, chunked_tile
 
@@ -60,6 +60,7 @@ def small(monkeypatch):
     """Tiles of 16 by 16, and parts of few heads: every loop turns several times."""
     monkeypatch.setattr(chunked_grid, "_ROWS", 16)
     monkeypatch.setattr(chunked_grid, "_KEYS", 16)
+    monkeypatch.setattr(chunked_grid, "_KEYS_MASKED", 16)
     monkeypatch.setattr(chunked_grid, "_LONGEST", 32)
     monkeypatch.setattr(chunked_grid, "_AT_ONCE", 4096)
     backend.chunked._compiled.cache_clear()
@@ -142,10 +143,13 @@ def test_many_tiles_compiled(name):
 
 
 @pytest.mark.usefixtures("small")
-def test_the_other_layout():
+@pytest.mark.parametrize("form", ["dynamic", "xla"])
+def test_the_other_layout(form):
     call = inputs(3, 37, 51)
     call = {name: tf.transpose(x, (0, 2, 1, 3)) for name, x in call.items()}
-    agree(call | options("lengths", 3, 37, 51) | {"layout": "BTHD"}, "dynamic", weights=True)
+    agree(
+        call | options("lengths", 3, 37, 51) | {"layout": "BTHD"}, form, weights=form == "dynamic"
+    )
 
 
 @pytest.mark.parametrize(("tq", "tk"), [(1, 1300), (255, 257), (256, 512), (1100, 1300)])
@@ -200,13 +204,134 @@ def test_poison_in_padding_and_hidden_tiles(form):
         np.testing.assert_array_equal(found_g[name].numpy(), want_g[name].numpy(), err_msg=name)
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("shape", [(2, HQ, 19, 19), (1, 1, 1, 19), (2, 1, 19, 1), (1, HQ, 1, 1)])
+def test_a_bias_of_unknown_shape(shape, compiled):
+    call = {name: x.numpy() for name, x in inputs(2, 19, 19).items()}
+    bias, up = draw(*shape, seed=16).numpy(), draw(2, HQ, 19, DV, seed=17).numpy()
+    heads = [(HQ, D), (HK, D), (HK, DV)]
+    spec = [tf.TensorSpec((None, n, None, d), tf.float64) for n, d in heads]
+    spec.append(tf.TensorSpec([None] * 4, tf.float64))
+
+    @tf.function(input_signature=spec, jit_compile=compiled)
+    def run(*given):
+        with tf.GradientTape() as tape:
+            tape.watch(given)
+            out = attn_core.attention(*given[:3], bias=given[3], impl="chunked")
+        return out, *tape.gradient(out, given, tf.constant(up))
+
+    found = run(*call.values(), bias)
+    want = reference.gradients(**call, bias=bias, d_out=up)
+    judged = [reference.attention(**call, bias=bias).out, *[want[n] for n in (*call, "bias")]]
+    for x, y in zip(found, judged, strict=True):
+        np.testing.assert_allclose(x.numpy(), y, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("layout", ["BHTD", "BTHD"])
+def test_thirty_runs_are_one(layout, small):
+    """Bit for bit: no sum depends on which thread comes first."""
+    call = inputs(2, 37, 51, np.float32) | options("everything", 2, 37, 51)
+    call |= {"sinks": draw(HQ, seed=14, dtype=np.float32), "layout": layout}
+    call |= {"bias": tf.cast(call["bias"], tf.float32)}
+    call["score"] = scores.softcap(1.5).then(scores.alibi(draw(HQ, seed=7, dtype=np.float32)))
+    if layout == "BTHD":
+        moved = ("query", "key", "value")
+        call |= {name: tf.transpose(call[name], (0, 2, 1, 3)) for name in moved}
+    shape = (2, HQ, 37, DV) if layout == "BHTD" else (2, 37, HQ, DV)
+    up = draw(*shape, seed=4, dtype=np.float32)
+
+    @tf.function
+    def run():
+        given = [call[name] for name in ("query", "key", "value", "bias", "sinks")]
+        given += list(call["score"].arrays)
+        with tf.GradientTape() as tape:
+            tape.watch(given)
+            out, lse, _ = attn_core.attention(**call, impl="chunked", return_lse=True)
+        return out, lse, *tape.gradient(out, given, up)
+
+    first = [x.numpy() for x in run()]
+    assert all(x.any() and not np.isnan(x).any() for x in first)
+    for _ in range(29):
+        for x, y in zip(run(), first, strict=True):
+            np.testing.assert_array_equal(x.numpy(), y)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_packed_document_does_not_touch_the_others():
+    """Bit for bit, also where documents share a tile."""
+    ids = np.repeat([0, 1, 2], [21, 9, 23])
+    inside = ids == 1
+    call = {name: x.numpy() for name, x in inputs(1, 53, 53, np.float32).items()}
+    up = draw(1, HQ, 53, DV, seed=4, dtype=np.float32).numpy()
+    mask = masks.segments(ids) & masks.causal()
+
+    @tf.function
+    def run(query, key, value, up):
+        with tf.GradientTape() as tape:
+            tape.watch([query, key, value])
+            out = attn_core.attention(query, key, value, mask=mask, impl="chunked")
+        return out, *tape.gradient(out, [query, key, value], up)
+
+    before = run(*call.values(), up)
+    rng = np.random.default_rng(18)
+    given = [*call.values(), up]
+    for x in given:
+        x[:, :, inside] += rng.standard_normal(x[:, :, inside].shape).astype(np.float32)
+    for x, y in zip(run(*given), before, strict=True):
+        np.testing.assert_array_equal(x.numpy()[:, :, ~inside], y.numpy()[:, :, ~inside])
+        assert (x.numpy()[:, :, inside] != y.numpy()[:, :, inside]).all(-1).any()
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_products_that_overflow_at_hidden_positions(sign):
+    """Infinite, or 0 once they are: neither reaches what is not hidden."""
+    call = {name: x.numpy() for name, x in inputs(1, 37, 51, np.float32).items()}
+    up = draw(1, HQ, 37, DV, seed=4, dtype=np.float32).numpy()
+    # Rows 20 on see keys 30 on, whose products with the first rows leave float32.
+    call["query"][:, :, :20, 0], call["key"][:, :, 30:, 0] = 1e30, sign * 1e30
+    call["query"][:, :, 20:, 0] = call["key"][:, :, :30, 0] = 0
+    mask = np.zeros((37, 51), bool)
+    mask[:20, :30] = mask[20:, 30:] = True
+    tensors = {name: tf.constant(x) for name, x in call.items()}
+    output, found = backend.vjp(
+        tensors | {"mask": mask, "impl": "chunked"}, {"out": tf.constant(up)}, "function"
+    )
+    full = np.broadcast_to(mask, (1, HQ, 37, 51))
+    want = reference.gradients(**call, mask=full, d_out=up)
+    judged = reference.attention(**call, mask=full).out
+    np.testing.assert_allclose(output.out.numpy(), judged, atol=2e-5)
+    for name, kept in (("query", slice(1, None)), ("key", slice(1, None)), ("value", slice(None))):
+        x, y = found[name].numpy()[..., kept], want[name][..., kept]
+        np.testing.assert_allclose(x, y, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.usefixtures("small")
+def test_rows_whose_logits_are_all_minus_infinity_move_nothing():
+    """Whole rows, and in one head every row from the 20th on, hidden by their bias."""
+    call = inputs(1, 37, 51)
+    bias = draw(1, HQ, 37, 51, seed=12).numpy()
+    bias[:, :, 5] = bias[:, 1, 20:] = -np.inf
+    call |= {"bias": tf.constant(bias)}
+    agree(call, "function")
+    found = answers(call, "function", "chunked")
+    assert not found["out"][:, :, 5].any()
+    assert not found["query"][:, :, 5].any()
+    assert (found["lse"][:, :, 5] == -np.inf).all()
+
+
 # --- Tiles that are skipped. ----------------------------------------------------------------------
 
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How many tiles of 256 by 256 were computed, and how many evaluated the mask, in graphs."""
-    monkeypatch.setattr(chunked_grid, "_ROWS", 256)
+    """How many tiles were computed, and how many evaluated the mask, in graphs.
+
+    Tiles are of 256 by 512, or by 256 under masks beyond causal.
+    """
+    sizes = (chunked_grid._ROWS, chunked_grid._KEYS, chunked_grid._KEYS_MASKED)
+    assert sizes == (256, 512, 256)
     seen = {"logits": 0, "structure": 0}
 
     def watch(name):
@@ -289,6 +414,45 @@ def test_a_row_of_one_key_moves_nothing(more):
     assert not d_key.numpy().any()
     np.testing.assert_allclose(d_value, up, rtol=1e-6)
     assert d_bias is None or not d_bias.numpy().any()
+
+
+@pytest.mark.parametrize("form", ["eager", "function", "xla"])
+@pytest.mark.parametrize("gap", [18.0, 20.0])
+def test_weights_below_half_an_ulp_keep_their_gradient(gap, form):
+    """A sum of 1 in float32 does not say that a row has one key.
+
+    Row 0 gives key 1 a weight of exp(-gap), which does not show in the sum; the value there is far
+    from that of key 0, so the gradient of its logit does. Keys point apart, so that the second
+    component of the query's gradient is that of key 1's logit alone.
+    """
+    query = np.array([[5.0, 1.0], [0.5, -1.0]])
+    key = np.array([[(gap + 1) / 5, 0.0], [0.0, 1.0]])
+    value, up = np.array([[0.25, 0.5], [300.0, -150.0]]), np.array([[1.0, 0.5], [-0.5, 1.0]])
+    value_there = value + np.array([0.125, 0.0])
+    logits = query @ key.T
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    dp = up @ value_there.T
+    # sum_k p_k (dp_j - dp_k), a difference of unlike numbers also where p_j is all but 1.
+    ds = p * ((dp[:, :, None] - dp[:, None]) * p[:, None]).sum(-1)
+    assert np.float32(1) + np.float32(p[0, 1]) == 1
+    assert abs(ds[0, 1]) > 3e-7
+    call = {
+        name: tf.constant(x[None, None], tf.float32)
+        for name, x in (("query", query), ("key", key), ("value", value_there))
+    }
+    call |= {"scale": 1.0, "impl": "chunked"}
+    _, found = backend.vjp(call, {"out": tf.constant(up[None, None], tf.float32)}, form)
+    got = found["query"].numpy()[0, 0]
+    np.testing.assert_allclose(got[0, 1], (ds @ key)[0, 1], rtol=1e-4)
+    np.testing.assert_allclose(got, ds @ key, rtol=1e-4, atol=5 * abs(ds[0, 1]))
+    # Row 1 must not hide what row 0 adds to key 1, so it is asked for by itself.
+    call["query"] = call["query"][:, :, :1]
+    _, found = backend.vjp(call, {"out": tf.constant(up[None, None, :1], tf.float32)}, form)
+    got = found["key"].numpy()[0, 0]
+    np.testing.assert_allclose(got[1], (ds[:1].T @ query[:1])[1], rtol=1e-4)
+    # That of key 0 is the same with the other sign, and less than what its sum is rounded by.
+    np.testing.assert_allclose(got[0], (ds[:1].T @ query[:1])[0], atol=6 * abs(ds[0, 1]))
 
 
 def test_rows_of_logits_that_are_all_minus_infinity_in_a_full_tile():
