@@ -1,4 +1,9 @@
-"""attn_core for JAX: eager, jax.jit, vmap, jvp and grad of any order, checkpoint, eval_shape."""
+"""attn_core for JAX: eager, jax.jit, vmap, grad, checkpoint, eval_shape.
+
+Derivatives are those of the implementation. "reference" has forward mode and any order, and so has
+"native" on a CPU; "chunked", which "auto" takes there, and "native" on a GPU have the first, in
+reverse. `chunked` names impl="reference" where it is asked for others.
+"""
 
 from __future__ import annotations
 

@@ -199,9 +199,10 @@ def _with_weights(
             def body(t: Array, total: Array) -> Array:
                 j = by_rows.order[i, t]
                 k = tiles.cut(part.laid.key, j, g.block_k, 2)
-                z, found, *_ = tiles.logits(p, x, g, part, (i, j), q, k, masked)
+                left = tiles.kept_back(p)
+                z, found, *_ = tiles.logits(p, x, g, part, (i, j), q, k, masked, left=left)
                 d = _weight_tile(g, up, i, j).astype(total.dtype)
-                product = probability(z, found, m, log_l) * d
+                product = probability(p, z, found, m, log_l) * d
                 product = product if found is None else jnp.where(found, product, 0.0)
                 return total + product.sum(-1)
 
@@ -287,12 +288,12 @@ def _columns(
                 alive = _alive(g, up, i)
                 q = _selected(query_tile(p, g, part, i), alive)
                 z, found, slope, sites = tiles.logits(
-                    p, x, g, part, (i, j), q, k, masked, derivative
+                    p, x, g, part, (i, j), q, k, masked, derivative, tiles.kept_back(p)
                 )
                 m, log_l, delta, d_lse = (
                     tiles.cut(a, i, g.block_q, 3) for a in (up.m, up.log_l, up.delta, up.d_lse)
                 )
-                weights = probability(z, found, m, log_l)
+                weights = probability(p, z, found, m, log_l)
                 d_out = tiles.folded_tile(g, up.d_out, i, k.shape[1])
                 d_out = _selected(d_out, alive)
                 d_shares = tiles.unfold(tiles.dot(p, d_out, v, (3, 3)), p.group)

@@ -3,7 +3,7 @@
 The running maximum m and sum l of a row are those of the keys seen so far; a new tile rescales what
 is there. Rows end as (out, m, log l): with a single number, m + log l, a row of large biases could
 not be rebuilt. Where l is 0, log l is +inf instead, so that exp((z - m) - log l) is 0 there
-without a mask.
+without a mask. With a scale s that is kept back it is exp(s (z - m) - log l).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Rows(NamedTuple):
 
     Attributes:
         out: (B', Hk', G, T, Dv), dtype of query.
-        m, log_l: (B', Hk', G, T), accumulation dtype.
+        m, log_l: (B', Hk', G, T), accumulation dtype; m is to be scaled by `kept_back`.
         alive: boolean, the row may see a key.
         weights: (B', Hk', G, T, keys), where they are asked for.
     """
@@ -75,17 +75,16 @@ def _row(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule, i:
             m, total, acc = carry
             j = by_rows.order[i, t]
             k, v = (tiles.cut(a, j, g.block_k, 2) for a in (part.laid.key, part.laid.value))
-            left = 1.0 if scale != 1.0 else None
-            z, found, *_ = tiles.logits(p, x, g, part, (i, j), q, k, masked, scale=left)
+            z, found, *_ = tiles.logits(p, x, g, part, (i, j), q, k, masked, left=scale)
             hidden = z if found is None else jnp.where(found, z, -jnp.inf)
             highest = jnp.maximum(m, hidden.max(-1))
             base = jnp.where(highest == -jnp.inf, 0.0, highest)
-            e = jnp.exp(hidden * scale - (base * scale)[..., None])
+            e = jnp.exp(_times(hidden - base[..., None], scale))
             if found is not None:
                 # exp(-inf) is 0 already, but for a row whose maximum is NaN or +inf.
                 e = jnp.where(found, e, 0.0)
                 v = tiles.only(v, tiles.seen(found, z.shape))
-            fade = jnp.exp((m - base) * scale)
+            fade = jnp.exp(_times(m - base, scale))
             total = total * fade + e.sum(-1)
             if p.rate:
                 e = jnp.where(tiles.kept(p, x, g, part, i, j), e * (1 / (1 - p.rate)), 0.0)
@@ -100,9 +99,9 @@ def _row(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule, i:
         jnp.zeros((*outer, p.v_width), dtype),
     )
     m, total, acc = over_tiles(g, by_rows, i, step, carry)
-    m = m * scale
     alive = total != 0
     if x.sinks is not None:
+        m = _times(m, scale)
         sink = sinks_of(p, x, g, part, i)
         highest = jnp.maximum(m, sink)
         base = jnp.where(highest == -jnp.inf, 0.0, highest)
@@ -135,8 +134,9 @@ def _weights(
         def body(t: Array, weights: Array) -> Array:
             j = by_rows.order[i, t]
             k = tiles.cut(part.laid.key, j, g.block_k, 2)
-            z, found, *_ = tiles.logits(p, x, g, part, (i, j), q, k, masked)
-            w = probability(z, found, row.m, row.log_l).astype(weights.dtype)
+            left = tiles.kept_back(p)
+            z, found, *_ = tiles.logits(p, x, g, part, (i, j), q, k, masked, left=left)
+            w = probability(p, z, found, row.m, row.log_l).astype(weights.dtype)
             zero = jnp.int32(0)
             at = (zero, zero, zero, i * g.block_q, j * g.block_k)
             return jax.lax.dynamic_update_slice(weights, w, at)
@@ -146,10 +146,15 @@ def _weights(
     return rows._replace(weights=over_tiles(g, by_rows, i, step, rows.weights))
 
 
-def probability(z: Array, found: Array | None, m: Array, log_l: Array) -> Array:
+def probability(p: Problem, z: Array, found: Array | None, m: Array, log_l: Array) -> Array:
     """A tile's softmax weights from the statistics of its rows."""
-    p = jnp.exp((z - m[..., None]) - log_l[..., None])
-    return p if found is None else jnp.where(found, p, 0.0)
+    weights = jnp.exp(_times(z - m[..., None], tiles.kept_back(p)) - log_l[..., None])
+    return weights if found is None else jnp.where(found, weights, 0.0)
+
+
+def _times(x: Array, scale: float) -> Array:
+    """The scale after the difference: 0 stays 0 however large the two were."""
+    return x if scale == 1.0 else x * scale
 
 
 def query_tile(p: Problem, g: Geometry, part: Part, i: Array) -> Array:

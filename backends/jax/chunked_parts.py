@@ -8,6 +8,7 @@ and a map that differs from batch to batch skips for each what it can.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from attn_core.backends.jax.chunked_tile import Geometry, Laid, Part
 from attn_core.backends.jax.tiles import Tiles
 from attn_core.blocks import FULL, PARTIAL, block_grid, block_map
 from attn_core.language.rules import HOST
+from attn_core.language.tree import Tree
 from attn_core.schedule import Schedule, of_status
 from attn_core.spec import Operands, Problem
 
@@ -29,6 +31,14 @@ _ROWS, _KEYS = 512, 256
 
 Measured on a CPU: XLA gives a product both its cores from about this size on, and a tile's logits
 for eight heads still fit the cache.
+"""
+
+_FINE, _FINE_FROM, _FINE_SHARE = 128, 4, 2 / 3
+"""Rows and keys of a finer tile, from how many of the large along the rows it is thought of, and
+the share of their entries down to which the finer ones must come.
+
+A large tile goes beyond a narrow window on all sides. Finer ones cost more for each entry, so that
+they lose where few entries are saved: full, causal and wide windows keep the large.
 """
 
 _AT_ONCE = 2**23
@@ -48,8 +58,38 @@ class Cut(NamedTuple):
 
 
 def tiles_of(p: Problem) -> tuple[int, int, int, int]:
-    """(rows of a tile, how many along the queries, keys of a tile, how many along the keys)."""
-    return (*_blocks(_known(p.q_len), _ROWS), *_blocks(_known(p.k_len), _KEYS))
+    """(rows of a tile, how many along the queries, keys of a tile, how many along the keys).
+
+    Finer tiles are for masks that are known when the call is traced, alike for batches and heads:
+    only of those is it known what they save, and what one batch and head does at a time is small.
+    """
+    q_len, k_len = _known(p.q_len), _known(p.k_len)
+    large = (*_blocks(q_len, _ROWS), *_blocks(k_len, _KEYS))
+    alike = p.mask is not None and not (p.mask.reads("b") or p.mask.reads("h"))
+    if not (alike and _static(p)) or large[1] < _FINE_FROM:
+        return large
+    finer = (*_blocks(q_len, _FINE), *_blocks(k_len, _FINE))
+    before, after = (_live(p.mask, q_len, k_len, _start(p), t[0], t[2]) for t in (large, finer))
+    return finer if after <= _FINE_SHARE * before else large
+
+
+@lru_cache(maxsize=1024)
+def _live(mask: Tree, q_len: int, k_len: int, start: int, block_q: int, block_k: int) -> int:
+    """Entries in the live tiles of one head."""
+    found = block_map(
+        mask, q_len=q_len, k_len=k_len, block_q=block_q, block_k=block_k, offsets=start
+    )
+    return found.live_count * block_q * block_k
+
+
+def _static(p: Problem) -> bool:
+    """Whether nothing in the block map is an operand."""
+    return not (p.mask_operands or p.kv_lengths or p.q_lengths or p.offset == "given")
+
+
+def _start(p: Problem) -> int:
+    """The offset of a static problem."""
+    return 0 if p.offset == "zero" else _known(p.k_len) - _known(p.q_len)
 
 
 def level_of(p: Problem, tile: int, batch_map: bool, head_map: bool) -> int:
@@ -92,7 +132,7 @@ def _blocks(length: int, block: int) -> tuple[int, int]:
 
 def _status(p: Problem, x: Operands, block_q: int, block_k: int) -> Array:
     """The status of every tile; known when traced where nothing in it is an operand."""
-    static = not p.mask_operands and not p.kv_lengths and not p.q_lengths and p.offset != "given"
+    static = _static(p)
     if not static and (block_q, block_k) == (p.q_len, p.k_len):
         return np.full((1, 1, 1, 1), PARTIAL)
     sizes: dict[str, Any] = {
@@ -106,8 +146,7 @@ def _status(p: Problem, x: Operands, block_q: int, block_k: int) -> Array:
     ops: Any = Tiles()
     if static:
         ops = HOST
-        start = 0 if p.offset == "zero" else _known(p.k_len) - _known(p.q_len)
-        status = block_map(p.mask, offsets=start, **sizes).dense()
+        status = block_map(p.mask, offsets=_start(p), **sizes).dense()
     else:
         offset = reference.offset(p, x, p.q_len, p.k_len).reshape(-1)
         kv, rows = lengths_of(p, x)

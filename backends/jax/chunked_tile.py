@@ -24,6 +24,9 @@ from attn_core.spec import Operands, Problem
 
 Array = Any
 
+_TINY = 2.0**-126
+"""The least normal number of float32."""
+
 
 class Geometry(NamedTuple):
     """Static sizes of the loops.
@@ -163,21 +166,21 @@ def logits(
     k: Array,
     masked: bool,
     derivative: Any = None,
-    scale: float | None = None,
+    left: float = 1.0,
 ) -> Logits:
     """The tile at (i, j) from folded rows q and keys k; `masked` is whether it needs its mask.
 
     Args:
         q: (B', Hk', G * block_q, D), already scaled where `prescaled` says so.
-        scale: of the products; what is left to do of the problem's own when left out.
         derivative: of the score, from `duals.differentiate`, where slopes are wanted.
+        left: the scale that is left to the exponential, `later` or `kept_back`.
     """
     i, j = at
     z = unfold(dot(p, q, k, (3, 3)), p.group)
-    if scale is None:
-        scale = 1.0 if prescaled(p) else p.scale
-    if scale != 1.0:
-        z = z * scale
+    if left != 1.0:
+        z = z if p.scale > 0 else -z
+    elif not prescaled(p) and p.scale != 1.0:
+        z = z * p.scale
     index = indices(g, part, i, j)
     found = allowed(p, x, g, part, index) if masked else None
     bias = None
@@ -209,12 +212,22 @@ def prescaled(p: Problem) -> bool:
 
 
 def later(p: Problem) -> float:
-    """A scale that may be left to the exponential: softmax(s z) from the maximum of z, for s > 0.
+    """A scale s that is left to the exponential: exp(s (z - m)) from the maximum m of z.
 
-    There it costs nothing, while a tile that is scaled before its maximum is written once more.
+    There it costs nothing, while a tile that is scaled before its maximum is written once more. It
+    comes after the difference, since XLA contracts s z - s m into one operation, which rounds s m
+    and not s z: of logits beyond 1e9 the difference would be anything. It must be a normal number:
+    one that rounds to 0 makes NaN of the -inf that no key has reached. The sign of a scale stays
+    with z, where it is exact.
     """
-    plain = p.score is None and p.bias is None and p.scale > 0
-    return p.scale if plain and not prescaled(p) else 1.0
+    s = abs(p.scale)
+    plain = p.score is None and p.bias is None and _TINY <= s <= 1 / _TINY
+    return s if plain and not prescaled(p) else 1.0
+
+
+def kept_back(p: Problem) -> float:
+    """`later`, where the statistics of a row stay in its units; a sink is a number of its own."""
+    return later(p) if p.sinks_dtype is None else 1.0
 
 
 def bias_tile(p: Problem, bias: Array, g: Geometry, part: Part, i: Array, j: Array) -> Array:

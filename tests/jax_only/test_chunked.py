@@ -220,6 +220,68 @@ def test_one_packed_document_does_not_touch_another():
     assert not np.delete(changed, np.s_[16:32]).any()
 
 
+def test_one_packed_document_does_not_touch_the_gradients_of_another():
+    _, normal, x = made(2, q_len=64, k_len=64)
+    ids = np.repeat(np.arange(4), 16).astype(np.int32)
+    call = partial(attn_core.attention, mask=masks.segments(ids) & masks.causal(), impl="chunked")
+    upstream = np.array(normal(2, 4, 64, 3))
+    louder = upstream.copy()
+    louder[:, :, 16:32] *= -3
+    moved = {name: backend.from_numpy(np.array(a)) for name, a in x.items()}
+    with jax.enable_x64(True):
+        moved = {name: a.at[:, :, 16:32].add(1.0) for name, a in moved.items()}
+    found = [
+        backend.vjp(given, {"out": backend.from_numpy(up)}, "jit", call)
+        for given, up in ((x, upstream), (moved, louder))
+    ]
+    for before, after in zip(*(jax.tree.leaves(f) for f in found), strict=True):
+        changed = np.any(np.asarray(before) != np.asarray(after), (0, 1, 3))
+        # The first row of a document sees itself alone: its query has no gradient.
+        assert changed[17:32].all()
+        assert not np.delete(changed, np.s_[16:32]).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_row_whose_logits_are_all_minus_infinity_sees_nothing(dtype, masked):
+    """By a score; and where the products themselves go beyond float32, which float16 cannot."""
+    _, _, x = made(6, q_len=20, k_len=40)
+    x = {name: jnp.asarray(a, dtype) for name, a in x.items()}
+    given = {"mask": masks.window(30, 30) if masked else None, "query_offset": 0}
+    hidden = attn_core.score(lambda s, b, h, q, k: attn_core.where(q == 3, -float("inf"), s))
+    calls = [{**x, "score": hidden}]
+    if dtype != "float16":
+        far = {**x, "query": x["query"].at[:, :, 3].set(-1e30), "key": jnp.abs(x["key"]) + 1}
+        calls.append({**far, "key": far["key"] * 1e20, "scale": 1.0})
+    for arrays in calls:
+        got = attn_core.attention(**arrays, **given, impl="chunked", return_lse=True)
+        assert np.isneginf(np.asarray(got.lse[:, :, 3])).all()
+        assert not np.asarray(got.out[:, :, 3], np.float32).any()
+
+
+def test_hidden_products_may_overflow():
+    """In another tile and in the same one, to infinity and to NaN."""
+    _, _, x = made(7, q_len=40, k_len=40)
+    x = {name: jnp.asarray(a, jnp.float32) for name, a in x.items()}
+    # Query 39, which is 0, alone sees key 39; all other products with that key overflow.
+    loud = {
+        **x,
+        "query": (x["query"] * 1e20).at[:, :, 39].set(0.0),
+        "key": (x["key"] * 1e-20).at[:, :, 39].set(3e38),
+    }
+    tame = {**loud, "key": loud["key"].at[:, :, 39].set(0.0)}
+
+    def rows(query, key, value):
+        out = attn_core.attention(query, key, value, mask=masks.causal(), impl="chunked")
+        return out[:, :, :39]
+
+    found = [jax.vjp(rows, *a.values()) for a in (loud, tame)]
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    (far_q, _, far_v), (near_q, _, near_v) = (back(jnp.ones_like(out)) for out, back in found)
+    np.testing.assert_array_equal(far_v[:, :, :39], near_v[:, :, :39])
+    np.testing.assert_array_equal(far_q[:, :, :39], near_q[:, :, :39])
+
+
 def test_it_is_bitwise_repeatable():
     given, cotangents = options(9, 40, 56)
     call = partial(attn_core.attention, impl="chunked", **EXTRAS)
@@ -321,11 +383,11 @@ def test_what_is_kept_for_the_backward_pass_is_linear():
 
 
 @pytest.mark.parametrize("scale", [0.7, -0.7])
-def test_a_scale_left_to_the_exponential_is_only_a_positive_one(scale):
+def test_a_scale_left_to_the_exponential_leaves_its_sign(scale):
     """Of 16 bits the maximum is taken before the scale, which turns it around where it is < 0."""
     rng = np.random.default_rng(8)
     q, k, v = (jnp.asarray(3 * rng.standard_normal((1, 2, 40, 8)), jnp.bfloat16) for _ in range(3))
-    assert (chunked_tile.later(problem_of(q, k, v, scale)) == scale) is (scale > 0)
+    assert chunked_tile.later(problem_of(q, k, v, scale)) == 0.7
     got, want = (
         attn_core.attention(*(q, k, v), scale=scale, return_lse=True, impl=impl)
         for impl in ("chunked", "reference")
@@ -339,3 +401,110 @@ def test_a_scale_left_to_the_exponential_is_only_a_positive_one(scale):
 def problem_of(q: Any, k: Any, v: Any, scale: float) -> Any:
     _, plan, _ = resolve({"query": q, "key": k, "value": v, "scale": scale})
     return plan.problem
+
+
+def softmax64(x: dict[str, Any], scale: float, allowed: np.ndarray) -> tuple[Any, Any, Any]:
+    """(out, lse, gradient of value where out's is 1) in float64; heads are not grouped."""
+    q, k, v = (np.asarray(a, np.float64) for a in x.values())
+    s = np.where(allowed, scale * (q @ k.swapaxes(2, 3)), -np.inf)
+    m = s.max(-1, keepdims=True)
+    e = np.exp(s - m)
+    weights = e / e.sum(-1, keepdims=True)
+    pulled = np.broadcast_to(weights.sum(2)[..., None], v.shape)
+    return weights @ v, (m + np.log(e.sum(-1, keepdims=True)))[..., 0], pulled
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("scale", [1e-50, 1e-30, 1e30, -1e30])
+@pytest.mark.parametrize("name", ["causal", "window"])
+def test_scales_of_any_size(scale, dtype, name):
+    """Logits that all but vanish, and such that one key takes all: no tie comes near at 1e30."""
+    rng = np.random.default_rng(9)
+    x = {n: jnp.asarray(rng.standard_normal((1, 2, 40, 8)), dtype) for n in "qkv"}
+    row, key = np.arange(40)[:, None], np.arange(40)
+    given, allowed = {
+        "causal": (masks.causal(), key <= row),
+        "window": (masks.window(9, 3), (row - 9 <= key) & (key <= row + 3)),
+    }[name]
+
+    def call(*x):
+        return attn_core.attention(*x, scale=scale, mask=given, impl="chunked", return_lse=True)[:2]
+
+    (out, lse), back = jax.vjp(call, *x.values())
+    gradients = back((jnp.ones_like(out), jnp.zeros_like(lse)))
+    wanted_out, wanted_lse, wanted_v = softmax64(x, scale, allowed)
+    np.testing.assert_allclose(lse, wanted_lse, rtol=1e-5, atol=1e-5)
+    tolerance = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}[dtype]
+    for got, wanted in ((out, wanted_out), (gradients[2], wanted_v)):
+        got = np.asarray(got, np.float64)
+        np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance)
+    if dtype != "float16" or abs(scale) < 1:
+        assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in gradients)
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.3])
+def test_of_large_logits_the_largest_takes_all(scale):
+    """1e12 of them, in 16 bits, where s z - s m rounded once is no longer the difference."""
+    rng = np.random.default_rng(10)
+    x = {n: jnp.asarray(rng.standard_normal((1, 2, 40, 8)), jnp.bfloat16) for n in "qkv"}
+    x = {**x, "q": x["q"] * 1e6, "k": x["k"] * 1e6}
+
+    def call(*x):
+        return attn_core.attention(*x, scale=scale, mask=masks.causal(), impl="chunked")
+
+    out, back = jax.vjp(call, *x.values())
+    wanted, _, wanted_v = softmax64(x, scale, np.tril(np.ones((40, 40), bool)))
+    d_v = back(jnp.ones_like(out))[2]
+    for got, want in ((out, wanted), (d_v, wanted_v)):
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=1e-2, atol=1e-2)
+
+
+# --- Which tiles. ---------------------------------------------------------------------------------
+
+
+def tiles_for(mask: Any, length: int = 8192, **more: Any) -> tuple[int, int]:
+    x = jax.ShapeDtypeStruct((1, 2, length, 8), jnp.float32)
+    found = []
+
+    def traced(x: Any) -> Any:
+        _, plan, _ = resolve({"query": x, "key": x, "value": x, "mask": mask, **more})
+        found.append(chunked_parts.tiles_of(plan.problem))
+        return x
+
+    jax.eval_shape(traced, x)
+    return found[0][0], found[0][2]
+
+
+def test_narrow_windows_have_finer_tiles(monkeypatch):
+    monkeypatch.undo()
+
+    def window(reach):
+        return masks.causal() & masks.window(left=reach - 1)
+
+    for narrow in (window(1), window(256), window(512), masks.window(100, 100)):
+        assert tiles_for(narrow) == (128, 128)
+    ids = jnp.arange(8192, dtype=jnp.int32) // 100
+    by_head = attn_core.mask(lambda b, h, q, k: abs(q - k) < 100 * h)
+    wide = (None, masks.causal(), window(1024), window(4096), masks.segments(ids), by_head)
+    for large in wide:
+        assert tiles_for(large) == (512, 256)
+    # An offset that is only known when it runs; so few rows that nothing is to be gained.
+    assert tiles_for(window(256), query_offset=jnp.int32(0)) == (512, 256)
+    assert tiles_for(window(256), length=1024) == (512, 256)
+    for length in (1537, 2048, 5000):
+        assert tiles_for(masks.causal(), length)[0] > 256
+
+
+def test_finer_tiles_agree_with_the_reference(monkeypatch):
+    monkeypatch.setattr(chunked_parts, "_FINE", 8)
+    _, normal, x = made(11, q_len=70, k_len=90)
+    mask = masks.causal() & masks.window(left=3)
+    given = {**x, "mask": mask, "query_offset": "end"}
+    wanted = {"out": normal(2, 4, 70, 3)}
+    _, plan, _ = resolve(given)
+    assert chunked_parts.tiles_of(plan.problem)[::2] == (8, 8)
+    found = [
+        backend.vjp(given, wanted, "jit", partial(attn_core.attention, impl=impl))
+        for impl in ("chunked", "reference")
+    ]
+    same(*found)
