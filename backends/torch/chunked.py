@@ -122,6 +122,10 @@ def _backward_op(ask: str, scale: float, wanted: Sequence[bool], *given: Any) ->
 def _forward(ask: Ask, scale: float, given: Sequence[Any]) -> tuple[Array, ...]:
     x = operands_of(ask, given)
     with _without_autocast(given[0]):
+        if ask.kernel == "triton":
+            from attn_core.backends.torch import triton_kernels
+
+            return triton_kernels.forward(ask, scale, x)
         whole = ask.kernel != "tiles"
         pair = [(x.query, x.key)]
         if ask.kernel and ((whole and not ask.lse) or native_tiles.fits(scale, pair, whole)):
@@ -145,6 +149,10 @@ def _backward(
     group = x.query.shape[axis] // x.key.shape[axis]
     kernel = ask.kernel and sums_wide(group, str(x.query.dtype).removeprefix("torch."))
     with _without_autocast(given[0]):
+        if ask.kernel == "triton":
+            from attn_core.backends.torch import triton_kernels
+
+            return triton_kernels.backward(ask, scale, x, Saved(*saved), up, wanted)
         if kernel and up.lse is None and up.out is not None:
             pairs = [(x.query, x.key), (up.out, x.value)]
             if ask.kernel != "tiles" or native_tiles.fits(scale, pairs):

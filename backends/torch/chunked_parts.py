@@ -51,7 +51,7 @@ class Ask:
         masks: number of the mask's operands; the score's follow.
         lse, weights: whether they are returned.
         kernel: "" for products and softmax of our own, or how torch's fused kernel is asked:
-            "full", "causal" or "tiles" (`native_tiles`).
+            "full", "causal" or "tiles" (`native_tiles`), or "triton" for kernels of our own.
     """
 
     layout: str

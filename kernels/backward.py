@@ -1,0 +1,366 @@
+"""The backward kernels: each tile is computed again from the statistics (m, log l) of its rows.
+
+    p  = exp((s - m) - log l)          dV = p'^T dO         p' = p, dropped and rescaled as it was
+    dp = dO V^T                        dz = p (dp' - t)     t = rowsum(dO * O) - d lse
+    dQ = scale ds K                    dK = scale ds^T Q    ds = dz (d score / d s)
+
+Every gradient has a kernel that goes along whatever it is a sum over, so that each number is added
+up by one program in one order: no atomics, and a run like any other.
+
+    d_keys      a tile of keys along its live tiles of rows, for every head of its group
+    d_query     a tile of rows along its live tiles of keys
+    d_bias      a tile of the bias along the batches, heads, rows or keys that it is the same for
+
+What that costs is two products more. Only `d_tables`, the gradients of arrays that a score looks
+up, where a place may be found from anywhere, adds by atomics.
+
+Rows that may see no key come in as zeros, whatever stands there, and so does what flows into them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attn_core.kernels.tile import LOG2E, allowed_of, bias_of, kept_of, scored
+
+
+@triton.jit
+def pull(
+    s,  # (M, N): query times key, neither scaled nor scored
+    dp,  # (M, N): d_out times value
+    rows,  # m, log l and t of each row, (M, 1)
+    place,  # b, h (1, 1), row (M, 1), k (1, N), the first key's position
+    facts,  # offset, rows_seen, keys_seen, q_len, k_len
+    arrays,  # mask operands, score operands, bias, its strides, seed
+    numbers,  # scale, threshold, keep_scale
+    M: tl.constexpr,
+    N: tl.constexpr,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,  # of a score, its derivative: value, slope, then sites
+    BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """(p', dz, ds, where keys are seen, the derivative's results), each (M, N)."""
+    m, log_l, t = rows
+    b, h, row, k, first = place
+    offset, rows_seen, keys_seen, q_len, k_len = facts
+    mask_operands, score_operands, bias, bias_strides, seed = arrays
+    scale, threshold, keep_scale = numbers
+    s = s * scale
+    allowed = tl.full((M, N), 1, tl.int1)
+    found = (s,)
+    if MASKED:
+        allowed = allowed & allowed_of(
+            b, h, row, k, offset, rows_seen, keys_seen, mask_operands, MASK
+        )
+    if BIAS:
+        added = bias_of(bias, b, h, row, k, bias_strides, q_len, k_len)
+        allowed = allowed & (added != float("-inf"))
+    if SCORE is not None:
+        found = scored(s, allowed, b, h, row, k, offset, score_operands, SCORE)
+        s = tl.broadcast_to(found[0], (M, N))
+        allowed = allowed & (s != float("-inf"))
+    if BIAS:
+        s = s + added
+        allowed = allowed & (s != float("-inf"))
+    p = tl.exp2(((s - m) - log_l) * LOG2E)
+    SELECTED: tl.constexpr = MASKED or BIAS or SCORE is not None
+    if SELECTED:
+        p = tl.where(allowed, p, 0.0)
+    kept = p
+    if DROPOUT:
+        q = tl.reshape(row + offset, (M,))
+        heads = tl.zeros((M,), tl.int32) + tl.reshape(h, (1,))
+        keep = kept_of(seed, b, heads, q, first, threshold, M, N)
+        kept = tl.where(keep, p * keep_scale, 0.0)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    dz = p * (dp - t)
+    if SELECTED:
+        dz = tl.where(allowed, dz, 0.0)
+    ds = dz
+    if SCORE is not None:
+        ds = tl.where(allowed, dz * found[1], 0.0)
+    return kept, dz, ds, allowed, found
+
+
+@triton.jit
+def _tile_of(base, strides, b, h, at, length, D: tl.constexpr, PAD: tl.constexpr):
+    """Rows `at` of an array (B, H, T, D) by its strides, (len(at), PAD); beyond its ends 0."""
+    column = tl.arange(0, PAD)
+    place = base + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
+    place += at[:, None].to(tl.int64) * strides[2] + column[None, :] * strides[3]
+    return tl.load(place, mask=(at < length)[:, None] & (column < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _put(x, base, strides, b, h, at, length, D: tl.constexpr, PAD: tl.constexpr):
+    column = tl.arange(0, PAD)
+    place = base + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
+    place += at[:, None].to(tl.int64) * strides[2] + column[None, :] * strides[3]
+    x = x.to(base.dtype.element_ty)
+    tl.store(place, x, mask=(at < length)[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def _rows_of(
+    query, d_out, statistics, strides, b, h, row, heads, q_len,
+    D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr,
+):  # fmt: skip
+    """(q, dO, (m, log l, t)) of a tile of rows; those that may see no key are 0 and +inf."""
+    there = row < q_len
+    at = (b.to(tl.int64) * heads + h) * q_len + row
+    m = tl.load(statistics[0] + at, mask=there, other=0.0)
+    log_l = tl.load(statistics[1] + at, mask=there, other=float("inf"))
+    t = tl.load(statistics[2] + at, mask=there, other=0.0)
+    alive = tl.load(statistics[3] + at, mask=there, other=0) != 0
+    q = _tile_of(query, strides[0], b, h, row, q_len, D, PAD)
+    g = _tile_of(d_out, strides[1], b, h, row, q_len, DV, PAD_V)
+    q = tl.where(alive[:, None], q, 0.0).to(q.dtype)
+    g = tl.where(alive[:, None], g, 0.0).to(g.dtype)
+    return q, g, (m[:, None], log_l[:, None], t[:, None])
+
+
+@triton.jit
+def _seen_of(lengths, LENGTHS: tl.constexpr, b, stride, most):
+    seen = most
+    if LENGTHS:
+        seen = tl.minimum(tl.load(lengths + b * stride), most)
+    return seen
+
+
+@triton.jit
+def delta(
+    out, d_out, d_lse, alive, log_l, t, o_strides, g_strides, heads, q_len, tiles,
+    DV: tl.constexpr, PAD_V: tl.constexpr, M: tl.constexpr, LSE: tl.constexpr,
+):  # fmt: skip
+    """t = rowsum(dO * O) - d lse of every row, float32 (B, Hq, Tq)."""
+    pid = tl.program_id(0)
+    tile, bh = pid % tiles, (pid // tiles).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    row = tile * M + tl.arange(0, M)
+    there, at = row < q_len, bh * q_len + row
+    o = _tile_of(out, o_strides, b, h, row, q_len, DV, PAD_V).to(tl.float32)
+    g = _tile_of(d_out, g_strides, b, h, row, q_len, DV, PAD_V).to(tl.float32)
+    live = tl.load(alive + at, mask=there, other=0) != 0
+    found = tl.sum(tl.where(live[:, None], o * g, 0.0), 1)
+    if LSE:
+        # Padded rows, and those without keys and sink, hand nothing on.
+        summed = tl.load(log_l + at, mask=there, other=float("inf")) != float("inf")
+        found -= tl.where(summed, tl.load(d_lse + at, mask=there, other=0.0), 0.0)
+    tl.store(t + at, found, mask=there)
+
+
+@triton.jit
+def d_keys(
+    query, key, value, d_out, d_key, d_value,
+    statistics,  # m, log l, t, alive: (B, Hq, Tq)
+    arrays,  # mask operands, score operands, bias, its strides, seed
+    numbers,  # scale, threshold, keep_scale
+    lengths,  # kv_lengths, q_lengths, offsets
+    schedule,  # order, full, live: of the columns of tiles
+    strides,  # of query, d_out, key, value, d_key, d_value
+    length_strides, map_strides, heads, group, q_len, k_len, tiles, width,
+    D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+    MASK: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr,
+    KV_LENGTHS: tl.constexpr, Q_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of a tile of keys."""
+    pid = tl.program_id(0)
+    tile, rest = pid % tiles, pid // tiles
+    kv_heads = heads // group
+    b, kv_head = rest // kv_heads, rest % kv_heads
+    k_at = tile * N + tl.arange(0, N)
+    k = _tile_of(key, strides[2], b, kv_head, k_at, k_len, D, PAD)
+    v = _tile_of(value, strides[3], b, kv_head, k_at, k_len, DV, PAD_V)
+    facts = (
+        tl.load(lengths[2] + b * length_strides[2]),
+        _seen_of(lengths[1], Q_LENGTHS, b, length_strides[1], q_len),
+        _seen_of(lengths[0], KV_LENGTHS, b, length_strides[0], k_len),
+        q_len,
+        k_len,
+    )
+    line = b * map_strides[0] + kv_head * map_strides[1] + tile
+    stop_full, stop = tl.load(schedule[1] + line), tl.load(schedule[2] + line)
+    order = schedule[0] + line.to(tl.int64) * width
+    dk = tl.zeros((N, PAD), tl.float32)
+    dv = tl.zeros((N, PAD_V), tl.float32)
+    for g in tl.range(0, group):
+        head = kv_head * group + g
+        h = tl.zeros((1, 1), tl.int32) + head
+        for MASKED in tl.static_range(2):
+            begin, end = 0, stop_full
+            if MASKED:
+                begin, end = stop_full, stop
+            for i in tl.range(begin, end):
+                row = tl.load(order + i) * M + tl.arange(0, M)
+                q, do, rows = _rows_of(
+                    query, d_out, statistics, strides, b, head, row, heads, q_len, D, DV, PAD, PAD_V
+                )
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
+                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
+                place = (b, h, row[:, None], k_at[None, :], tile * N)
+                kept, _, ds, _, _ = pull(
+                    s, dp, rows, place, facts, arrays, numbers,
+                    M, N, MASK, SCORE, BIAS, DROPOUT, MASKED == 1,
+                )  # fmt: skip
+                kept, ds = kept.to(do.dtype), ds.to(q.dtype)
+                dv = tl.dot(tl.trans(kept), do, dv, input_precision=PRECISION)
+                dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
+    _put(dk * numbers[0], d_key, strides[4], b, kv_head, k_at, k_len, D, PAD)
+    _put(dv, d_value, strides[5], b, kv_head, k_at, k_len, DV, PAD_V)
+
+
+@triton.jit
+def d_query(
+    query, key, value, d_out, d_query, statistics, arrays, numbers, lengths,
+    schedule,  # of the rows of tiles
+    strides,  # of query, d_out, key, value, d_query
+    tables,  # for each site of the score: where its gradient is added, the sizes of the operand
+    length_strides, map_strides, heads, group, q_len, k_len, tiles, width,
+    D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+    MASK: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr,
+    KV_LENGTHS: tl.constexpr, Q_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
+    SITES: tl.constexpr,  # for each site the number of its indices
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of a tile of rows, and its share of the gradients of a score's arrays."""
+    pid = tl.program_id(0)
+    tile, rest = tiles - 1 - pid % tiles, pid // tiles
+    b, head = rest // heads, rest % heads
+    kv_head = head // group
+    h = tl.zeros((1, 1), tl.int32) + head
+    row = tile * M + tl.arange(0, M)
+    q, do, rows = _rows_of(
+        query, d_out, statistics, strides, b, head, row, heads, q_len, D, DV, PAD, PAD_V
+    )
+    facts = (
+        tl.load(lengths[2] + b * length_strides[2]),
+        _seen_of(lengths[1], Q_LENGTHS, b, length_strides[1], q_len),
+        _seen_of(lengths[0], KV_LENGTHS, b, length_strides[0], k_len),
+        q_len,
+        k_len,
+    )
+    line = b * map_strides[0] + kv_head * map_strides[1] + tile
+    stop_full, stop = tl.load(schedule[1] + line), tl.load(schedule[2] + line)
+    order = schedule[0] + line.to(tl.int64) * width
+    dq = tl.zeros((M, PAD), tl.float32)
+    for MASKED in tl.static_range(2):
+        begin, end = 0, stop_full
+        if MASKED:
+            begin, end = stop_full, stop
+        for i in tl.range(begin, end):
+            j = tl.load(order + i)
+            k_at = j * N + tl.arange(0, N)
+            k = _tile_of(key, strides[2], b, kv_head, k_at, k_len, D, PAD)
+            v = _tile_of(value, strides[3], b, kv_head, k_at, k_len, DV, PAD_V)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
+            place = (b, h, row[:, None], k_at[None, :], j * N)
+            _, dz, ds, allowed, found = pull(
+                s, dp, rows, place, facts, arrays, numbers,
+                M, N, MASK, SCORE, BIAS, DROPOUT, MASKED == 1,
+            )  # fmt: skip
+            if MASKED == 1 or BIAS or SCORE is not None:
+                seen = tl.max(allowed.to(tl.int32), 0) > 0
+                k = tl.where(seen[:, None], k, 0.0).to(k.dtype)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            if len(SITES):
+                d_tables(dz, allowed, found, tables, SITES, M, N)
+    _put(dq * numbers[0], d_query, strides[4], b, head, row, q_len, D, PAD)
+
+
+@triton.jit
+def d_tables(dz, allowed, found, tables, SITES: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Adds a tile's share of every look-up of a score where its indices point."""
+    result = 2
+    argument = 0
+    for n in tl.static_range(len(SITES)):
+        moved = tl.where(allowed, dz * found[result], 0.0)
+        into = tables[argument]
+        at = tl.zeros((1, 1), tl.int64)
+        for axis in tl.static_range(SITES[n]):
+            size = tables[argument + 1 + axis]
+            index = found[result + 1 + axis]
+            at = at * size + tl.minimum(tl.maximum(index, 0), size - 1).to(tl.int64)
+        # Added up first along every axis that the place does not move along.
+        if at.shape[1] == 1:
+            moved = tl.sum(moved, 1, keep_dims=True)
+        if at.shape[0] == 1:
+            moved = tl.sum(moved, 0, keep_dims=True)
+        tl.atomic_add(into + at, moved, sem="relaxed")
+        result += 1 + SITES[n]
+        argument += 1 + SITES[n]
+
+
+@triton.jit
+def d_bias(
+    query, key, value, d_out, into, statistics, arrays, numbers, lengths, strides,
+    into_strides,  # of the gradient, 0 where the bias does not span an axis
+    length_strides, batch, heads, group, q_len, k_len, tall, wide,
+    B: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,  # spanned axes
+    D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+    MASK: tl.constexpr, SCORE: tl.constexpr,
+    KV_LENGTHS: tl.constexpr, Q_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a bias, float32: a program has a tile of it, and goes along the rest."""
+    pid = tl.program_id(0)
+    i0, j0, b0, h0 = 0, 0, 0, 0
+    if KEYS:
+        j0, pid = pid % wide, pid // wide
+    if ROWS:
+        i0, pid = pid % tall, pid // tall
+    if H:
+        h0, pid = pid % heads, pid // heads
+    if B:
+        b0 = pid
+    acc = tl.zeros((M, N), tl.float32)
+    for db in tl.range(0, 1 if B else batch):
+        b = b0 + db
+        facts = (
+            tl.load(lengths[2] + b * length_strides[2]),
+            _seen_of(lengths[1], Q_LENGTHS, b, length_strides[1], q_len),
+            _seen_of(lengths[0], KV_LENGTHS, b, length_strides[0], k_len),
+            q_len,
+            k_len,
+        )
+        for dh in tl.range(0, 1 if H else heads):
+            head = h0 + dh
+            h = tl.zeros((1, 1), tl.int32) + head
+            for di in tl.range(0, 1 if ROWS else tall):
+                row = (i0 + di) * M + tl.arange(0, M)
+                q, do, rows = _rows_of(
+                    query, d_out, statistics, strides, b, head, row, heads, q_len, D, DV, PAD, PAD_V
+                )
+                for dj in tl.range(0, 1 if KEYS else wide):
+                    first = (j0 + dj) * N
+                    k_at = first + tl.arange(0, N)
+                    k = _tile_of(key, strides[2], b, head // group, k_at, k_len, D, PAD)
+                    v = _tile_of(value, strides[3], b, head // group, k_at, k_len, DV, PAD_V)
+                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
+                    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
+                    place = (b, h, row[:, None], k_at[None, :], first)
+                    _, dz, _, _, _ = pull(
+                        s, dp, rows, place, facts, arrays, numbers,
+                        M, N, MASK, SCORE, True, DROPOUT, True,
+                    )  # fmt: skip
+                    acc += dz
+    row, k_at = i0 * M + tl.arange(0, M), j0 * N + tl.arange(0, N)
+    inside = (row[:, None] < q_len) & (k_at[None, :] < k_len)
+    if not ROWS:
+        acc = tl.sum(acc, 0, keep_dims=True)
+        inside = (k_at < k_len)[None, :]
+        row = tl.zeros((1,), tl.int32)
+    if not KEYS:
+        acc = tl.sum(acc, 1, keep_dims=True)
+        inside = (row < q_len)[:, None] if ROWS else tl.full((1, 1), 1, tl.int1)
+        k_at = tl.zeros((1,), tl.int32)
+    at = into + b0 * into_strides[0] + h0 * into_strides[1]
+    at += row[:, None].to(tl.int64) * into_strides[2] + k_at[None, :].to(tl.int64) * into_strides[3]
+    tl.store(at, acc, mask=inside)

@@ -1,0 +1,304 @@
+"""The forward kernel: a tile of query rows goes along its live tiles of keys.
+
+One program has one tile of rows. It reads from the schedule (`attn_core.schedule`) which tiles of
+keys are full, where no mask is evaluated, and which are partial, and keeps for each row the maximum
+m of its logits, the sum l of exp(s - m), and the weighted sum of values:
+
+    m' = max(m, max s)     l' = l exp(m - m') + sum exp(s - m')     acc' = acc exp(m - m') + P V
+
+exp(x) is exp2(x log2 e), and the product comes after the difference: of a logit of 1e9 the product
+alone would round by tens. Without a score or a bias a positive scale, too, comes after the
+difference, and m is kept in the products' own units until the end.
+
+Masks select, they never add. A key that no row of the tile may see has its value replaced by 0,
+since 0 times NaN is NaN.
+
+Rows may be those of all heads of a group, one below the other: then keys are read once for the
+group, which is what decoding spends its time on. And the tiles of a row may be shared out among
+several programs, whose (m, l, acc) `combine` puts together.
+
+There is one kernel: masks, scores and options are compiled into it or left out of it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attn_core.kernels.tile import LOG2E, allowed_of, bias_of, kept_of, scored
+
+
+@triton.jit
+def forward(
+    query,  # by strides: batch, head, row, column
+    key,
+    value,
+    out,
+    m_out,  # float32 (B, Hq, Tq) or (B, Hq, splits, Tq), contiguous; and so l
+    l_out,
+    alive_out,  # int8 (B, Hq, Tq): whether the row may see a key
+    bias,
+    sinks,
+    kv_lengths,  # int32 (B or 1,)
+    q_lengths,
+    offsets,
+    seed,  # two words: low, high
+    order,  # int32 (Bm, Hm, tiles, width), and twice (Bm, Hm, tiles)
+    full,
+    live,
+    mask_operands,
+    score_operands,
+    scale,
+    threshold,
+    keep_scale,
+    q_strides,
+    k_strides,
+    v_strides,
+    o_strides,  # of split parts: batch, head, split, row, column
+    bias_strides,
+    length_strides,  # 0 or 1: of kv_lengths, q_lengths, offsets
+    map_strides,  # of the schedule's lines: batch, key head
+    heads,
+    group,
+    q_len,
+    k_len,
+    tiles,
+    width,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PAD: tl.constexpr,  # D and DV as powers of two, at least 16
+    PAD_V: tl.constexpr,
+    M: tl.constexpr,  # rows of a tile, PACK heads of M // PACK rows each
+    N: tl.constexpr,
+    PACK: tl.constexpr,  # a power of two, at least the group where the group is packed, else 1
+    SPLITS: tl.constexpr,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,
+    BIAS: tl.constexpr,
+    SINKS: tl.constexpr,
+    KV_LENGTHS: tl.constexpr,
+    Q_LENGTHS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    LATE: tl.constexpr,  # whether the scale comes after the difference: it is positive then
+    RUN: tl.constexpr,  # whether full tiles are neighbours, so that they need not be looked up
+    PRECISION: tl.constexpr,
+):
+    PLAIN: tl.constexpr = SCORE is None and not BIAS
+    ROWS: tl.constexpr = M // PACK
+    pid = tl.program_id(0)
+    split, rest = pid % SPLITS, pid // SPLITS
+    # Neighbouring programs share their keys; of a causal mask, the longest rows come first.
+    tile = tiles - 1 - rest % tiles
+    packs = heads if PACK == 1 else heads // group
+    b, pack = rest // tiles // packs, rest // tiles % packs
+    lane = tl.arange(0, M)
+    if PACK == 1:
+        h = tl.zeros((M,), tl.int32) + pack
+        kv_head = pack // group
+        there = lane < M
+    else:
+        h = pack * group + lane // ROWS
+        kv_head = pack
+        there = lane // ROWS < group
+    row = tile * ROWS + lane % ROWS
+    there = there & (row < q_len)
+
+    column, column_v = tl.arange(0, PAD), tl.arange(0, PAD_V)
+    q_at = query + b.to(tl.int64) * q_strides[0] + h[:, None].to(tl.int64) * q_strides[1]
+    q_at += row[:, None].to(tl.int64) * q_strides[2] + column[None, :] * q_strides[3]
+    q = tl.load(q_at, mask=there[:, None] & (column < D)[None, :], other=0.0)
+    k_at = key + b.to(tl.int64) * k_strides[0] + kv_head.to(tl.int64) * k_strides[1]
+    v_at = value + b.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
+
+    offset = tl.load(offsets + b * length_strides[2])
+    rows_seen, keys_seen = q_len, k_len
+    if Q_LENGTHS:
+        rows_seen = tl.minimum(tl.load(q_lengths + b * length_strides[1]), q_len)
+    if KV_LENGTHS:
+        keys_seen = tl.minimum(tl.load(kv_lengths + b * length_strides[0]), k_len)
+
+    line = b * map_strides[0] + kv_head * map_strides[1] + tile
+    stop_full, stop = tl.load(full + line), tl.load(live + line)
+    first = 0
+    if SPLITS > 1:
+        share = tl.cdiv(stop, SPLITS)
+        first, stop = tl.minimum(split * share, stop), tl.minimum(split * share + share, stop)
+        stop_full = tl.minimum(tl.maximum(stop_full, first), stop)
+    order += line.to(tl.int64) * width
+    # Of a row without full tiles this is some partial one, and never used.
+    start = tl.load(order)
+
+    row2 = row[:, None]
+    h2 = tl.full((1, 1), 0, tl.int32) + pack if PACK == 1 else h[:, None]
+    unit = LOG2E
+    if LATE:
+        unit = scale * LOG2E
+    m = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    acc = tl.zeros((M, PAD_V), tl.float32)
+    for MASKED in tl.static_range(2):
+        begin, end = first, stop_full
+        if MASKED:
+            begin, end = stop_full, stop
+        for t in tl.range(begin, end):
+            j = start + t
+            if MASKED or not RUN:
+                j = tl.load(order + t)
+            k_pos = j * N + tl.arange(0, N)
+            k2 = k_pos[None, :]
+            at = k_at + k2.to(tl.int64) * k_strides[2] + column[:, None] * k_strides[3]
+            if MASKED or PAD != D:
+                k = tl.load(at, mask=(k2 < k_len) & (column < D)[:, None], other=0.0)
+            else:
+                k = tl.load(at)
+            s = tl.dot(q, k, input_precision=PRECISION, out_dtype=tl.float32)
+            SELECTED: tl.constexpr = MASKED == 1 or not PLAIN
+            if not LATE:
+                s = s * scale
+            if SELECTED:
+                allowed = tl.full((M, N), 1, tl.int1)
+                if MASKED:
+                    allowed = allowed & allowed_of(
+                        b, h2, row2, k2, offset, rows_seen, keys_seen, mask_operands, MASK
+                    )
+                if BIAS:
+                    added = bias_of(bias, b, h2, row2, k2, bias_strides, q_len, k_len)
+                    allowed = allowed & (added != float("-inf"))
+                if SCORE is not None:
+                    found = scored(s, allowed, b, h2, row2, k2, offset, score_operands, SCORE)
+                    s = tl.broadcast_to(found[0], (M, N))
+                    allowed = allowed & (s != float("-inf"))
+                if BIAS:
+                    s = s + added
+                s = tl.where(allowed, s, float("-inf"))
+                allowed = allowed & (s != float("-inf"))
+            # NaN is no maximum here, and comes back through p.
+            top = tl.maximum(m, tl.max(s, 1))
+            base = tl.where(top == float("-inf"), 0.0, top)
+            p = tl.exp2((s - base[:, None]) * unit)
+            if SELECTED:
+                # exp2(-inf) is 0 already, but in a row whose maximum is NaN or +inf.
+                p = tl.where(allowed, p, 0.0)
+            fade = tl.exp2((m - base) * unit)
+            total = total * fade + tl.sum(p, 1)
+            if DROPOUT:
+                kept = kept_of(seed, b, h, row + offset, j * N, threshold, M, N)
+                p = tl.where(kept, p * keep_scale, 0.0)
+            at = v_at + k_pos[:, None].to(tl.int64) * v_strides[2]
+            at += column_v[None, :] * v_strides[3]
+            if MASKED or PAD_V != DV:
+                there_v = (k_pos < k_len)[:, None] & (column_v < DV)[None, :]
+                v = tl.load(at, mask=there_v, other=0.0)
+            else:
+                v = tl.load(at)
+            if SELECTED:
+                seen = tl.max(allowed.to(tl.int32), 0) > 0
+                v = tl.where(seen[:, None], v, 0.0).to(v.dtype)
+            acc = acc * fade[:, None]
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+            m = top
+    if LATE:
+        m = m * scale
+
+    if SPLITS > 1:
+        at = (b.to(tl.int64) * heads + h) * SPLITS * q_len + split * q_len + row
+        tl.store(m_out + at, m, mask=there)
+        tl.store(l_out + at, total, mask=there)
+        o_at = out + b.to(tl.int64) * o_strides[0] + h[:, None].to(tl.int64) * o_strides[1]
+        o_at += split * o_strides[2] + row[:, None].to(tl.int64) * o_strides[3]
+        o_at += column_v[None, :] * o_strides[4]
+        tl.store(o_at, acc, mask=there[:, None] & (column_v < DV)[None, :])
+    else:
+        if SINKS:
+            sink = tl.load(sinks + h, mask=there, other=0.0).to(tl.float32)
+        else:
+            sink = tl.full((M,), float("-inf"), tl.float32)
+        m, log_l, alive, result = finished(m, total, acc, sink, row, rows_seen, SINKS)
+        at = (b.to(tl.int64) * heads + h) * q_len + row
+        tl.store(m_out + at, m, mask=there)
+        tl.store(l_out + at, log_l, mask=there)
+        tl.store(alive_out + at, alive.to(tl.int8), mask=there)
+        o_at = out + b.to(tl.int64) * o_strides[0] + h[:, None].to(tl.int64) * o_strides[1]
+        o_at += row[:, None].to(tl.int64) * o_strides[2] + column_v[None, :] * o_strides[3]
+        result = result.to(out.dtype.element_ty)
+        tl.store(o_at, result, mask=there[:, None] & (column_v < DV)[None, :])
+
+
+@triton.jit
+def finished(m, total, acc, sink, row, rows_seen, SINKS: tl.constexpr):
+    """(m, log l, whether a key was seen, out) of whole rows; of one without a sum 0, +inf and 0."""
+    alive = total != 0
+    if SINKS:
+        sink = tl.where(row < rows_seen, sink, float("-inf"))
+        top = tl.maximum(m, sink)
+        base = tl.where(top == float("-inf"), 0.0, top)
+        fade = tl.exp2((m - base) * LOG2E)
+        total = total * fade + tl.exp2((sink - base) * LOG2E)
+        acc = acc * fade[:, None]
+        m = top
+    summed = total != 0
+    divisor = tl.where(summed, total, 1.0)
+    result = tl.where(alive[:, None], acc / divisor[:, None], 0.0)
+    log_l = tl.where(summed, tl.log(divisor), float("inf"))
+    return tl.where(m == float("-inf"), 0.0, m), log_l, alive, result
+
+
+@triton.jit
+def combine(
+    parts,  # float32 (B, Hq, SPLITS, Tq, Dv), contiguous
+    m_parts,  # float32 (B, Hq, SPLITS, Tq)
+    l_parts,
+    out,
+    m_out,
+    l_out,
+    alive_out,
+    sinks,
+    q_lengths,
+    length_stride,
+    o_strides,
+    heads,
+    q_len,
+    tiles,
+    DV: tl.constexpr,
+    PAD_V: tl.constexpr,
+    M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SINKS: tl.constexpr,
+    Q_LENGTHS: tl.constexpr,
+):
+    """The rows of several programs put together, in the order of their keys."""
+    pid = tl.program_id(0)
+    tile, bh = pid % tiles, (pid // tiles).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    row, column = tile * M + tl.arange(0, M), tl.arange(0, PAD_V)
+    there = row < q_len
+    rows_seen = q_len
+    if Q_LENGTHS:
+        rows_seen = tl.minimum(tl.load(q_lengths + b * length_stride), q_len)
+    m = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    acc = tl.zeros((M, PAD_V), tl.float32)
+    for split in tl.range(0, SPLITS):
+        at = (bh * SPLITS + split) * q_len + row
+        more = tl.load(m_parts + at, mask=there, other=float("-inf"))
+        found = tl.load(l_parts + at, mask=there, other=0.0)
+        at = at[:, None] * DV + column[None, :]
+        part = tl.load(parts + at, mask=there[:, None] & (column < DV)[None, :], other=0.0)
+        top = tl.maximum(m, more)
+        base = tl.where(top == float("-inf"), 0.0, top)
+        fade, gain = tl.exp2((m - base) * LOG2E), tl.exp2((more - base) * LOG2E)
+        total = total * fade + found * gain
+        acc = acc * fade[:, None] + part * gain[:, None]
+        m = top
+    sink = tl.full((M,), float("-inf"), tl.float32)
+    if SINKS:
+        sink = tl.zeros((M,), tl.float32) + tl.load(sinks + h).to(tl.float32)
+    m, log_l, alive, result = finished(m, total, acc, sink, row, rows_seen, SINKS)
+    at = bh * q_len + row
+    tl.store(m_out + at, m, mask=there)
+    tl.store(l_out + at, log_l, mask=there)
+    tl.store(alive_out + at, alive.to(tl.int8), mask=there)
+    o_at = out + b * o_strides[0] + h * o_strides[1]
+    o_at += row[:, None].to(tl.int64) * o_strides[2] + column[None, :] * o_strides[3]
+    result = result.to(out.dtype.element_ty)
+    tl.store(o_at, result, mask=there[:, None] & (column < DV)[None, :])

@@ -1,0 +1,178 @@
+"""The kernels against the reference in float64: forward and backward, option by option."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import attn_core
+import attn_core.kernels.interpreter
+from attn_core import Dropout, attention, masks, registry, scores
+from attn_core.api import stated
+from attn_core.backends.torch import chunked
+from attn_core.spec import as_output
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKEND = registry.load("torch")
+B, HQ, HK, TQ, TK, D = 2, 4, 2, 70, 90, 24
+"""Over the ends of tiles of 64, of widths that no product takes as they are."""
+
+_RNG = torch.Generator().manual_seed(11)
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=_RNG).to(DEVICE)
+
+
+QUERY, KEY, VALUE = draw(B, HQ, TQ, D), draw(B, HK, TK, D), draw(B, HK, TK, D)
+SLOPES, TABLE, SINKS = draw(HQ).abs(), draw(16, HQ), draw(HQ)
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"mask": masks.causal(), "query_offset": "end"},
+    "window": {"mask": masks.window(9, 3), "query_offset": 5},
+    "another width": {"value": draw(B, HK, TK, 40)},
+    "documents": {
+        "mask": masks.segments(torch.arange(TQ) // 20, torch.arange(TK) // 25),
+        "query_offset": 0,
+    },
+    "lengths": {
+        "kv_lengths": [90, 13],
+        "q_lengths": [70, 5],
+        "mask": masks.causal(),
+        "query_offset": "end",
+    },
+    "no keys": {"kv_lengths": [64, 0]},
+    "every head its own": {
+        "mask": attn_core.mask(lambda b, h, q, k: (q - k) % (h + 2) == b),
+        "query_offset": 0,
+    },
+    "rows without keys": {
+        "mask": attn_core.mask(lambda b, h, q, k: (q % 3 != 1) & (k > q)),
+        "query_offset": 0,
+    },
+    "a bias to each": {"bias": draw(B, HQ, TQ, TK)},
+    "one bias": {"bias": draw(TQ, TK), "mask": masks.causal(), "query_offset": 3},
+    "a bias of rows": {"bias": draw(B, 1, TQ, 1)},
+    "a bias of keys": {"bias": draw(1, HQ, 1, TK)},
+    "a bias of one number": {"bias": draw(1, 1, 1, 1)},
+    "a bias that hides": {"bias": torch.where(draw(TQ, TK) > 0.5, -torch.inf, draw(TQ, TK))},
+    "sinks": {"sinks": SINKS, "kv_lengths": [64, 0], "q_lengths": [70, 3]},
+    "softcap": {"score": scores.softcap(2.0)},
+    "alibi": {"score": scores.alibi(SLOPES), "query_offset": 0, "mask": masks.causal()},
+    "relative": {"score": scores.relative_bias(TABLE), "query_offset": 0},
+    "dropout": {"dropout": Dropout(0.3, 2**40 + 7), "query_offset": [3, 50]},
+    "a scale below 0": {"scale": -0.3, "mask": masks.causal(), "query_offset": 0},
+    "one query": {"query": draw(B, HQ, 1, D), "mask": masks.causal(), "query_offset": 40},
+    "everything": {
+        "mask": masks.causal(),
+        "query_offset": "end",
+        "bias": draw(1, HQ, TQ, TK),
+        "score": scores.softcap(2.0).then(scores.alibi(SLOPES)),
+        "sinks": SINKS,
+        "kv_lengths": [90, 70],
+        "dropout": Dropout(0.2, 5),
+    },
+}
+
+
+def by_kernel(**arguments: Any) -> Any:
+    backend, problem, operands, _ = stated({**arguments, "return_lse": True})
+    tensors = backend._tensors(problem, operands, torch.device(DEVICE))
+    with np.errstate(all="ignore"):  # the interpreter computes with NumPy
+        return chunked.attend(problem, tensors, "triton")
+
+
+def by_reference(**arguments: Any) -> Any:
+    return as_output(attention(**arguments, return_lse=True, impl="reference"))
+
+
+def found(call: Any, given: dict[str, Any], up: torch.Tensor, up_lse: torch.Tensor) -> list[Any]:
+    """out, lse and the gradients of whatever has one."""
+    given = dict(given)
+    leaves = []
+    for name in ("query", "key", "value", "bias", "sinks"):
+        if name in given:
+            given[name] = given[name].detach().requires_grad_()
+            leaves.append(given[name])
+    if "score" in given:
+        tables = [t.detach().requires_grad_() for t in given["score"].arrays]
+        given["score"] = type(given["score"])(given["score"].tree, tuple(tables))
+        leaves += tables
+    output = call(**given)
+    finite = output.lse.isfinite()
+    loss = (output.out * up).sum() + torch.where(finite, output.lse * up_lse, 0.0).sum()
+    with np.errstate(all="ignore"):
+        return [output.out.detach(), output.lse.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def widened(x: Any) -> Any:
+    if isinstance(x, torch.Tensor) and x.is_floating_point():
+        return x.double()
+    if isinstance(x, attn_core.Score):
+        return type(x)(x.tree, tuple(widened(t) for t in x.arrays))
+    return x
+
+
+def compare(given: dict[str, Any], tolerance: float) -> None:
+    rows = given["query"].shape[1 if given.get("layout") == "BTHD" else 2]
+    up_lse = draw(B, HQ, rows)
+    shape = (*given["query"].shape[:3], given["value"].shape[3])
+    up = draw(*shape).to(given["query"].dtype)
+    got = found(by_kernel, given, up, up_lse)
+    wide = {name: widened(x) for name, x in given.items()}
+    want = found(by_reference, wide, up.double(), up_lse.double())
+    for a, b in zip(got, want, strict=True):
+        spread = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * max(1.0, spread))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_backward(name: str) -> None:
+    # Sums of 90 products of float32, some of them twice.
+    compare({"query": QUERY, "key": KEY, "value": VALUE, **CASES[name]}, 3e-6)
+
+
+@pytest.mark.parametrize("name", ["plain", "lengths", "softcap", "sinks"])
+def test_half_precision(name: str) -> None:
+    given = {"query": QUERY, "key": KEY, "value": VALUE, **CASES[name]}
+    given = {
+        n: x.half() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for n, x in given.items()
+    }
+    compare(given, 2.0**-9)
+
+
+def test_the_other_layout_and_strides_of_every_kind() -> None:
+    turned = [x.transpose(1, 2).contiguous() for x in (QUERY, KEY, VALUE)]
+    options = {"mask": masks.causal(), "query_offset": 0}
+    compare(
+        {**dict(zip(("query", "key", "value"), turned, strict=True)), "layout": "BTHD", **options},
+        3e-6,
+    )
+    apart = [draw(*x.shape[:3], 2 * D)[..., ::2] for x in (QUERY, KEY, VALUE)]
+    compare({**dict(zip(("query", "key", "value"), apart, strict=True)), **options}, 3e-6)
+
+
+def test_poison_stays_where_nobody_looks() -> None:
+    options = CASES["lengths"]
+    given = {"query": QUERY.clone(), "key": KEY.clone(), "value": VALUE.clone(), **options}
+    up, up_lse = draw(B, HQ, TQ, D), draw(B, HQ, TQ)
+    want = found(by_kernel, given, up, up_lse)
+    given["key"][1, :, 13:], given["value"][1, :, 13:] = torch.nan, torch.inf
+    given["query"][1, :, 5:] = torch.nan
+    up[1, :, 5:] = torch.nan
+    got = found(by_kernel, given, up, up_lse)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_two_runs_are_one() -> None:
+    given = {"query": QUERY, "key": KEY, "value": VALUE, **CASES["one bias"]}
+    up, up_lse = draw(B, HQ, TQ, D), draw(B, HQ, TQ)
+    first, second = (found(by_kernel, given, up, up_lse) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
