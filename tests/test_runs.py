@@ -141,7 +141,7 @@ def test_ctrl_c_keeps_what_was_done(tmp_path: Path) -> None:
         time.sleep(1)
         # As a terminal does: to every process in the foreground.
         os.killpg(process.pid, signal.SIGINT)
-        told, _ = process.communicate(timeout=60)
+        told, _ = process.communicate(timeout=240)
     finally:
         process.kill()
     assert process.returncode == 130, told

@@ -3,12 +3,10 @@
 import os
 from importlib.util import find_spec
 
-import pytest
-
 if find_spec("triton") is None or find_spec("torch") is None:
-    pytest.skip("triton and torch are not installed", allow_module_level=True)
+    collect_ignore_glob = ["*"]
+else:
+    import torch
 
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
