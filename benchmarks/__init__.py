@@ -6,7 +6,7 @@ cases       named, frozen questions: a shape, a mask, and who is asked in which 
 judge       attention in float64, row by row, apart from everything that is timed
 check       a subject's answer at full size, against the judge, on sampled rows
 *_calls     a subject as something that can be timed: one run, to its end
-timing      A B B A; medians, quartiles and ratios
+timing      who follows whom; medians, quartiles and ratios
 memory      the most that a call takes beside its arguments and results
 subjects    who can be asked
 worker      one room: subjects of frameworks that can share a process; rooms, seen from outside

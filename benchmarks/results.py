@@ -6,7 +6,7 @@
      "cases": [{"name": "causal-T2048-D64-float32", "length": 2048, ...}, ...],
      "measurements": [{"case": ..., "subject": "jax:auto", "direction": "forward",
                        "status": "measured", "shares": {"out": 0.3}, "repeats": 2,
-                       "rounds": [[0.031, 0.030], ...],
+                       "rounds": [[0.031, 0.030], ...], "turns": [[3, 14], ...],
                        "commit": "9ea0324", "date": "2026-01-31T12:00:00+00:00"}, ...]}
 
 Medians and ratios are not in it: they are worked out when they are read, from the samples. A run
@@ -30,7 +30,7 @@ from typing import Any
 
 from attn_core.benchmarks.cases import Case
 from attn_core.benchmarks.subjects import is_ours
-from attn_core.benchmarks.timing import Spread, ratio, ratios, spread
+from attn_core.benchmarks.timing import Series, Spread, ratio, ratios, spread
 from attn_core.conformance import report
 
 VERSION = 1
@@ -48,6 +48,8 @@ class Measurement:
         shares: error of each result as a share of what is allowed; more than 1 is wrong.
         repeats: calls in a sample.
         rounds: seconds per call, for every round there and back.
+        turns: the numbers of these samples' turns among all of the step; empty where they were not
+            kept.
         peak: bytes of temporaries by the kernel's mark.
         planned: bytes of temporaries by the framework's own account, where it gives one.
         first: seconds that the first call takes beyond a later one.
@@ -64,6 +66,7 @@ class Measurement:
     shares: dict[str, float] = field(default_factory=dict)
     repeats: int = 0
     rounds: list[list[float]] = field(default_factory=list)
+    turns: list[list[int]] = field(default_factory=list)
     peak: int | None = None
     planned: int | None = None
     first: float | None = None
@@ -74,6 +77,13 @@ class Measurement:
     def time(self) -> Spread:
         """Seconds per call."""
         return spread(self.rounds)
+
+    @property
+    def series(self) -> Series:
+        """The samples by their turns. Where those were not kept, all ways have one number each."""
+        ways = [(n, at) for n, part in enumerate(self.rounds) for at in range(len(part))]
+        known = self.turns or [[2 * n, 2 * n + 1] for n in range(len(self.rounds))]
+        return [(known[n][at], self.rounds[n][at]) for n, at in ways]
 
     @property
     def temporaries(self) -> int | None:
@@ -104,11 +114,11 @@ class Results:
     def faster(
         self, case: str, direction: str, subject: str, base: str
     ) -> tuple[float, Spread] | None:
-        """Time of `base` over time of `subject`, and round by round; None where one has none."""
+        """Time of `base` over time of `subject`, and of neighbours; None where one has none."""
         ours, theirs = self.find(case, subject, direction), self.find(case, base, direction)
         if ours is None or theirs is None or not ours.rounds or not theirs.rounds:
             return None
-        return ratio(theirs.rounds, ours.rounds), ratios(theirs.rounds, ours.rounds)
+        return ratio(theirs.rounds, ours.rounds), ratios(theirs.series, ours.series)
 
     def holds(self, case: Case, direction: str, subjects: Iterable[str]) -> bool:
         """Whether all of these have been asked this very case; ours must not have failed."""

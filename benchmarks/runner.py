@@ -143,6 +143,7 @@ def _timed(step: Step, rooms: Rooms, pace: Pace, seen: Seen) -> list[Measurement
         rooms.drop()
         ready: dict[str, dict[str, Any]] = {}
         samples: dict[str, list[list[float]]] = {}
+        places: dict[str, list[list[int]]] = {}
         name = ""
         try:
             for name in step.subjects:
@@ -151,15 +152,20 @@ def _timed(step: Step, rooms: Rooms, pace: Pace, seen: Seen) -> list[Measurement
                     answer = rooms.ask(name, do="prepare", least=pace.least, **_question(step))
                     problem = _problem(step, name, answer)
                     if problem is None:
-                        ready[name], samples[name] = answer, [[] for _ in range(pace.rounds)]
+                        ready[name] = answer
+                        samples[name] = [[] for _ in range(pace.rounds)]
+                        places[name] = [[] for _ in range(pace.rounds)]
                     else:
                         out[name] = problem
-            for number, name in timing.turns(list(ready), pace.rounds):
-                seen(f"{step.case.name} {step.direction} {name}: round {number + 1}")
+            for place, turn in enumerate(timing.turns(list(ready), pace.rounds)):
+                name = turn.name
+                seen(f"{step.case.name} {step.direction} {name}: round {turn.round + 1}")
                 answer = rooms.ask(name, do="sample")
                 if "seconds" not in answer:
                     raise WorkerError(answer.get("error", "it gave no sample"))
-                samples[name][number].append(answer["seconds"])
+                if turn.counted:
+                    samples[name][turn.round].append(answer["seconds"])
+                    places[name][turn.round].append(place)
         except WorkerError as error:
             out[name] = Measurement(
                 step.case.name, name, step.direction, "error", problem=str(error)
@@ -173,6 +179,7 @@ def _timed(step: Step, rooms: Rooms, pace: Pace, seen: Seen) -> list[Measurement
                 shares=answer["shares"],
                 repeats=answer["repeats"],
                 rounds=samples[name],
+                turns=places[name],
             )
         return [out[name] for name in step.subjects]
 

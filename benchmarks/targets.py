@@ -3,7 +3,7 @@
 A target is a number that must hold and one that is aimed at, for every case it speaks of: the worst
 case decides. What has not been measured is not met.
 
-    speed           time of the base / time of ours, in the same rounds: above 1 we win
+    speed           time of the base / time of ours, medians of the same turns: above 1 we win
     share of work   the same against our own causal attention, over the ratio of live entries: 1 is
                     time in proportion to what is computed
     linear          time against live blocks: the largest distance from a straight line through the
@@ -30,11 +30,11 @@ SMALL = 2**20
 
 
 class Row(NamedTuple):
-    """One case of a target: its value, None where it was not measured, and that of the rounds.
+    """One case of a target: its value, None where it was not measured, and that of neighbours.
 
     Attributes:
-        low, high, middle: quartiles and median of the value round by round; no median where the
-            value is that.
+        low, high, middle: quartiles and median of the value from neighbouring samples; no median
+            where the value is that.
     """
 
     label: str
@@ -145,8 +145,8 @@ def _ratio(
     found = results.faster(case, direction, subject, base)
     if found is None:
         return Row(label, None)
-    value, rounds = found
-    return Row(label, value / per, rounds.low / per, rounds.high / per, rounds.middle / per)
+    value, beside = found
+    return Row(label, value / per, beside.low / per, beside.high / per, beside.middle / per)
 
 
 def _both_ways(forward: Rows, backward: Rows) -> Rows:
@@ -269,7 +269,7 @@ def _overhead(results: Results) -> list[Row]:
     ]
     if pair[0] is None or pair[1] is None:
         return [Row("torch eager", None)]
-    low, middle, high = (1e6 * x for x in difference(pair[1].rounds, pair[0].rounds))
+    low, middle, high = (1e6 * x for x in difference(pair[1].series, pair[0].series))
     return [Row("torch eager", middle, low, high)]
 
 

@@ -1,24 +1,31 @@
-"""Timing: A B B A, and what may be concluded from it.
+"""Timing: who follows whom, and what may be concluded from it.
 
-A machine drifts: it warms up, its clocks change, somebody else wants a core. So subjects that are
-to be compared take turns, there and back:
+A machine drifts: it warms up, its clocks change, somebody else wants a core. And whoever is asked
+pays for what came before: its threads sleep, its code and data have left the caches, and more so
+after some predecessors than after others. So subjects that are to be compared take turns, there and
+back along a circle, and the circle changes from round to round so that all follow all:
 
-    round 0     A B C C B A
-    round 1     B C A A C B          the one that begins changes
+    round 0     (C) D A B C  (D) C B A D        in brackets: asked, and not counted, so that the
+    round 1     (D) B C A D  (B) D A C B        first has the predecessor that the circle gives it
 
-In each round every subject has the same average place, so what drifts evenly cancels, and a ratio
-within a round compares neighbours. A sample is the mean of as many calls as make `LEAST` seconds.
-Before it comes a pause, in which threads that other libraries left spinning go to sleep, and, where
-a call is short, one that is not counted and fetches code and data back into the caches: without it
-a call of 40 ms lost up to a fifth by coming after one that had swept them.
+In each round every subject has the same average place, so what drifts evenly cancels. The circles
+are those of `circle`: of n subjects, after n - 1 rounds each has followed each other one exactly
+twice, none has followed itself, and on the way there no two counts differ by more than one. What
+waking up costs after one predecessor or another is therefore paid by all alike, and most of it is
+not counted at all: a sample comes after a pause, in which threads that other libraries left
+spinning go to sleep, and after calls that last at least `WARM` seconds and are not counted either.
+A sample is the mean of as many calls as make `LEAST` seconds.
 
     time        the median of all samples
     spread      quartiles
-    ratio       median over median; beside it the median and quartiles of the rounds' own ratios
+    ratio       median over median; beside it the median and quartiles of neighbours' ratios: each
+                sample over what the other subject took at that moment, read between the two of its
+                samples that stood next before and after
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median, quantiles
@@ -30,6 +37,9 @@ LEAST = 0.05
 LONG = 0.2
 """Seconds from which one call is a sample by itself, the first one."""
 
+WARM = 0.02
+"""Seconds that calls are made for before a sample, one call at least."""
+
 PAUSE = 0.02
 """Seconds before a sample. GNU's OpenMP spins for a few milliseconds, XLA's and TensorFlow's pools
 for less; Intel's OpenMP spins for 200, and is told not to (`rooms.py`). On a busy machine spinning
@@ -40,6 +50,9 @@ Clock = Callable[[], float]
 Rounds = Sequence[Sequence[float]]
 """Seconds per call: for every round its samples, on the way there and on the way back."""
 
+Series = Sequence[tuple[int, float]]
+"""The same in the order of time: (number of the turn, seconds per call)."""
+
 
 class Spread(NamedTuple):
     """A median between its quartiles."""
@@ -49,13 +62,39 @@ class Spread(NamedTuple):
     high: float
 
 
-def turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
-    """Whose turn it is: (round, name), every name twice in each round."""
+class Turn(NamedTuple):
+    """Whose turn it is; one that is not `counted` only makes the next one's predecessor."""
+
+    round: int
+    name: str
+    counted: bool = True
+
+
+def turns(names: Sequence[str], rounds: int) -> Iterator[Turn]:
+    """Whose turn it is: every name twice in each round, there and back along a circle."""
     for number in range(rounds):
-        first = number % len(names) if names else 0
-        there = [*names[first:], *names[:first]]
-        for name in (*there, *reversed(there)):
-            yield number, name
+        there = [names[at] for at in circle(len(names), number)]
+        for way in (there, there[::-1]):
+            if len(way) > 1:
+                yield Turn(number, way[-1], counted=False)
+            yield from (Turn(number, name) for name in way)
+
+
+def circle(count: int, number: int) -> list[int]:
+    """The places of a round: a circle through all of them, another one in each round.
+
+    One stands still and the others, m of them, zigzag around it: 0, 1, -1, 2, -2, ... + number
+    modulo m. Neighbours in a zigzag are 1, 2, ..., m - 1 apart, and as the number goes through all
+    of its m values each pair is neighbours twice, each of them with the one that stands still, too
+    (Walecki's circles). The circle begins elsewhere in each round.
+    """
+    m = count - 1
+    if m < 1:
+        return list(range(count))
+    zigzag = [-(i // 2) if i % 2 == 0 else i // 2 + 1 for i in range(m)]
+    found = [m, *((step + number) % m for step in zigzag)]
+    first = number % count
+    return found[first:] + found[:first]
 
 
 def calibrated(
@@ -78,14 +117,17 @@ def sample(
     clock: Clock = time.perf_counter,
     sleep: Callable[[float], object] = time.sleep,
 ) -> float:
-    """Seconds per call, over that many calls, after a pause and a call that is not counted.
+    """Seconds per call, over that many calls, after a pause and calls that are not counted.
 
-    A call longer than `LONG` needs no warming: what it would gain is far below the noise.
+    A call longer than `LONG` is not made twice for its warming: all pay for that alike.
     """
     sleep(PAUSE)
     seconds = _timed(run, 1, clock)
     if repeats == 1 and seconds > LONG:
         return seconds
+    while seconds < WARM:
+        # A clock that does not move would keep us here.
+        seconds += max(_timed(run, 1, clock), WARM / 10_000)
     return _timed(run, repeats, clock) / repeats
 
 
@@ -106,27 +148,39 @@ def ratio(base: Rounds, subject: Rounds) -> float:
     return spread(base).middle / spread(subject).middle
 
 
-def ratios(base: Rounds, subject: Rounds) -> Spread:
-    """The same round by round: median and quartiles of ratios of samples that stood side by side.
+def ratios(base: Series, subject: Series) -> Spread:
+    """The same of neighbours: median and quartiles over all samples of the two.
 
     Raises:
-        ValueError: they were not measured in the same rounds.
+        ValueError: one of them has no sample.
     """
-    return _spread([b / s for b, s in _paired(base, subject)])
+    logs = _beside(*([(at, math.log(x)) for at, x in each] for each in (base, subject)))
+    return _spread([math.exp(b - s) for b, s in logs])
 
 
-def difference(base: Rounds, subject: Rounds) -> Spread:
-    """Seconds by which the subject is slower than the base, round by round, as `ratio`."""
-    return _spread([s - b for b, s in _paired(base, subject)])
+def difference(base: Series, subject: Series) -> Spread:
+    """Seconds by which the subject is slower than the base, of neighbours, as `ratios`."""
+    return _spread([s - b for b, s in _beside(base, subject)])
 
 
-def _paired(base: Rounds, subject: Rounds) -> list[tuple[float, float]]:
-    """The two's mean seconds in each round."""
-    if len(base) != len(subject) or not base:
+def _beside(base: Series, subject: Series) -> list[tuple[float, float]]:
+    """For each sample of either what both took at that moment."""
+    if not base or not subject:
         raise ValueError(
-            f"a ratio must be of the same rounds. Got {len(base)} and {len(subject)} of them."
+            f"a ratio must be of samples of both. Got {len(base)} and {len(subject)} of them."
         )
-    return [(sum(b) / len(b), sum(s) / len(s)) for b, s in zip(base, subject, strict=True)]
+    found = [(x, _at(subject, turn)) for turn, x in base]
+    return found + [(_at(base, turn), x) for turn, x in subject]
+
+
+def _at(series: Series, turn: int) -> float:
+    """What it took at a turn: on the line between the samples next before and after."""
+    before = max((each for each in series if each[0] <= turn), default=min(series))
+    after = min((each for each in series if each[0] >= turn), default=max(series))
+    if before[0] == after[0]:
+        return before[1]
+    share = (turn - before[0]) / (after[0] - before[0])
+    return before[1] + share * (after[1] - before[1])
 
 
 def _spread(values: Sequence[float]) -> Spread:
