@@ -15,6 +15,8 @@ Messages say what must be, what was expected and what came.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,9 @@ from attn_core.check_arrays import (
     signature,
 )
 from attn_core.check_positions import dropout_of, lengths, offset_of, ranges
+from attn_core.language.tree import Tree
+from attn_core.language.values import Mask
+from attn_core.registry import load
 from attn_core.spec import DTYPES, LAYOUTS, PRECISIONS, Facts, Operands, Problem
 
 
@@ -62,15 +67,102 @@ def resolve(
         raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}. Got {layout!r}.")
     if precision not in PRECISIONS:
         raise ValueError(f'`precision` must be None, "highest" or "fast". Got {precision!r}.')
-    for name, array in (("key", key), ("value", value)):
-        same_framework(name, array, source)
+    tracing = False
+    # Whose an array is its class says, and query's owner is known.
+    if type(key) is not type(query):
+        same_framework("key", key, source)
+    if type(value) is not type(query):
+        same_framework("value", value, source)
     if not host:
         query, key, value = backend.admit(query, key, value)
-        if backend.tracing():
+        tracing = backend.tracing()
+        if tracing:
             mask, score = carried(backend, mask), carried(backend, score)
             kv_lengths, q_lengths = carried(backend, kv_lengths), carried(backend, q_lengths)
             query_offset = carried(backend, query_offset)
-    facts = [describe(backend, host, x) for x in (query, key, value)]
+    if host:
+        q, k, v = [describe(backend, host, x) for x in (query, key, value)]
+    else:
+        q, k, v = backend.describe(query), backend.describe(key), backend.describe(value)
+    static = (layout, precision, bool(return_lse), bool(return_weights))
+    if (
+        (mask is None or (type(mask) is Mask and not mask.arrays))
+        and (scale is None or type(scale) is float)
+        and bias is None
+        and score is None
+        and sinks is None
+        and kv_lengths is None
+        and q_lengths is None
+        and query_offset is None
+        and dropout is None
+        and not tracing
+    ):
+        tree = None if mask is None else mask.tree
+        return _known(backend.NAME, host, q, k, v, tree, scale, *static), Operands(
+            query, key, value
+        )
+    problem, rest = _stated(
+        backend,
+        host,
+        (q, k, v),
+        *static,
+        mask=mask,
+        bias=bias,
+        score=score,
+        scale=scale,
+        sinks=sinks,
+        kv_lengths=kv_lengths,
+        q_lengths=q_lengths,
+        query_offset=query_offset,
+        dropout=dropout,
+    )
+    return problem, Operands(query, key, value, bias, sinks, **rest)
+
+
+@lru_cache(maxsize=512)
+def _known(
+    name: str,
+    host: bool,
+    query: Facts,
+    key: Facts,
+    value: Facts,
+    mask: Tree | None,
+    scale: float | None,
+    *static: Any,
+) -> Problem:
+    """The problem of a call in which query, key and value are the only arrays.
+
+    What arrays say of themselves is all that the checks look at; equal facts, equal problem.
+    """
+    options: dict[str, Any] = dict.fromkeys(
+        ("bias", "score", "sinks", "kv_lengths", "q_lengths", "query_offset", "dropout")
+    )
+    given = None if mask is None else Mask(mask, ())
+    facts = (query, key, value)
+    return _stated(load(name), host, facts, *static, mask=given, scale=scale, **options)[0]
+
+
+def _stated(
+    backend: Any,
+    host: bool,
+    facts: tuple[Facts, Facts, Facts],
+    layout: str,
+    precision: str | None,
+    return_lse: bool,
+    return_weights: bool,
+    *,
+    mask: Any,
+    bias: Any,
+    score: Any,
+    scale: Any,
+    sinks: Any,
+    kv_lengths: Any,
+    q_lengths: Any,
+    query_offset: Any,
+    dropout: Any,
+) -> tuple[Problem, dict[str, Any]]:
+    """The problem, and the operands that are not as they were given."""
+    source = "numpy" if host else backend.NAME
     dtype = _dtype(facts)
     batch, heads, kv_heads, q_len, k_len, width, v_width = _shapes(facts, layout)
     accumulation = "float64" if dtype == "float64" else "float32"
@@ -136,27 +228,21 @@ def resolve(
         offset=offset,
         rate=rate,
         precision=precision,
-        return_lse=bool(return_lse),
-        return_weights=bool(return_weights),
+        return_lse=return_lse,
+        return_weights=return_weights,
         needs_grad=any(f.needs_grad for f in (*facts, bias_facts, sinks_facts) if f is not None),
     )
-    operands = Operands(
-        query=query,
-        key=key,
-        value=value,
-        bias=bias,
-        sinks=sinks,
-        kv_lengths=kv_lengths,
-        q_lengths=q_lengths,
-        query_offset=query_offset,
-        seed=seed,
-        mask=() if mask is None else mask.arrays,
-        score=() if score is None else score.arrays,
-    )
-    return problem, operands
+    return problem, {
+        "kv_lengths": kv_lengths,
+        "q_lengths": q_lengths,
+        "query_offset": query_offset,
+        "seed": seed,
+        "mask": () if mask is None else mask.arrays,
+        "score": () if score is None else score.arrays,
+    }
 
 
-def _dtype(facts: list[Facts]) -> str:
+def _dtype(facts: Sequence[Facts]) -> str:
     found = [f.dtype for f in facts]
     if found[0] not in DTYPES:
         raise TypeError(f"`query` must be one of {', '.join(DTYPES)}. Got {found[0]}.")
@@ -167,7 +253,7 @@ def _dtype(facts: list[Facts]) -> str:
     return found[0]
 
 
-def _shapes(facts: list[Facts], layout: str) -> tuple[Any, ...]:
+def _shapes(facts: Sequence[Facts], layout: str) -> tuple[Any, ...]:
     q, k, v = [f.shape for f in facts]
     for name, shape in (("query", q), ("key", k), ("value", v)):
         if len(shape) != 4:
@@ -199,7 +285,7 @@ def _shapes(facts: list[Facts], layout: str) -> tuple[Any, ...]:
     return batch, heads, kv_heads, q_len, k_len, width, v_width
 
 
-def _agree(axis: str, sizes: dict[str, Any], facts: list[Facts], layout: str) -> Any:
+def _agree(axis: str, sizes: dict[str, Any], facts: Sequence[Facts], layout: str) -> Any:
     """The common size of an axis, from whoever knows it."""
     known = None
     for name, size in sizes.items():
@@ -220,7 +306,7 @@ def _axes(layout: str) -> str:
     return "(B, H, T, D)" if layout == "BHTD" else "(B, T, H, D)"
 
 
-def _other(facts: list[Facts], layout: str) -> str:
+def _other(facts: Sequence[Facts], layout: str) -> str:
     """A hint where the same arrays would be legal in the other layout."""
     (qb, q1, q2, qd), (kb, k1, k2, kd), (vb, v1, v2, _) = [f.shape for f in facts]
     if None in (q1, q2, k1, k2):

@@ -54,7 +54,7 @@ def owns(x: Any) -> bool:
 
 def describe(x: Any) -> Facts:
     needs_grad = x.requires_grad and torch.is_grad_enabled()
-    return Facts(tuple(x.shape), _NAMES.get(x.dtype, str(x.dtype)), x.device.type, needs_grad)
+    return Facts(tuple(x.shape), _NAMES.get(x.dtype) or str(x.dtype), x.device.type, needs_grad)
 
 
 def tracing() -> bool:
@@ -190,13 +190,19 @@ def take(x: Any, index: Sequence[int], axis: int) -> Any:
 
 def _tensors(problem: Problem, operands: Operands, device: torch.device) -> Operands:
     """What is on the host, as tensors on the device of query."""
+    ready = True
     for name, given in zip(Operands._fields, operands, strict=True):
+        if given is None:
+            continue
         for x in given if name in ("mask", "score") else (given,):
-            if isinstance(x, torch.Tensor) and x.dim() and x.device != operands.query.device:
+            if not isinstance(x, torch.Tensor):
+                ready = False
+            elif x.device != device and x.dim():
                 raise ValueError(
-                    f"`{name}` must be on the device of query, {operands.query.device}. "
-                    f"Got {x.device}."
+                    f"`{name}` must be on the device of query, {device}. Got {x.device}."
                 )
+    if ready:
+        return operands
 
     def tensor(x: Any) -> Any:
         if isinstance(x, tuple):

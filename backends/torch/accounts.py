@@ -88,7 +88,7 @@ def _native(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Accoun
     narrow, wide = WIDTH[p.dtype] // 8, WIDTH[p.accumulation] // 8
     statistics = batch * p.heads * q_len * wide
     results = batch * p.heads * q_len * p.v_width * narrow
-    whole = native._kind(p) != "tiles"
+    whole = native._kind(p, torch.compiler.is_compiling()) != "tiles"
     block_q, _, block_k, _ = tiles_of(p.group, q_len, k_len, native_bands.ROWS, native_bands.KEYS)
     held = statistics
     if p.device == "cpu":

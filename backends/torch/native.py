@@ -8,6 +8,8 @@ partial ones. Empty rows and poison are the spec's there, and cost what they tou
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
@@ -32,7 +34,7 @@ def refusals(p: Problem) -> list[str]:
     if p.device != "cpu":
         if p.return_lse:
             reasons.append("`return_lse` must be left out on cuda. Got True.")
-        if _kind(p) == "tiles":
+        if _kind(p, torch.compiler.is_compiling()) == "tiles":
             reasons.append(
                 "on cuda the mask must allow everything, or be causal() with Tq = Tk. "
                 "Got another mask, or lengths."
@@ -41,32 +43,37 @@ def refusals(p: Problem) -> list[str]:
 
 
 def attend(p: Problem, x: Operands) -> AttentionOutput:
-    kind = _kind(p)
-    if kind == "tiles" or p.return_lse or (p.device == "cpu" and _recorded(p)):
+    compiling = torch.compiler.is_compiling()
+    kind = _kind(p, compiling)
+    if kind == "tiles" or p.return_lse or (p.device == "cpu" and _recorded(p, compiling)):
         # The same kernels, bound so that derivatives of derivatives, and jvp, are refused by name.
         return chunked.attend(p, x, kind)
-    q, k, v = (t if p.layout == "BHTD" else t.transpose(1, 2) for t in x[:3])
-    # With entries apart, torch would take its quadratic formula.
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    q, k, v = _heads_first(p, x.query), _heads_first(p, x.key), _heads_first(p, x.value)
+    causal = kind == "causal"
     # A symbol of torch.compile is no bool, but a branch on it is.
     options = {"enable_gqa": True} if p.group > 1 else {}
-    out = F.scaled_dot_product_attention(
-        q, k, v, is_causal=kind == "causal", scale=p.scale, **options
-    )
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=p.scale, **options)
     return AttentionOutput(out if p.layout == "BHTD" else out.transpose(1, 2))
 
 
-def _recorded(p: Problem) -> bool:
+def _heads_first(p: Problem, x: Any) -> Any:
+    """(B, H, T, D); with entries apart, torch would take its quadratic formula."""
+    x = x if p.layout == "BHTD" else x.transpose(1, 2)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _recorded(p: Problem, compiling: bool) -> bool:
     """Whether derivatives may be asked for that torch's own do not answer.
 
     torch.compile refuses second ones on its own.
     """
-    if torch.compiler.is_compiling():
+    if compiling:
         return p.needs_grad and not chunked.sums_wide(p.group, p.dtype)
-    transformed = torch._C._are_functorch_transforms_active()
-    return p.needs_grad or transformed or forward_ad._current_level >= 0
+    if p.needs_grad or forward_ad._current_level >= 0:
+        return True
+    return torch._C._are_functorch_transforms_active()
 
 
-def _kind(p: Problem) -> str:
+def _kind(p: Problem, compiling: bool) -> str:
     """As `Ask.kernel`; torch.compile, which would trace it, looks through no mask."""
-    return whole(p, look=not torch.compiler.is_compiling()) or "tiles"
+    return whole(p, look=not compiling) or "tiles"

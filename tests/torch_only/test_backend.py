@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention as torchs_own
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attn_core
-from attn_core import Dropout, UnsupportedError, attention, masks, reference, scores
+from attn_core import Dropout, UnsupportedError, attention, check, masks, reference, scores
 from attn_core.backends.numpy import philox as host_philox
 from attn_core.backends.torch import from_numpy, scaled_dot_product_attention, to_numpy
 from attn_core.backends.torch.philox import product
@@ -36,6 +36,63 @@ q, k, v = draw(B, HQ, TQ, D), draw(B, HK, TK, D), draw(B, HK, TK, DV)
 
 def judge(q: Any, k: Any, v: Any, **options: Any) -> np.ndarray:
     return reference.attention(*[x.double().numpy() for x in (q, k, v)], **options).out
+
+
+# --- What is remembered from call to call. --------------------------------------------------------
+
+
+def test_a_call_like_the_last_one_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[Any] = []
+    stated = check._stated
+    monkeypatch.setattr(check, "_stated", lambda *a, **o: counted.append(a) or stated(*a, **o))
+    check._known.cache_clear()
+    options: Any
+    for options in ({}, {"mask": masks.causal()}, {"scale": 0.3}, {"return_lse": True}):
+        options = {**options, "query_offset": None}
+        x = draw(1, 2, 6, 8)
+        before = len(counted)
+        for _ in range(3):
+            attention(x, x + 1, x, **options)
+        assert len(counted) == before + 1, options
+        other = draw(1, 2, 6, 8)
+        got = attention(other, other, other, **{**options, "return_lse": False})
+        given = {n: o for n, o in options.items() if n == "scale"}
+        if "mask" in options:
+            given["mask"] = np.tril(np.ones((6, 6), bool))
+        np.testing.assert_allclose(got, judge(other, other, other, **given), atol=1e-5)
+    # A sequence of lengths, of which each call has its own, is read every time.
+    before = len(counted)
+    for length in (3, 4, 3):
+        attention(q, k, v, kv_lengths=length)
+    assert len(counted) == before + 3
+
+
+def test_what_is_remembered_is_told_apart() -> None:
+    """After a call that may be remembered, calls that look much like it."""
+    x = draw(1, 2, 6, 8)
+    attention(x, x, x, scale=1.0)
+    with pytest.raises(TypeError, match="`scale` must be a host number"):
+        attention(x, x, x, scale=True)
+    with pytest.raises(TypeError, match="`scale` must be a host number"):
+        attention(x, x, x, scale=np.ones(1))
+    attention(x, x, x)
+    with pytest.raises(TypeError, match="must share one dtype"):
+        attention(x, x.double(), x)
+    with pytest.raises(TypeError, match="`key` must be an array of torch"):
+        attention(x, x.numpy(), x)
+    with pytest.raises(ValueError, match="`value` must agree on Tk"):
+        attention(x, x, x[:, :, :3])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="`query_offset` must be given"):
+            attention(x[:, :, :5], x, x, mask=masks.causal())
+        with pytest.raises(ValueError, match="`layout` must be one of"):
+            attention(x, x, x, layout=["BHTD"])
+    leaf = x.clone().requires_grad_()
+    assert attention(leaf, x, x).requires_grad
+    with torch.no_grad():
+        assert not attention(leaf, x, x).requires_grad
+    one, flag = attn_core.mask(lambda b, h, q, k: q // 2 == k), masks.causal()
+    assert not torch.equal(attention(x, x, x, mask=one), attention(x, x, x, mask=flag))
 
 
 # --- Autocast. ------------------------------------------------------------------------------------
