@@ -126,10 +126,9 @@ def _forward(ask: Ask, scale: float, given: Sequence[Any]) -> tuple[Array, ...]:
             from attn_core.backends.torch import triton_kernels
 
             return triton_kernels.forward(ask, scale, x)
-        whole = ask.kernel != "tiles"
-        pair = [(x.query, x.key)]
-        if ask.kernel and ((whole and not ask.lse) or native_tiles.fits(scale, pair, whole)):
-            return native_tiles.forward(ask, scale, x)
+        found = native_tiles.forward(ask, scale, x) if ask.kernel else None
+        if found is not None:
+            return found
         return forward(Work(ask, scale, x))
 
 
@@ -154,9 +153,9 @@ def _backward(
 
             return triton_kernels.backward(ask, scale, x, Saved(*saved), up, wanted)
         if kernel and up.lse is None and up.out is not None:
-            pairs = [(x.query, x.key), (up.out, x.value)]
-            if ask.kernel != "tiles" or native_tiles.fits(scale, pairs):
-                return native_tiles.backward(ask, scale, x, Saved(*saved), up.out, wanted)
+            found = native_tiles.backward(ask, scale, x, Saved(*saved), up.out, wanted)
+            if found is not None:
+                return found
         return backward(Work(ask, scale, x), Saved(*saved), up, wanted)
 
 

@@ -7,7 +7,12 @@ spans that are not full carry a selection. A band of tiles is one call: the kern
 by a stride, and a stride from tile to tile is as good.
 
 What the kernel does not know of is done around it: rows that may see no key (it says lse 0 there),
-and keys, values and rows that nobody may look at, which are replaced by 0 where there are any.
+and keys and values that nobody may look at. It hides by adding -inf, so that a hidden logit which
+is NaN or +inf makes NaN of its row, and a hidden value which is NaN or infinite of its output;
+nothing of that kind stays unseen (a test poisons every place). So it is asked first, and its answer
+looked at, which is far less than all keys and values. Where an answer is not finite, or a row's
+logits came to nothing, keys and values are looked at, too: those that nobody may see are replaced
+by 0 and the kernel is asked again; or its products overflow, and others must answer.
 """
 
 from __future__ import annotations
@@ -31,37 +36,68 @@ _PLAIN = 2.0**32
 _LARGEST = 2.0**100
 """What products may come to at most: far from float32's 2**128, and from nothing that occurs."""
 
+_WIDE = {
+    torch.float64: torch.float64,
+    **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float32),
+}
+
 _kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def forward(ask: Ask, scale: float, x: Operands) -> tuple[Array, ...]:
-    """out, lse, weights (none), m, log l and alive, as `chunked_forward.forward`."""
+def forward(ask: Ask, scale: float, x: Operands) -> tuple[Array, ...] | None:
+    """out, lse, weights (none), m, log l and alive, as `chunked_forward.forward`.
+
+    None where products of the arrays overflow, so that products of our own must answer.
+    """
     if ask.kernel != "tiles":
         q, k, v = (_heads_first(ask, a) for a in x[:3])
         out, lse = _kernel(q, k, v, 0.0, ask.kernel == "causal", scale=scale)
+        if ask.lse and not _sound(lse, lse == 0) and not _fits(scale, [(q, k)], finite=True):
+            return None
         log_l, alive = torch.zeros_like(lse), torch.ones_like(lse, dtype=torch.bool)
         shown = lse.clone() if ask.lse else lse.new_empty(0)
         return _laid_out(ask, out), shown, x.query.new_empty(0), lse, log_l, alive
     w = Work(ask, scale, x, ROWS, KEYS)
-    query, key, value = (_heads_first(ask, a) for a in x[:3])
-    out = x.query.new_empty(x.query.shape)
-    into = w.heads_first(out)
-    m = torch.empty((w.batch, w.heads, w.q_len), dtype=w.dtype, device=w.device)
-    clean = _Clean(key, value)
-    for turn in turns(w):
-        for band, chosen in Selections(w, turn):
-            for batch in _batches(w, turn, band):
-                rows = (batch, turn.heads)
-                q = band.of_rows(query, *rows)
-                found, lse = _row(q, key, value, band, (batch, turn.keys), chosen, scale, clean)
-                band.of_rows(into, *rows)[...] = found
-                band.of_rows(m, *rows)[...] = lse
+    clean = _Clean(*(_heads_first(ask, a) for a in (x.key, x.value)))
+    out, m, lost = _rows(w, clean)
+    if not _sound(out, m.masked_fill(m == -torch.inf, 0.0), lost):
+        if not _fits(scale, [(x.query, x.key)]):
+            return None
+        if clean.look():
+            out, m, _ = _rows(w, clean)
     alive = m != -torch.inf
     log_l = torch.where(alive, 0.0, torch.inf)
     shown = m.clone() if ask.lse else m.new_empty(0)
     m = m.masked_fill_(~alive, 0.0)
     return out, shown, x.query.new_empty(0), m, log_l, alive
+
+
+def _rows(w: Work, clean: _Clean) -> tuple[Array, Array, Array]:
+    """out, in the layout asked for, lse (B, Hq, Tq), and whether some row's logits were lost."""
+    query, key, value = (_heads_first(w.ask, a) for a in w.x[:3])
+    out = query.new_empty(w.x.query.shape)
+    into = w.heads_first(out)
+    m = torch.empty((w.batch, w.heads, w.q_len), dtype=w.dtype, device=w.device)
+    lost: list[Array] = []
+    for turn in turns(w):
+        for band, chosen in Selections(w, turn):
+            for batch in _batches(w, turn, band):
+                rows, keys = (batch, turn.heads), (batch, turn.keys)
+                q = band.of_rows(query, *rows)
+                found, lse = _row(q, key, value, band, keys, chosen, w.scale, clean, lost)
+                band.of_rows(into, *rows)[...] = found
+                band.of_rows(m, *rows)[...] = lse
+    return out, m, torch.stack(lost) if lost else m.new_zeros(1)
+
+
+def _sound(*arrays: Array) -> bool:
+    """Whether all of these are finite, and those of booleans hold nothing true.
+
+    A sum may overflow where no entry does; then there is one look too many.
+    """
+    sums = [x.any() if x.dtype == torch.bool else x.sum(dtype=_WIDE[x.dtype]) for x in arrays]
+    return all(torch.isfinite(x) if x.is_floating_point() else not x for x in sums)
 
 
 def _batches(w: Work, turn: Turn, band: Band) -> Sequence[int | slice]:
@@ -78,16 +114,23 @@ def _row(
     selections: Sequence[Selection | None],
     scale: float,
     clean: _Clean,
+    lost: list[Array],
 ) -> tuple[Array, Array]:
-    """(out, lse) of a band; 0 and -inf where a row may see no key."""
+    """(out, lse) of a band; 0 and -inf where a row may see no key.
+
+    `lost` is told whether a row that sees keys has lse 0: its logits may all have been -inf.
+    """
     found = lse = None
     for span, chosen in zip(band.spans, selections, strict=True):
         k, v = (_only(band.of_keys(x, *at, span), chosen, clean) for x in (key, value))
         out, new = _kernel(q, k, v, 0.0, False, attn_mask=chosen and chosen.added, scale=scale)
+        nothing = new == 0
         if chosen is not None and chosen.empty:
             alive = chosen.count > 0
+            nothing &= alive
             new = torch.where(alive, new, -torch.inf)
             out = torch.where(alive[..., None], out, 0.0)
+        lost.append(nothing.any())
         if found is None:
             found, lse = out, new
             continue
@@ -102,8 +145,11 @@ def _row(
 
 def backward(
     ask: Ask, scale: float, x: Operands, saved: Saved, up: Array, wanted: Sequence[bool]
-) -> list[Array]:
-    """Gradients of query, key and value, those wanted; nothing else has any here."""
+) -> list[Array] | None:
+    """Gradients of query, key and value, those wanted; nothing else has any here.
+
+    None where products overflow, as in `forward`.
+    """
     q, k, v, out, d_out = (_heads_first(ask, a) for a in (*x[:3], saved.out, up))
     if ask.kernel != "tiles":
         causal = ask.kernel == "causal"
@@ -111,7 +157,29 @@ def backward(
         found = [g if ask.layout == "BHTD" else g.transpose(1, 2) for g in found]
         return [g for g, yes in zip(found, wanted, strict=False) if yes]
     w = Work(ask, scale, x, ROWS, KEYS)
-    lse, clean = saved.m + saved.log_l, _Clean(k, v)
+    clean = _Clean(k, v)
+
+    def asked() -> list[Array]:
+        grads = _gradients(w, [d_out, q, k, v, out], saved, clean)
+        return [g for g, yes in zip(grads, wanted, strict=False) if yes]
+
+    found = asked()
+    if not _sound(*found):
+        if not _fits(scale, [(q, k), (d_out, v)]):
+            return None
+        if clean.look():
+            found = asked()
+    types = [a.dtype for a, yes in zip(x[:3], wanted, strict=False) if yes]
+    return [g.to(dtype) for g, dtype in zip(found, types, strict=True)]
+
+
+def _gradients(w: Work, arrays: Sequence[Array], saved: Saved, clean: _Clean) -> list[Array]:
+    """Of query, key and value, in their layout and the accumulation dtype.
+
+    `arrays` are the gradient of out, query, key, value and out, heads first.
+    """
+    (d_out, q, k, v, out), x, scale = arrays, w.x, w.scale
+    lse = saved.m + saved.log_l
     grads = [torch.zeros(a.shape, dtype=w.dtype, device=w.device) for a in x[:3]]
     d_query, d_key, d_value = (w.heads_first(g) for g in grads)
     for turn in turns(w):
@@ -136,8 +204,7 @@ def backward(
                     band.of_rows(d_query, *rows).add_(dq)
                     band.add(d_key, dk, *keys, span)
                     band.add(d_value, dv, *keys, span)
-    pairs = zip(grads, x[:3], wanted, strict=False)
-    return [g.to(a.dtype) for g, a, yes in pairs if yes]
+    return grads
 
 
 def _selected(row: list[Array], alive: Array) -> list[Array]:
@@ -161,11 +228,11 @@ def _lone(spans: Sequence[Span], chosen: Sequence[Selection | None]) -> Array | 
     return lone if lone.any() else None
 
 
-def fits(scale: float, pairs: Sequence[tuple[Array, Array]], finite: bool = False) -> bool:
+def _fits(scale: float, pairs: Sequence[tuple[Array, Array]], finite: bool = False) -> bool:
     """Whether no product of these rows can overflow, where they are finite at all.
 
-    The kernel hides by adding -inf, so that a hidden logit of +inf would be NaN, and says lse 0 of
-    a row whose logits are all -inf. Such numbers are left to products and selections of our own;
+    A hidden logit of +inf would be NaN, and of a row whose logits are all -inf the kernel says
+    lse 0. Such numbers are left to products and selections of our own;
     NaN and infinity are not, since they are replaced where nobody may see them, and data elsewhere.
     With `finite` they are left to our own as well: where nothing is hidden and lse is asked for.
     """
@@ -180,18 +247,27 @@ def fits(scale: float, pairs: Sequence[tuple[Array, Array]], finite: bool = Fals
 
 
 class _Clean:
-    """Whether nothing in an array could spoil a product with 0; found out when first asked."""
+    """Whether nothing in keys and values could spoil a product with 0; at first they are trusted.
+
+    Attributes:
+        trusted: whether anybody has asked.
+    """
 
     def __init__(self, *arrays: Array) -> None:
-        self._arrays, self._known = arrays, False
+        self._arrays, self._known, self.trusted = arrays, True, False
 
     def __bool__(self) -> bool:
-        if self._arrays:
-            ends = [end for x in self._arrays for end in torch.aminmax(x)]
-            # NaN is in no range.
-            self._known = all(-_PLAIN <= end <= _PLAIN for end in torch.stack(ends).tolist())
-            self._arrays = ()
+        self.trusted = True
         return self._known
+
+    def look(self) -> bool:
+        """Whether they were trusted wrongly; from now on that is known."""
+        if not self.trusted:
+            return False
+        ends = [end for x in self._arrays for end in torch.aminmax(x)]
+        # NaN is in no range.
+        self._known = all(-_PLAIN <= end <= _PLAIN for end in torch.stack(ends).tolist())
+        return not self._known
 
 
 def _only(x: Array, chosen: Selection | None, clean: _Clean) -> Array:

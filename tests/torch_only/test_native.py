@@ -122,6 +122,80 @@ def test_poison_stays_where_nobody_looks() -> None:
         assert torch.equal(a, b)
 
 
+POISON = (torch.nan, torch.inf, -torch.inf, 1e37)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_the_kernel_says_so_wherever_poison_is_hidden(rows: int, dtype: Any) -> None:
+    """What is not replaced beforehand is told by the answer, of which that is taken for granted.
+
+    The kernel has vectors and what is left over, blocks of 512 keys and of 32 rows.
+    """
+    for keys in (2, 15, 17, 64, 70, 530):
+        q, k, v, up = (draw(1, 2, n, 16, dtype=dtype) for n in (rows, keys, keys, rows))
+        allowed = torch.as_tensor(RNG.random((rows, keys)) < 0.4)
+        allowed[:, 0], allowed[:, keys // 2 :: 3], allowed[:, -1] = True, False, False
+        added = torch.zeros(rows, keys, dtype=dtype).masked_fill(~allowed, -torch.inf)
+        for value in POISON:
+            # Finite, but logits overflow.
+            big = 100 if value == 1e37 else 1
+            value = min(value, torch.finfo(dtype).max) if big > 1 else value
+            forth = native_tiles._kernel(q * big, k, v, 0.0, False, attn_mask=added)
+            back = native_tiles._kernel_backward(
+                up * big, q * big, k, v, *forth, 0.0, False, attn_mask=added
+            )
+            hidden = torch.nonzero(~allowed.any(0)).flatten().tolist()
+            for at in {*hidden[:3], *hidden[-3:], hidden[len(hidden) // 2]}:
+                for number in range(2):
+                    pair = [k.clone(), v.clone()]
+                    pair[number][:, :, at] = value
+                    out, lse = native_tiles._kernel(q * big, *pair, 0.0, False, attn_mask=added)
+                    told = ~(out.isfinite().all(-1) & lse.isfinite())
+                    same = (out == forth[0]).all(-1) & (lse == forth[1])
+                    assert (told | same).all(), (keys, at, number, value)
+                    found = native_tiles._kernel_backward(
+                        up * big, q * big, *pair, *forth, 0.0, False, attn_mask=added
+                    )
+                    for got, want in zip(found, back, strict=True):
+                        assert torch.equal(got, want) or not got.isfinite().all(), (keys, at, value)
+
+
+@pytest.mark.parametrize("form", ["eager", "compiled"])
+def test_keys_are_looked_at_only_when_the_answer_is_odd(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Any] = []
+    look = native_tiles._Clean.look
+    monkeypatch.setattr(native_tiles._Clean, "look", lambda c: looked.append(c) or look(c))
+    q, k, v = draw(6, HQ, 1, D), draw(6, HK, 300, D), draw(6, HK, 300, D)
+    lengths = torch.tensor([300, 0, 1, 64, 65, 299])
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention(q, k, v, kv_lengths=lengths, impl="native")
+
+    if form == "compiled":
+        call = torch.compile(call, fullgraph=True, backend="aot_eager")
+
+    def results(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = call(*leaves)
+        return [out.detach(), *torch.autograd.grad(out.sin().sum(), leaves)]
+
+    want = results(q, k, v)
+    assert not looked
+    for array in (k, v):
+        for value in POISON:
+            other = [x.clone() for x in (q, k, v)]
+            place = other[1 if array is k else 2]
+            for b, length in enumerate(lengths.tolist()):
+                place[b, :, length:] = value
+            looked.clear()
+            got = results(*other)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+            assert bool(looked) == (value != 1e37)
+
+
 def test_documents_do_not_touch_each_other() -> None:
     segments = torch.arange(512) // 128
     q, k, v = (draw(1, 2, 512, 16, dtype=torch.float32) for _ in range(3))
@@ -241,11 +315,15 @@ def test_short_batches_of_several_lengths_are_one_call(
         monkeypatch.setattr(native_bands, "_CALL", 0)
     lengths = [300, 0, 1, 64, 65, 299]
     q, k, v = draw(6, HQ, 1, D), draw(6, HK, 300, D), draw(6, HK, 300, D)
-    for b, length in enumerate(lengths):
-        k[b, :, length:], v[b, :, length:] = torch.nan, torch.inf
+    once = [6] if calls == 1 else [1] * 5  # of length 0 nothing is asked
     with torch.no_grad():
         attention(q, k, v, kv_lengths=lengths, impl="native")
-    assert asked == ([6] if calls == 1 else [1] * 5)  # of length 0 nothing is asked
+        assert asked == once
+        for b, length in enumerate(lengths):
+            k[b, :, length:], v[b, :, length:] = torch.nan, torch.inf
+        # Read in blocks, the poison of another's padding is seen, and the kernel is asked again.
+        attention(q, k, v, kv_lengths=lengths, impl="native")
+    assert asked == [*once, *once, *once]
     compare((q, k, v), kv_lengths=lengths)
     lengths = torch.tensor(lengths)
     compare((q, k, v), kv_lengths=lengths, mask=masks.causal(), query_offset=lengths - 1)
