@@ -22,7 +22,7 @@ from attn_core.backends.tf import chunked_backward, chunked_forward, reference
 from attn_core.backends.tf.arrays import sizes
 from attn_core.backends.tf.chunked_forward import Rows
 from attn_core.backends.tf.chunked_grid import geometry, plan
-from attn_core.backends.tf.chunked_tile import lay_out
+from attn_core.backends.tf.chunked_parts import lay_out
 from attn_core.registry import UnsupportedError
 from attn_core.spec import AttentionOutput, Operands, Problem
 

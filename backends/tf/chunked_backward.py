@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from attn_core.backends.tf import chunked_parts as parts
 from attn_core.backends.tf import chunked_tile as tiles
 from attn_core.backends.tf.arrays import DTYPES, clamp, sizes
 from attn_core.backends.tf.chunked_forward import Rows, inverted, line, over_tiles
 from attn_core.backends.tf.chunked_grid import Plan, plan, schedule
-from attn_core.backends.tf.chunked_tile import Geometry, Inputs, Logits, Part, Tiled
+from attn_core.backends.tf.chunked_parts import Geometry, Inputs, Part, Tiled
+from attn_core.backends.tf.chunked_tile import Logits
 from attn_core.language.duals import Derivative, differentiate
 from attn_core.spec import Operands, Problem
 
@@ -63,21 +65,21 @@ def backward(
     d_out, d_lse, d_weights = cotangents
 
     def cut(a: Array) -> Array:
-        return tiles.cut(a[..., None], g, (g.rows, g.block_q), p.group)
+        return parts.cut(a[..., None], g, (g.rows, g.block_q), p.group)
 
-    x = tiles.lay_out(p, asked, g)
+    x = parts.lay_out(p, asked, g)
     todo = plan(p, x, g, asked)
     inverse = inverted(rows.total)
     pulled = _Pulled(
-        tiles.filled(d_out),
+        parts.filled(d_out),
         cut(rows.alive),
         cut(tf.zeros_like(rows.m)),
         cut(rows.m),
         cut(inverse),
-        None if d_weights is None else tiles.spread(d_weights, p, g),
+        None if d_weights is None else parts.spread(d_weights, p, g),
         cut(tf.equal(rows.total, 1)) if d_lse is None else None,
     )
-    t = _deltas(p, x, g, pulled, tiles.filled(rows.out))
+    t = _deltas(p, x, g, pulled, parts.filled(rows.out))
     if pulled.weights is not None:
         t += _weighed(p, x, g, todo, pulled, pulled.weights)
     if d_lse is not None:
@@ -87,7 +89,7 @@ def backward(
     d_sinks = None
     if asked.sinks is not None:
         size = (sizes(rows.m)[0], sizes(rows.m)[2])
-        t = tiles.join(t, g, (g.rows, g.block_q), p.group, size, "BHTD")[..., 0]
+        t = parts.join(t, g, (g.rows, g.block_q), p.group, size, "BHTD")[..., 0]
         sinks = tf.cast(asked.sinks, dtype)[:, None]
         share = tf.exp(sinks - rows.m) * inverse
         moved = tf.where(tf.equal(sinks, -np.inf), tf.zeros_like(share), -share * t)
@@ -102,18 +104,18 @@ def _deltas(p: Problem, x: Inputs, g: Geometry, pulled: _Pulled, out: Array) -> 
     count, outer = g.parts[0] * g.parts[1] * g.rows, (g.batches, g.heads, p.group * g.block_q, 1)
 
     def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        part, i = tiles.part_of(p, x, g, n // g.rows), n % g.rows
+        part, i = parts.part_of(p, x, g, n // g.rows), n % g.rows
         moved = _selected(p, g, pulled, part, i, pulled.out)
         moved *= _selected(p, g, pulled, part, i, out)
         return (carry[0].write(n, tf.reduce_sum(moved, -1, keepdims=True)),)
 
-    start = tf.TensorArray(dtype, count, element_shape=tiles.static(outer))
-    return tiles.loop(0, count, turn, (start,))[0].stack()
+    start = tf.TensorArray(dtype, count, element_shape=parts.static(outer))
+    return parts.loop(0, count, turn, (start,))[0].stack()
 
 
 def _selected(p: Problem, g: Geometry, pulled: _Pulled, part: Part, i: Array, x: Array) -> Array:
     """Tile i of rows in the accumulation dtype, 0 in rows that may see no key."""
-    found = tiles.rows_at(x, p, g, part, i, (g.rows, g.block_q), p.group)
+    found = parts.rows_at(x, p, g, part, i, (g.rows, g.block_q), p.group)
     alive = tf.gather(pulled.alive, _rows(g, part, i))
     return tf.cast(tf.where(alive, found, tf.zeros_like(found)), DTYPES[p.accumulation])
 
@@ -140,23 +142,23 @@ def _columns(p: Problem, x: Inputs, g: Geometry, todo: Plan, pulled: _Pulled) ->
     count, by_columns = g.parts[0] * g.parts[1] * g.columns, schedule(todo, columns=True)
 
     def fresh(shape: tuple[Any, ...]) -> Any:
-        return tf.TensorArray(dtype, count, element_shape=tiles.static(shape))
+        return tf.TensorArray(dtype, count, element_shape=parts.static(shape))
 
     start = _Sums(
-        tiles.blank(
+        parts.blank(
             g.parts[0] * g.parts[1] * g.rows,
             (g.batches, g.heads, p.group * g.block_q, p.width),
             dtype,
         ),
         fresh((g.batches, g.heads, g.block_k, p.width)),
         fresh((g.batches, g.heads, g.block_k, p.v_width)),
-        None if x.bias is None else tiles.blank(x.bias.count, x.bias.inner, dtype),
+        None if x.bias is None else parts.blank(x.bias.count, x.bias.inner, dtype),
         # One entry more, for an operand that turns out to be empty.
         tuple([tf.zeros((_entries(x.score[n]) + 1,), dtype) for n in _moving(derivative)]),
     )
 
     def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        part, j = tiles.part_of(p, x, g, n // g.columns), n % g.columns
+        part, j = parts.part_of(p, x, g, n // g.columns), n % g.columns
         k, v = (tiles.keys_of(p, a, g, part, j) for a in (x.key, x.value))
         now = _packed(carry, start)
         dk, dv = (
@@ -171,7 +173,7 @@ def _columns(p: Problem, x: Inputs, g: Geometry, todo: Plan, pulled: _Pulled) ->
         written = (now.key.write(n, dk), now.value.write(n, dv))
         return _flat(new._replace(key=written[0], value=written[1]))
 
-    return _packed(tiles.loop(0, count, turn, _flat(start)), start)
+    return _packed(parts.loop(0, count, turn, _flat(start)), start)
 
 
 def _tile(
@@ -194,11 +196,10 @@ def _tile(
             q = _queries(p, x, g, pulled, part, i)
             d_out = _selected(p, g, pulled, part, i, pulled.out) * tf.gather(pulled.inverse, n)
             found = tiles.logits(p, x, g, part, (i, j), q, k_all, masked, derivative)
-            k, v = k_all, v_all
+            k = k_all
             if found.allowed is not None:
-                seen = tiles.seen(found.allowed)
-                k, v = (tf.where(seen, a, tf.zeros_like(a)) for a in (k, v))
-            kept, slope = _slopes(p, x, g, part, pulled, (i, j), found, v, d_out)
+                k = tf.where(tiles.seen(found.allowed), k, tf.zeros((), k.dtype))
+            kept, slope = _slopes(p, x, g, part, pulled, (i, j), found, v_all, d_out)
             # Sums over rows as (D, rows) x (rows, keys): faster than the tile turned over.
             value = sums.value + tf.matmul(d_out, _folded(kept, g), transpose_a=True)
             bias, tables = sums.bias, sums.tables
@@ -234,27 +235,28 @@ def _slopes(
     d_out: Array,
 ) -> tuple[Array, Array]:
     """(e after dropout, gradient of the logits), both over the tile."""
-    n = _rows(g, part, at[0])
+    n, zero = _rows(g, part, at[0]), tf.zeros((), DTYPES[p.accumulation])
     shape = (*g.outer(p), 1)
     m, base = (tf.reshape(tf.gather(a, n), shape) for a in (pulled.m, pulled.base))
     e = tf.exp(found.z - m)
     if found.allowed is not None:
-        e = tf.where(found.allowed, e, tf.zeros_like(e))
+        e = tf.where(found.allowed, e, zero)
     dp = tf.matmul(d_out, v, transpose_b=True)
     dp = tf.reshape(dp, tf.shape(e) if None in tuple(e.shape) else e.shape)
     kept = e
     if p.rate:
         keep = tiles.kept(p, x, g, part, *at)
-        kept, dp = (tf.where(keep, a * (1 / (1 - p.rate)), tf.zeros_like(a)) for a in (e, dp))
+        kept, dp = (tf.where(keep, a * (1 / (1 - p.rate)), zero) for a in (e, dp))
     if pulled.weights is not None:
         inverse = tf.reshape(tf.gather(pulled.inverse, n), shape)
-        dp = dp + tf.cast(tiles.tile_of(pulled.weights, part, *at), dp.dtype) * inverse
+        dp = dp + tf.cast(parts.tile_of(pulled.weights, part, *at), dp.dtype) * inverse
     slope = e * (dp - base)
     if pulled.lone is not None:
         moved, lone = slope, tf.reshape(tf.gather(pulled.lone, n), shape)
         slope = tf.cond(tf.reduce_any(lone), lambda: _settled(moved, e, lone), lambda: moved)
     if found.allowed is not None:
-        slope = tf.where(found.allowed, slope, tf.zeros_like(slope))
+        # Also what comes of values that may not be seen, which nothing has selected away before.
+        slope = tf.where(found.allowed, slope, zero)
     return kept, slope
 
 
@@ -279,7 +281,7 @@ def _weighed(
     count, by_rows = g.parts[0] * g.parts[1] * g.rows, schedule(todo)
 
     def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        part, i = tiles.part_of(p, x, g, n // g.rows), n % g.rows
+        part, i = parts.part_of(p, x, g, n // g.rows), n % g.rows
         q = _queries(p, x, g, pulled, part, i)
         m = tf.reshape(tf.gather(pulled.m, n), (*g.outer(p), 1))
 
@@ -287,7 +289,7 @@ def _weighed(
             def step(j: Array, now: tuple[Array]) -> tuple[Array]:
                 k = tiles.keys_of(p, x.key, g, part, j)
                 found = tiles.logits(p, x, g, part, (i, j), q, k, masked)
-                moved = tf.exp(found.z - m) * tf.cast(tiles.tile_of(weights, part, i, j), dtype)
+                moved = tf.exp(found.z - m) * tf.cast(parts.tile_of(weights, part, i, j), dtype)
                 if found.allowed is not None:
                     moved = tf.where(found.allowed, moved, tf.zeros_like(moved))
                 added = tf.reduce_sum(moved, -1, keepdims=True)
@@ -299,8 +301,8 @@ def _weighed(
         (total,) = over_tiles(todo, by_rows, at, body, (tf.zeros(outer, dtype),))
         return (carry[0].write(n, total * tf.gather(pulled.inverse, n)),)
 
-    start = tf.TensorArray(dtype, count, element_shape=tiles.static(outer))
-    return tiles.loop(0, count, turn, (start,))[0].stack()
+    start = tf.TensorArray(dtype, count, element_shape=parts.static(outer))
+    return parts.loop(0, count, turn, (start,))[0].stack()
 
 
 def _tables(
@@ -347,13 +349,13 @@ def _restored(p: Problem, asked: Operands, x: Inputs, g: Geometry, found: _Sums)
         # One after the other: each is copied twice on its way, and they are not small.
         with tf.control_dependencies(before):
             tiled = getattr(found, name).stack()
-        tiled = tiles.join(tiled, g, blocks, group, (now[0], now[axis]), p.layout)
+        tiled = parts.join(tiled, g, blocks, group, (now[0], now[axis]), p.layout)
         tiled = tiled * p.scale if name == "query" else tiled
         made[name] = tf.cast(tiled, array.dtype)
         before = [made[name]]
     bias = None
     if x.bias is not None:
-        bias = tf.cast(tiles.gather_up(found.bias.stack(), x.bias), asked.bias.dtype)
+        bias = tf.cast(parts.gather_up(found.bias.stack(), x.bias), asked.bias.dtype)
     score: list[Any] = [None] * len(asked.score)
     if p.score is not None:
         for number, table in zip(_moving(differentiate(p.score)), found.tables, strict=True):

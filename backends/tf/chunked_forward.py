@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from attn_core.backends.tf import chunked_parts as parts
 from attn_core.backends.tf import chunked_tile as tiles
 from attn_core.backends.tf.arrays import DTYPES
 from attn_core.backends.tf.chunked_grid import Plan, schedule
-from attn_core.backends.tf.chunked_tile import Geometry, Inputs, Part
+from attn_core.backends.tf.chunked_parts import Geometry, Inputs, Part
 from attn_core.schedule import Schedule
 from attn_core.spec import Problem
 
@@ -49,17 +50,17 @@ def forward(
     dtype = DTYPES[p.accumulation]
     shapes = [(DTYPES[p.dtype], p.v_width), (dtype, 1), (dtype, 1), (tf.bool, 1)]
     arrays: list[Any] = [
-        tf.TensorArray(kind, count, element_shape=tiles.static((*outer, last)))
+        tf.TensorArray(kind, count, element_shape=parts.static((*outer, last)))
         for kind, last in shapes
     ]
     like = None
     if p.return_weights:
         full = (size[0], p.heads, size[1], size[2])
-        like = tiles.like(full, p, g)
-        arrays.append(tiles.blank(like.count, like.inner, DTYPES[p.dtype]))
+        like = parts.like(full, p, g)
+        arrays.append(parts.blank(like.count, like.inner, DTYPES[p.dtype]))
 
     def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        part, i = tiles.part_of(p, x, g, n // g.rows), n % g.rows
+        part, i = parts.part_of(p, x, g, n // g.rows), n % g.rows
         found = _row(p, x, g, todo, by_rows, part, i, sinks)
         carry = (*[a.write(n, r) for a, r in zip(carry, found, strict=False)], *carry[4:])
         if like is not None:
@@ -67,14 +68,14 @@ def forward(
             carry = (*carry[:4], weights)
         return carry
 
-    done = [a.stack() for a in tiles.loop(0, count, turn, arrays)]
+    done = [a.stack() for a in parts.loop(0, count, turn, arrays)]
     blocks, layouts = (g.rows, g.block_q), (p.layout, *["BHTD"] * 3)
     out, *statistics = [
-        tiles.join(a, g, blocks, p.group, size[:2], layout)
+        parts.join(a, g, blocks, p.group, size[:2], layout)
         for a, layout in zip(done, layouts, strict=False)
     ]
     m, total, alive = (a[..., 0] for a in statistics)
-    return Rows(out, m, total, alive, None if like is None else tiles.gather_up(done[4], like))
+    return Rows(out, m, total, alive, None if like is None else parts.gather_up(done[4], like))
 
 
 def _row(
@@ -100,7 +101,7 @@ def _row(
             z = found.z
             if found.allowed is not None:
                 z = tf.where(found.allowed, z, _low(dtype))
-                v = tf.where(tiles.seen(found.allowed), v, tf.zeros_like(v))
+                v = tf.where(tiles.seen(found.allowed), v, tf.zeros((), dtype))
             z = tf.reshape(z, (*shape, g.block_k))
             top = tf.reduce_max(z, -1, keepdims=True)
             highest = tf.maximum(m, top)
@@ -113,10 +114,9 @@ def _row(
             if p.rate:
                 keep = tf.reshape(tiles.kept(p, x, g, part, i, j), (*shape, g.block_k))
                 share = tf.where(keep, share * (1 / (1 - p.rate)), tf.zeros_like(share))
-            more = tf.matmul(share, v) * added
             # A row all of whose logits are hidden, or -inf themselves, has shares of 0 / 0.
-            some = tf.not_equal(top, -np.inf)
-            added, more = (tf.where(some, a, tf.zeros_like(a)) for a in (added, more))
+            added = tf.where(tf.equal(top, -np.inf), tf.zeros_like(added), added)
+            more = tf.math.multiply_no_nan(tf.matmul(share, v), added)
             return highest, total * fade + added, acc * fade + more
 
         return step
@@ -146,7 +146,7 @@ def _sink_rows(p: Problem, g: Geometry, part: Part, sinks: Array, i: Array) -> A
     if part.q_lengths is not None:
         row = tf.reshape(tf.range(g.block_q) + i * g.block_q, (1, 1, 1, g.block_q, 1))
         sink = tf.where(row < part.q_lengths, sink, _low(sink.dtype))
-    return tiles.fold(tf.broadcast_to(sink, (*g.outer(p), 1)), g, p.group)
+    return parts.fold(tf.broadcast_to(sink, (*g.outer(p), 1)), g, p.group)
 
 
 def _weights(
@@ -158,7 +158,7 @@ def _weights(
     part: Part,
     i: Array,
     row: tuple[Array, Array, Array, Array],
-    like: tiles.Tiled,
+    like: parts.Tiled,
     kept: Any,
 ) -> Any:
     """The weights of a row of tiles, once its statistics are known."""
@@ -212,9 +212,9 @@ def over_tiles(
         return lambda t, now: run(tf.gather(order, at * wide + t), now)
 
     if todo.some_full:
-        carry = tiles.loop(tf.constant(0), full, step(False), carry)
+        carry = parts.loop(tf.constant(0), full, step(False), carry)
     if todo.some_partial:
-        carry = tiles.loop(full, live, step(True), carry)
+        carry = parts.loop(full, live, step(True), carry)
     return carry
 
 

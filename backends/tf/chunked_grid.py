@@ -1,7 +1,8 @@
 """How a problem is cut into tiles, and which of them are computed.
 
-Blocks are 256 rows by 512 keys, or by 256 under masks beyond causal; where one axis is short the
-other is cut more coarsely, so that a tile keeps its area. An axis that fits into one block is a
+Blocks are 256 rows by 512 keys, or by 256 under masks beyond causal, or 512 by 2048 of one head
+without a mask; where one axis is short the other is cut more coarsely, so that a tile keeps its
+area. An axis that fits into one block is a
 tile of just its length. Batches and heads join a tile as long as it stays within a few MB, and
 unless the map tells them apart.
 The status of a tile comes from the mask's intervals: on the host, where nothing that it depends on
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from attn_core.backends.tf.chunked_tile import Geometry, Inputs
+from attn_core.backends.tf.chunked_parts import Geometry, Inputs
 from attn_core.backends.tf.tiles import Tiles
 from attn_core.blocks import FULL, PARTIAL, block_map
 from attn_core.footprint import differs
@@ -32,6 +33,14 @@ _ROWS, _KEYS, _KEYS_MASKED = 256, 512, 256
 
 Under a mask that hides more than a causal one does, as windows and documents do, the wider tile
 would be mostly empty.
+"""
+
+_ROWS_WHOLE, _KEYS_WHOLE = 512, 2048
+"""Without a mask, where lengths are known: rows of all query heads of a key head together.
+
+There a tile of one head is as good as one of many, and its rows and keys, which lie together, need
+not be copied; and what is done once for a row of a tile is done for many keys. Where lengths are
+not known they may be short, and one head would be too little at a time.
 """
 
 _LONGEST = 4096
@@ -76,12 +85,15 @@ def cut_up(p: Problem, batch: Any, q_len: Any, k_len: Any, reads: tuple[bool, bo
     if not isinstance(batch, int):
         batch = tf.maximum(batch, 1)
     tall, keys = _ROWS, _KEYS if p.mask in (None, CAUSAL) else _KEYS_MASKED
-    area = tall * keys
+    sized = isinstance(q_len, int) and isinstance(k_len, int)
+    if sized and p.mask is None and not (p.kv_lengths or p.q_lengths):
+        tall, keys = max(_ROWS_WHOLE // p.group, _ROWS // 4), _KEYS_WHOLE
+    least, area = tall, tall * keys
     if isinstance(k_len, int) and k_len < keys:
         tall = min(_LONGEST, area // k_len // 8 * 8)
     block_q, rows = _blocks(q_len, tall)
     wide = keys
-    if isinstance(block_q, int) and block_q < _ROWS:
+    if isinstance(block_q, int) and block_q < least:
         wide = min(_LONGEST, area // block_q // 8 * 8)
     block_k, columns = _blocks(k_len, wide)
     known = isinstance(block_q, int) and isinstance(block_k, int)

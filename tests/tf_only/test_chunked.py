@@ -61,6 +61,8 @@ def small(monkeypatch):
     monkeypatch.setattr(chunked_grid, "_ROWS", 16)
     monkeypatch.setattr(chunked_grid, "_KEYS", 16)
     monkeypatch.setattr(chunked_grid, "_KEYS_MASKED", 16)
+    monkeypatch.setattr(chunked_grid, "_ROWS_WHOLE", 32)
+    monkeypatch.setattr(chunked_grid, "_KEYS_WHOLE", 16)
     monkeypatch.setattr(chunked_grid, "_LONGEST", 32)
     monkeypatch.setattr(chunked_grid, "_AT_ONCE", 4096)
     backend.chunked._compiled.cache_clear()
@@ -328,10 +330,11 @@ def test_rows_whose_logits_are_all_minus_infinity_move_nothing():
 def counted(monkeypatch):
     """How many tiles were computed, and how many evaluated the mask, in graphs.
 
-    Tiles are of 256 by 512, or by 256 under masks beyond causal.
+    Tiles are of 256 by 512, or by 256 under masks beyond causal; and of 512 // G by 2048 without.
     """
     sizes = (chunked_grid._ROWS, chunked_grid._KEYS, chunked_grid._KEYS_MASKED)
     assert sizes == (256, 512, 256)
+    assert (chunked_grid._ROWS_WHOLE, chunked_grid._KEYS_WHOLE) == (512, 2048)
     seen = {"logits": 0, "structure": 0}
 
     def watch(name):
@@ -377,6 +380,9 @@ def test_empty_tiles_are_skipped_and_full_ones_ask_no_mask(counted, options, kno
             out = attn_core.attention(**dict(zip(names, given, strict=True)), **options)
         return out, tape.gradient(out, given)
 
+    if known and not options:
+        # One key head and its two query heads, 512 rows and all keys: larger tiles, half as many.
+        live //= 2
     run(*call.values())
     assert counted == {"logits": 2 * live, "structure": 2 * masked}
 
