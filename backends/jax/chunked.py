@@ -24,7 +24,7 @@ from attn_core.backends.jax.chunked_parts import (
     scheduled,
     whole,
 )
-from attn_core.backends.jax.chunked_tile import Part, kept_back
+from attn_core.backends.jax.chunked_tile import Part, kept_back, numbers
 from attn_core.backends.jax.orders import once, reverse_only
 from attn_core.spec import AttentionOutput, Operands, Problem
 
@@ -62,8 +62,11 @@ def _forward(p: Problem, x: Operands) -> tuple[AttentionOutput, Any]:
 
     _, rows = over_parts(p, g, lay_out(p, x, g), (), turn, None)
     out, m, log_l, alive = (whole(p, a) for a in rows[:4])
+    out = numbers(p, out)
     lse = jnp.where(log_l == jnp.inf, -jnp.inf, m * kept_back(p) + log_l) if p.return_lse else None
-    weights = whole(p, rows.weights)[..., : p.k_len] if p.return_weights else None
+    weights = None
+    if p.return_weights:
+        weights = numbers(p, whole(p, rows.weights)[..., : p.k_len])
     laid = out if p.layout == "BHTD" else out.swapaxes(1, 2)
     return AttentionOutput(laid, lse, weights), (x, laid, m, log_l, alive)
 

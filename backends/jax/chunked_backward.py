@@ -54,12 +54,12 @@ class Upstream(NamedTuple):
     Attributes:
         m, log_l: statistics of the forward pass; log l is +inf where there is no row.
         alive: the row may see a key; False for rows that fill up the last tile.
-        d_out: (B', Hq', T, Dv), as it came, dtype of query.
+        d_out: (B', Hq', T, Dv), as it came, as `words`.
         delta: selected, sum(dO * O) + sum(P * dW).
         d_lse: selected.
         d_weights: (..., T, keys), or None.
-        turned: rows of query, selected, and of d_out as (B', Hq', X, T), where turning each tile
-            anew takes longer than memory is worth: 16 bits on a CPU; else None.
+        turned: rows of query, selected, and of d_out as (B', Hq', X, T), as words, where turning
+            each tile anew takes longer than memory is worth: 16 bits on a CPU; else None.
     """
 
     m: Array
@@ -143,6 +143,7 @@ def backward(
 
 def _given(p: Problem, d: Array, x: Array) -> Array:
     """In the layout and dtype of what was given."""
+    d = tiles.numbers(p, d)
     return (d if p.layout == "BHTD" else d.swapaxes(1, 2)).astype(x.dtype)
 
 
@@ -182,7 +183,8 @@ def _upstream(
             jnp.where(live[:, :, 0, :, None], rows, 0.0).swapaxes(2, 3)
             for rows in (rows_of(p, g, query), d_out)
         )
-        turned = (query, up)
+        turned = (tiles.words(query), tiles.words(up))
+    d_out = tiles.words(d_out)
     return Upstream(_rows(p, g, m, 0.0), log_l, live, d_out, delta, d_lse, d_weights, turned)
 
 
@@ -198,7 +200,7 @@ def _with_weights(
         def step(masked: bool) -> Any:
             def body(t: Array, total: Array) -> Array:
                 j = by_rows.order[i, t]
-                k = tiles.cut(part.laid.key, j, g.block_k, 2)
+                k = tiles.key_tile(p, g, part.laid.key, j)
                 left = tiles.kept_back(p)
                 z, found, *_ = tiles.logits(p, x, g, part, (i, j), q, k, masked, left=left)
                 d = _weight_tile(g, up, i, j).astype(total.dtype)
@@ -214,7 +216,7 @@ def _with_weights(
     return up._replace(delta=times(g.rows, turn, up.delta))
 
 
-def _turned(g: Geometry, whole: Any, which: int, i: Array, rows: Array) -> Array:
+def _turned(p: Problem, g: Geometry, whole: Any, which: int, i: Array, rows: Array) -> Array:
     """(B', Hk', X, G * block_q): the tile's rows, turned around.
 
     A product that sums over rows is dK^T = Q^T dS: XLA's CPU takes half as long for it, in the
@@ -222,7 +224,7 @@ def _turned(g: Geometry, whole: Any, which: int, i: Array, rows: Array) -> Array
     the turn into the product again.
     """
     if whole is not None:
-        return jax.lax.dynamic_slice_in_dim(whole[which], i * g.block_q, g.block_q, 3)
+        return tiles.numbers(p, tiles.cut(whole[which], i, g.block_q, 3))
     return jax.lax.optimization_barrier(rows.swapaxes(2, 3))
 
 
@@ -274,12 +276,15 @@ def _columns(
     derivative: Derivative | None,
     shared: Shared,
 ) -> tuple[Shared, tuple[Array, Array, Array]]:
-    """(shared, (dQ, dK, dV)) of a part."""
+    """(shared, (dQ, dK, dV)) of a part, the gradients as words."""
     dtype = DTYPES[p.accumulation]
+
+    def given(d: Array) -> Array:
+        return tiles.words(d.astype(DTYPES[p.dtype]))
 
     def turn(j: Array, carry: Any) -> Any:
         d_query, d_keys, d_values, shared = carry
-        k, v = (tiles.cut(a, j, g.block_k, 2) for a in (part.laid.key, part.laid.value))
+        k, v = (tiles.key_tile(p, g, a, j) for a in (part.laid.key, part.laid.value))
 
         def step(masked: bool) -> Any:
             def body(t: Array, carry: Any) -> Any:
@@ -294,7 +299,7 @@ def _columns(
                     tiles.cut(a, i, g.block_q, 3) for a in (up.m, up.log_l, up.delta, up.d_lse)
                 )
                 weights = probability(p, z, found, m, log_l)
-                d_out = tiles.folded_tile(g, up.d_out, i, k.shape[1])
+                d_out = tiles.folded_tile(p, g, up.d_out, i, k.shape[1])
                 d_out = _selected(d_out, alive)
                 d_shares = tiles.unfold(tiles.dot(p, d_out, v, (3, 3)), p.group)
                 shares = weights
@@ -309,11 +314,11 @@ def _columns(
                 shared = _share(p, x, g, part, shared, dz, found, sites, derivative, (i, j))
                 ds = dz if slope is None else _where(found, dz * slope)
                 ds = tiles.fold(jnp.broadcast_to(ds, z.shape)).astype(k.dtype)
-                some = k if found is None else tiles.only(k, tiles.seen(found, z.shape))
+                some = k if found is None else tiles.only(k, tiles.seen(found))
                 shares = tiles.fold(jnp.broadcast_to(shares, z.shape)).astype(v.dtype)
-                d_v = d_v + tiles.dot(p, _turned(g, up.turned, 1, i, d_out), shares, (3, 2))
+                d_v = d_v + tiles.dot(p, _turned(p, g, up.turned, 1, i, d_out), shares, (3, 2))
                 # Rows that were scaled beforehand make d K whole already.
-                d_k = d_k + tiles.dot(p, _turned(g, up.turned, 0, i, q), ds, (3, 2))
+                d_k = d_k + tiles.dot(p, _turned(p, g, up.turned, 0, i, q), ds, (3, 2))
                 d_q = tiles.unfold(tiles.dot(p, ds, some, (3, 2)), p.group)
                 return _add(d_query, d_q, i * g.block_q, 3), d_k, d_v, shared
 
@@ -326,7 +331,7 @@ def _columns(
         d_k = d_k if tiles.prescaled(p) else d_k * p.scale
         start = j * g.block_k
         d_keys, d_values = (
-            jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 2)
+            jax.lax.dynamic_update_slice_in_dim(old, given(new), start, 2)
             for old, new in ((d_keys, d_k), (d_values, d_v))
         )
         return d_query, d_keys, d_values, shared
@@ -338,7 +343,7 @@ def _columns(
         shared,
     )
     d_query, d_keys, d_values, shared = times(g.columns, turn, carry)
-    return shared, ((d_query * p.scale).astype(part.laid.query.dtype), d_keys, d_values)
+    return shared, (given(d_query * p.scale), d_keys, d_values)
 
 
 def _share(

@@ -26,10 +26,10 @@ class Rows(NamedTuple):
     """What a forward pass leaves of every row.
 
     Attributes:
-        out: (B', Hk', G, T, Dv), dtype of query.
+        out: (B', Hk', G, T, Dv), dtype of query; as `words` where rows of tiles are put together.
         m, log_l: (B', Hk', G, T), accumulation dtype; m is to be scaled by `kept_back`.
         alive: boolean, the row may see a key.
-        weights: (B', Hk', G, T, keys), where they are asked for.
+        weights: (B', Hk', G, T, keys), where they are asked for; words too.
     """
 
     out: Array
@@ -43,16 +43,21 @@ def forward(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule)
     """All rows of a part; `by_rows` is its schedule, (rows, width) and twice (rows,)."""
     shape = rows_shape(p, part)
     dtype = DTYPES[p.accumulation]
+
+    def empty(*last: int) -> Array:
+        return tiles.words(jnp.zeros((*shape, *last), DTYPES[p.dtype]))
+
     rows = Rows(
-        jnp.zeros((*shape, p.v_width), DTYPES[p.dtype]),
+        empty(p.v_width),
         jnp.zeros(shape, dtype),
         jnp.zeros(shape, dtype),
         jnp.zeros(shape, bool),
-        jnp.zeros((*shape, part.laid.key.shape[2]), DTYPES[p.dtype]) if p.return_weights else None,
+        empty(part.laid.key.shape[2]) if p.return_weights else None,
     )
 
     def turn(i: Array, rows: Rows) -> Rows:
         row = _row(p, x, g, part, by_rows, i)
+        row = row._replace(out=tiles.words(row.out))
         start = i * g.block_q
         out, m, log_l, alive = (
             jax.lax.dynamic_update_slice_in_dim(old, new, start, 3)
@@ -74,16 +79,15 @@ def _row(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule, i:
         def body(t: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             m, total, acc = carry
             j = by_rows.order[i, t]
-            k, v = (tiles.cut(a, j, g.block_k, 2) for a in (part.laid.key, part.laid.value))
+            k, v = (tiles.key_tile(p, g, a, j) for a in (part.laid.key, part.laid.value))
             z, found, *_ = tiles.logits(p, x, g, part, (i, j), q, k, masked, left=scale)
             hidden = z if found is None else jnp.where(found, z, -jnp.inf)
             highest = jnp.maximum(m, hidden.max(-1))
             base = jnp.where(highest == -jnp.inf, 0.0, highest)
             e = jnp.exp(_times(hidden - base[..., None], scale))
             if found is not None:
-                # exp(-inf) is 0 already, but for a row whose maximum is NaN or +inf.
-                e = jnp.where(found, e, 0.0)
-                v = tiles.only(v, tiles.seen(found, z.shape))
+                # exp(-inf) is 0; where the maximum is NaN or +inf, all of the row is NaN anyway.
+                v = tiles.only(v, tiles.seen(found))
             fade = jnp.exp(_times(m - base, scale))
             total = total * fade + e.sum(-1)
             if p.rate:
@@ -133,10 +137,11 @@ def _weights(
     def step(masked: bool) -> Any:
         def body(t: Array, weights: Array) -> Array:
             j = by_rows.order[i, t]
-            k = tiles.cut(part.laid.key, j, g.block_k, 2)
+            k = tiles.key_tile(p, g, part.laid.key, j)
             left = tiles.kept_back(p)
             z, found, *_ = tiles.logits(p, x, g, part, (i, j), q, k, masked, left=left)
-            w = probability(p, z, found, row.m, row.log_l).astype(weights.dtype)
+            w = probability(p, z, found, row.m, row.log_l)
+            w = tiles.words(w.astype(DTYPES[p.dtype]))
             zero = jnp.int32(0)
             at = (zero, zero, zero, i * g.block_q, j * g.block_k)
             return jax.lax.dynamic_update_slice(weights, w, at)
@@ -159,7 +164,7 @@ def _times(x: Array, scale: float) -> Array:
 
 def query_tile(p: Problem, g: Geometry, part: Part, i: Array) -> Array:
     """Folded rows of tile i, scaled where that may be done beforehand."""
-    q = tiles.folded_tile(g, part.laid.query, i, part.laid.key.shape[1])
+    q = tiles.folded_tile(p, g, part.laid.query, i, part.laid.key.shape[1])
     return q * jnp.asarray(p.scale, q.dtype) if tiles.prescaled(p) else q
 
 

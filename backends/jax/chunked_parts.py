@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn_core.backends.jax import reference
-from attn_core.backends.jax.chunked_tile import Geometry, Laid, Part
+from attn_core.backends.jax.chunked_tile import Geometry, Laid, Part, words
 from attn_core.backends.jax.tiles import Tiles
 from attn_core.blocks import FULL, PARTIAL, block_grid, block_map
 from attn_core.language.rules import HOST
@@ -182,9 +182,9 @@ def scheduled(status: Array) -> Schedule:
 def lay_out(p: Problem, x: Operands, g: Geometry) -> Laid:
     kv, rows = (None if a is None else a.reshape(-1, 1, 1, 1, 1) for a in lengths_of(p, x))
     return Laid(
-        rows_of(p, g, x.query),
-        keys_of(p, g, x.key),
-        keys_of(p, g, x.value),
+        rows_of(p, g, words(x.query)),
+        keys_of(p, g, words(x.key)),
+        keys_of(p, g, words(x.value)),
         reference.offset(p, x, p.q_len, p.k_len).reshape(-1, 1, 1, 1, 1),
         kv,
         rows,

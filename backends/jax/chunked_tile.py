@@ -56,8 +56,8 @@ class Laid(NamedTuple):
     """The arrays laid out and padded to whole tiles; B' and Hk' are B and Hk before they are cut.
 
     Attributes:
-        query: (B', Hq', rows * block_q, D).
-        key, value: (B', Hk', columns * block_k, D or Dv).
+        query: (B', Hq', rows * block_q, D), as `words`.
+        key, value: (B', Hk', columns * block_k, D or Dv), as `words`.
         offset: int32 (B' or 1, 1, 1, 1, 1).
         kv_lengths, q_lengths: the same, or None.
     """
@@ -100,6 +100,20 @@ class Logits(NamedTuple):
     sites: Sequence[tuple[Array, Sequence[Array]]] = ()
 
 
+def words(x: Array) -> Array:
+    """Numbers of 16 bits as uint16, others as they are: what is cut into tiles or put together.
+
+    XLA's CPU computes with float32 in place of 16-bit floats, and takes slicing and updating for
+    computing: it would widen whole arrays before a loop, and rewrite a whole result in each turn.
+    """
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def numbers(p: Problem, x: Array) -> Array:
+    """What `words` was given, in query's dtype."""
+    return jax.lax.bitcast_convert_type(x, DTYPES[p.dtype]) if x.dtype == jnp.uint16 else x
+
+
 def dot(p: Problem, a: Array, b: Array, contract: tuple[int, int]) -> Array:
     """Products over the last two axes, batched over B' and Hk', in the accumulation dtype."""
     precision = jax.lax.Precision.DEFAULT if p.precision == "fast" else jax.lax.Precision.HIGHEST
@@ -117,14 +131,19 @@ def fold(x: Array) -> Array:
     return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
 
 
-def folded_tile(g: Geometry, x: Array, i: Array, heads: int) -> Array:
-    """(B', Hk', G * block_q, X): tile i of an array (B', Hq', T, X), for that many key heads."""
-    x = cut(x, i, g.block_q, 2)
+def folded_tile(p: Problem, g: Geometry, x: Array, i: Array, heads: int) -> Array:
+    """(B', Hk', G * block_q, X): tile i of words (B', Hq', T, X), for that many key heads."""
+    x = numbers(p, cut(x, i, g.block_q, 2))
     return x.reshape(x.shape[0], heads, -1, x.shape[3])
 
 
 def unfold(x: Array, group: int) -> Array:
     return x.reshape(*x.shape[:2], group, x.shape[2] // group, *x.shape[3:])
+
+
+def key_tile(p: Problem, g: Geometry, x: Array, j: Array) -> Array:
+    """(B', Hk', block_k, X): tile j of words (B', Hk', T, X)."""
+    return numbers(p, cut(x, j, g.block_k, 2))
 
 
 def cut(x: Array, at: Array, size: int, axis: int) -> Array:
@@ -256,9 +275,12 @@ def kept(p: Problem, x: Operands, g: Geometry, part: Part, i: Array, j: Array) -
     return keep_at(drop_threshold(p.rate), x.seed, b, h, index["q"], first, g.block_k)
 
 
-def seen(found: Array, shape: tuple[int, ...]) -> Array:
-    """(B', Hk', block_k): some row of the tile may see the key."""
-    return jnp.broadcast_to(found, shape).any((2, 3))
+def seen(found: Array) -> Array:
+    """(B' or 1, Hk' or 1, block_k or 1): some row of the tile may see the key.
+
+    Of `found` as it is: a mask that is the same for every head is not gone through for each.
+    """
+    return found.any((2, 3))
 
 
 def only(x: Array, keys: Array) -> Array:
