@@ -43,12 +43,13 @@ def _chunked(p: Problem, batch: int, numbers: tuple[str, tuple[str, str] | None]
     moved = p.layout == "BTHD" or padded
     taken = (q + kv) * narrow if level else 0
     taken += (q + kv) * parts * narrow if moved else 0
-    # XLA's CPU multiplies 16 bits as float32, and widens keys and values before the loop.
-    widened = kv * wide if narrow < wide and p.device == "cpu" else 0
-    forward = 5 * tile // 2 + out * narrow + taken + widened
-    turned = 2 * (q + out) * narrow if widened and p.group == 1 else 0
+    # On a CPU 16 bits are cut as words, which are copies; what is laid out anew is one already.
+    sixteen = narrow < wide and p.device == "cpu"
+    as_words = (q + kv) * narrow * parts if sixteen and not moved else 0
+    forward = 5 * tile // 2 + out * narrow + taken + as_words
+    turned = 2 * (q + out) * narrow if sixteen and p.group == 1 else 0
     grads = q * wide + (kv * narrow + out * narrow if level else 0)
-    backward = 4 * tile + grads + taken + widened + turned
+    backward = 4 * tile + grads + taken + as_words + turned
     return Account((block_q, block_k), forward, backward, *numbers)
 
 
