@@ -1,0 +1,261 @@
+"""How large a tile is, and how many warps share it: chosen by what is static, not by what is held.
+
+    choose("forward", "sm_90", width=128, v_width=128, dtype="bfloat16", mask_class=MASK)
+
+Asked in this order, and the first entry that fits answers:
+
+    yours      what `attn-core bench tune` measured and wrote, at `user_file()`
+    shipped    configs.toml beside this file; every entry says where it comes from
+    default    the last lines of that table: small tiles that any GPU has room for
+
+Nothing is tuned inside a call: the two files are read once, and what they say of a problem is the
+same for every call. A user's file that cannot be read is left aside, with a warning that says why.
+
+`attn-core kernels configs` shows what is in force.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+KERNELS = ("forward", "decode", "combine", "delta", "d_keys", "d_query", "d_bias")
+
+NONE, MASK, SCORE = "none", "mask", "score"
+CLASSES = (NONE, MASK, SCORE)
+"""What a tile costs beside its products: nothing, a mask (or lengths), or also a score, a bias or
+dropout."""
+
+VARIABLE = "ATTN_CORE_KERNEL_CONFIGS"
+"""The environment variable that names another file of yours."""
+
+ANY = "any"
+"""In the place of an architecture: every one."""
+
+_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a launch.
+
+    Attributes:
+        rows: queries of a tile (of `decode` at most: it takes as many as its rows need).
+        keys: keys of a tile.
+        warps, stages: as Triton means them.
+        descriptors: whether tiles are read through tensor descriptors (TMA) where they may be.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """What a launch is given beside its arguments."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+class Entry(NamedTuple):
+    """A line of a table: whom it is for, what it says, and how that is known.
+
+    Attributes:
+        on: architectures, or `ANY`.
+        widths: padded widths, of the wider of query and value; empty for all.
+        bits: of a number of query; 0 for all.
+        classes: some of `CLASSES`; empty for all.
+        source: "compiled clean: ..." or "measured on ...".
+        origin: "yours" or "shipped".
+    """
+
+    kernel: str
+    on: tuple[str, ...]
+    widths: tuple[int, ...]
+    bits: int
+    classes: tuple[str, ...]
+    config: Config
+    source: str
+    origin: str
+
+    def fits(self, kernel: str, architecture: str, width: int, bits: int, mask_class: str) -> bool:
+        return (
+            self.kernel == kernel
+            and (architecture in self.on or ANY in self.on)
+            and (not self.widths or width in self.widths)
+            and self.bits in (0, bits)
+            and (not self.classes or mask_class in self.classes)
+        )
+
+
+def class_of(*, mask: bool, beside: bool) -> str:
+    """The class of a problem: whether it has a mask or lengths, and whether a score, a bias or
+    dropout stands beside them."""
+    return SCORE if beside else MASK if mask else NONE
+
+
+def choose(
+    kernel: str, architecture: str, width: int, v_width: int, dtype: str, mask_class: str
+) -> Config:
+    """The configuration of a launch.
+
+    Args:
+        kernel: one of `KERNELS`.
+        architecture: "sm_90", "gfx942", "interpreter"; one that no table knows gets the default.
+        width, v_width: D and Dv.
+        dtype: of query: float32, bfloat16 or float16.
+        mask_class: one of `CLASSES`.
+    """
+    return explain(kernel, architecture, width, v_width, dtype, mask_class).config
+
+
+def explain(
+    kernel: str, architecture: str, width: int, v_width: int, dtype: str, mask_class: str
+) -> Entry:
+    """The entry that `choose` goes by."""
+    padded = max(16, 1 << (max(width, v_width) - 1).bit_length())
+    for entry in (*yours(), *shipped()):
+        if entry.fits(kernel, architecture, padded, _BITS[dtype], mask_class):
+            return entry
+    raise LookupError(
+        f"The shipped table must have an entry for every launch of {', '.join(KERNELS)}. "
+        f"Got {kernel}, {architecture}, width {padded}, {dtype}, {mask_class}."
+    )
+
+
+def user_file() -> Path:
+    """Where your own entries live: $ATTN_CORE_KERNEL_CONFIGS, else in the user's configuration."""
+    named = os.environ.get(VARIABLE)
+    if named:
+        return Path(named)
+    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(home) / "attn-core" / "kernels.toml"
+
+
+@lru_cache(maxsize=1)
+def shipped() -> tuple[Entry, ...]:
+    """The entries of configs.toml, in its order."""
+    text = (Path(__file__).parent / "configs.toml").read_text("utf-8")
+    return read(text, "shipped")
+
+
+@lru_cache(maxsize=1)
+def yours() -> tuple[Entry, ...]:
+    """The entries of the user's file; none where there is none."""
+    path = user_file()
+    try:
+        return read(path.read_text("utf-8"), "yours")
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError) as error:
+        warnings.warn(
+            f"{path} must hold kernel configurations as `attn-core bench tune` writes them; it is "
+            f"left aside. Got {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return ()
+
+
+def forget() -> None:
+    """Read the files again at the next question: for who has just written one."""
+    yours.cache_clear()
+
+
+# --- A table as text. -----------------------------------------------------------------------------
+
+_POWERS = {
+    "rows": (16, 256),
+    "keys": (16, 256),
+    "warps": (1, 32),
+}
+
+
+def read(text: str, origin: str) -> tuple[Entry, ...]:
+    """The entries of a table.
+
+    Raises:
+        ValueError: it is no TOML, or an entry is not what it must be.
+    """
+    return tuple(_entry(raw, origin) for raw in tomllib.loads(text).get("entries", ()))
+
+
+def write(path: Path, entries: Iterable[Entry]) -> None:
+    """Put these entries into a file, at once or not at all."""
+    lines = ["# Kernel configurations measured on this machine: `attn-core bench tune`.", ""]
+    lines += ["entries = ["]
+    lines += [f"    {spelled(entry)}," for entry in entries]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside.write_text("\n".join([*lines, "]", ""]), "utf-8")
+    beside.replace(path)
+
+
+def spelled(entry: Entry) -> str:
+    """An entry as a line of a table."""
+    parts = [f'kernel = "{entry.kernel}"', f"on = {_list(entry.on)}"]
+    if entry.widths:
+        parts.append(f"widths = {list(entry.widths)}")
+    if entry.bits:
+        parts.append(f"bits = {entry.bits}")
+    if entry.classes:
+        parts.append(f"classes = {_list(entry.classes)}")
+    c = entry.config
+    parts += [f"rows = {c.rows}, keys = {c.keys}, warps = {c.warps}, stages = {c.stages}"]
+    if c.descriptors:
+        parts.append("descriptors = true")
+    source = entry.source.replace("\\", "\\\\").replace('"', '\\"')
+    return "{ " + ", ".join([*parts, f'source = "{source}"']) + " }"
+
+
+def _list(words: Iterable[str]) -> str:
+    return "[" + ", ".join(f'"{word}"' for word in words) + "]"
+
+
+def _entry(raw: Any, origin: str) -> Entry:
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"An entry must be a table of names and values. Got {raw!r}.")
+    known = {"kernel", "on", "widths", "bits", "classes", "source", *_NUMBERS, "descriptors"}
+    odd = sorted(set(raw) - known)
+    missing = sorted({"kernel", "on", "source", *_NUMBERS} - set(raw))
+    if odd or missing:
+        wrong = [f"{name} beside" for name in odd] + [f"no {name}" for name in missing]
+        raise ValueError(
+            f"An entry must have {', '.join(sorted(known))}. Got {', '.join(wrong)} in {dict(raw)}."
+        )
+    if raw["kernel"] not in KERNELS:
+        raise ValueError(f"`kernel` must be one of {', '.join(KERNELS)}. Got {raw['kernel']!r}.")
+    for name, (least, most) in _POWERS.items():
+        n = raw[name]
+        if not (isinstance(n, int) and least <= n <= most and n & (n - 1) == 0):
+            raise ValueError(
+                f"`{name}` must be a power of two from {least} to {most}. Got {n!r} in {dict(raw)}."
+            )
+    if not (isinstance(raw["stages"], int) and 1 <= raw["stages"] <= 8):
+        raise ValueError(f"`stages` must be an int from 1 to 8. Got {raw['stages']!r}.")
+    classes = tuple(raw.get("classes", ()))
+    if not set(classes) <= set(CLASSES):
+        raise ValueError(f"`classes` must be some of {', '.join(CLASSES)}. Got {list(classes)}.")
+    config = Config(
+        **{name: raw[name] for name in _NUMBERS}, descriptors=bool(raw.get("descriptors", False))
+    )
+    return Entry(
+        raw["kernel"],
+        tuple(raw["on"]),
+        tuple(raw.get("widths", ())),
+        raw.get("bits", 0),
+        classes,
+        config,
+        str(raw["source"]),
+        origin,
+    )
+
+
+_NUMBERS = ("rows", "keys", "warps", "stages")
