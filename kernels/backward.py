@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attn_core.kernels.tile import LOG2E, allowed_of, bias_of, kept_of, scored
+from attn_core.kernels.tile import LOG2E, facts_of, judged, kept_of, line_of, put, taken
 
 
 @triton.jit
@@ -45,35 +45,23 @@ def pull(
     """(p', dz, ds, where keys are seen, the derivative's results), each (M, N)."""
     m, log_l, t = rows
     b, h, row, k, first = place
-    offset, rows_seen, keys_seen, q_len, k_len = facts
-    mask_operands, score_operands, bias, bias_strides, seed = arrays
     scale, threshold, keep_scale = numbers
-    s = s * scale
-    allowed = tl.full((M, N), 1, tl.int1)
-    found = (s,)
-    if MASKED:
-        allowed = allowed & allowed_of(
-            b, h, row, k, offset, rows_seen, keys_seen, mask_operands, MASK
-        )
-    if BIAS:
-        added = bias_of(bias, b, h, row, k, bias_strides, q_len, k_len)
-        allowed = allowed & (added != float("-inf"))
-    if SCORE is not None:
-        found = scored(s, allowed, b, h, row, k, offset, score_operands, SCORE)
-        s = tl.broadcast_to(found[0], (M, N))
-        allowed = allowed & (s != float("-inf"))
-    if BIAS:
-        s = s + added
-        allowed = allowed & (s != float("-inf"))
-    p = tl.exp2(((s - m) - log_l) * LOG2E)
     SELECTED: tl.constexpr = MASKED or BIAS or SCORE is not None
+    s = s * scale
+    found = (s,)
+    allowed = tl.full((M, N), 1, tl.int1)
+    if SELECTED:
+        s, allowed, found = judged(
+            s, (b, h, row, k), facts, arrays, M, N, MASK, SCORE, BIAS, MASKED
+        )
+    p = tl.exp2(((s - m) - log_l) * LOG2E)
     if SELECTED:
         p = tl.where(allowed, p, 0.0)
     kept = p
     if DROPOUT:
-        q = tl.reshape(row + offset, (M,))
+        q = tl.reshape(row + facts[0], (M,))
         heads = tl.zeros((M,), tl.int32) + tl.reshape(h, (1,))
-        keep = kept_of(seed, b, heads, q, first, threshold, M, N)
+        keep = kept_of(arrays[4], b, heads, q, first, threshold, M, N)
         kept = tl.where(keep, p * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     dz = p * (dp - t)
@@ -86,48 +74,24 @@ def pull(
 
 
 @triton.jit
-def _tile_of(base, strides, b, h, at, length, D: tl.constexpr, PAD: tl.constexpr):
-    """Rows `at` of an array (B, H, T, D) by its strides, (len(at), PAD); beyond its ends 0."""
-    column = tl.arange(0, PAD)
-    place = base + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
-    place += at[:, None].to(tl.int64) * strides[2] + column[None, :] * strides[3]
-    return tl.load(place, mask=(at < length)[:, None] & (column < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _put(x, base, strides, b, h, at, length, D: tl.constexpr, PAD: tl.constexpr):
-    column = tl.arange(0, PAD)
-    place = base + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
-    place += at[:, None].to(tl.int64) * strides[2] + column[None, :] * strides[3]
-    x = x.to(base.dtype.element_ty)
-    tl.store(place, x, mask=(at < length)[:, None] & (column < D)[None, :])
-
-
-@triton.jit
 def _rows_of(
-    query, d_out, statistics, strides, b, h, row, heads, q_len,
+    query, d_out, statistics, strides, b, h, first, heads, q_len, M: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """(q, dO, (m, log l, t)) of a tile of rows; those that may see no key are 0 and +inf."""
+    row = first + tl.arange(0, M)
     there = row < q_len
     at = (b.to(tl.int64) * heads + h) * q_len + row
     m = tl.load(statistics[0] + at, mask=there, other=0.0)
     log_l = tl.load(statistics[1] + at, mask=there, other=float("inf"))
     t = tl.load(statistics[2] + at, mask=there, other=0.0)
     alive = tl.load(statistics[3] + at, mask=there, other=0) != 0
-    q = _tile_of(query, strides[0], b, h, row, q_len, D, PAD)
-    g = _tile_of(d_out, strides[1], b, h, row, q_len, DV, PAD_V)
+    q = taken(query, strides[0], b, h, first, q_len, M, D, PAD, False, DESCRIPTORS)
+    g = taken(d_out, strides[1], b, h, first, q_len, M, DV, PAD_V, False, DESCRIPTORS)
     q = tl.where(alive[:, None], q, 0.0).to(q.dtype)
     g = tl.where(alive[:, None], g, 0.0).to(g.dtype)
     return q, g, (m[:, None], log_l[:, None], t[:, None])
-
-
-@triton.jit
-def _seen_of(lengths, LENGTHS: tl.constexpr, b, stride, most):
-    seen = most
-    if LENGTHS:
-        seen = tl.minimum(tl.load(lengths + b * stride), most)
-    return seen
 
 
 @triton.jit
@@ -141,8 +105,8 @@ def delta(
     b, h = bh // heads, bh % heads
     row = tile * M + tl.arange(0, M)
     there, at = row < q_len, bh * q_len + row
-    o = _tile_of(out, o_strides, b, h, row, q_len, DV, PAD_V).to(tl.float32)
-    g = _tile_of(d_out, g_strides, b, h, row, q_len, DV, PAD_V).to(tl.float32)
+    o = taken(out, o_strides, b, h, tile * M, q_len, M, DV, PAD_V, False, False).to(tl.float32)
+    g = taken(d_out, g_strides, b, h, tile * M, q_len, M, DV, PAD_V, False, False).to(tl.float32)
     live = tl.load(alive + at, mask=there, other=0) != 0
     found = tl.sum(tl.where(live[:, None], o * g, 0.0), 1)
     if LSE:
@@ -166,6 +130,8 @@ def d_keys(
     M: tl.constexpr, N: tl.constexpr,
     MASK: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr,
     KV_LENGTHS: tl.constexpr, Q_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
+    RUN: tl.constexpr,  # whether full tiles are neighbours, so that they need not be looked up
+    DESCRIPTORS: tl.constexpr,  # whether query, d_out, key and value are tensor descriptors
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a tile of keys."""
@@ -174,18 +140,11 @@ def d_keys(
     kv_heads = heads // group
     b, kv_head = rest // kv_heads, rest % kv_heads
     k_at = tile * N + tl.arange(0, N)
-    k = _tile_of(key, strides[2], b, kv_head, k_at, k_len, D, PAD)
-    v = _tile_of(value, strides[3], b, kv_head, k_at, k_len, DV, PAD_V)
-    facts = (
-        tl.load(lengths[2] + b * length_strides[2]),
-        _seen_of(lengths[1], Q_LENGTHS, b, length_strides[1], q_len),
-        _seen_of(lengths[0], KV_LENGTHS, b, length_strides[0], k_len),
-        q_len,
-        k_len,
-    )
-    line = b * map_strides[0] + kv_head * map_strides[1] + tile
-    stop_full, stop = tl.load(schedule[1] + line), tl.load(schedule[2] + line)
-    order = schedule[0] + line.to(tl.int64) * width
+    k = taken(key, strides[2], b, kv_head, tile * N, k_len, N, D, PAD, False, DESCRIPTORS)
+    v = taken(value, strides[3], b, kv_head, tile * N, k_len, N, DV, PAD_V, False, DESCRIPTORS)
+    facts = facts_of(b, lengths, length_strides, q_len, k_len, KV_LENGTHS, Q_LENGTHS)
+    order, stop_full, stop = line_of(schedule, map_strides, b, kv_head, tile, width)
+    start = tl.load(order)
     dk = tl.zeros((N, PAD), tl.float32)
     dv = tl.zeros((N, PAD_V), tl.float32)
     for g in tl.range(0, group):
@@ -196,10 +155,14 @@ def d_keys(
             if MASKED:
                 begin, end = stop_full, stop
             for i in tl.range(begin, end):
-                row = tl.load(order + i) * M + tl.arange(0, M)
+                j = start + i
+                if MASKED or not RUN:
+                    j = tl.load(order + i)
+                row = j * M + tl.arange(0, M)
                 q, do, rows = _rows_of(
-                    query, d_out, statistics, strides, b, head, row, heads, q_len, D, DV, PAD, PAD_V
-                )
+                    query, d_out, statistics, strides, b, head, j * M, heads, q_len,
+                    M, D, DV, PAD, PAD_V, DESCRIPTORS,
+                )  # fmt: skip
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
                 place = (b, h, row[:, None], k_at[None, :], tile * N)
@@ -210,8 +173,8 @@ def d_keys(
                 kept, ds = kept.to(do.dtype), ds.to(q.dtype)
                 dv = tl.dot(tl.trans(kept), do, dv, input_precision=PRECISION)
                 dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
-    _put(dk * numbers[0], d_key, strides[4], b, kv_head, k_at, k_len, D, PAD)
-    _put(dv, d_value, strides[5], b, kv_head, k_at, k_len, DV, PAD_V)
+    put(dk * numbers[0], d_key, strides[4], b, kv_head, tile * N, k_len, N, D, PAD)
+    put(dv, d_value, strides[5], b, kv_head, tile * N, k_len, N, DV, PAD_V)
 
 
 @triton.jit
@@ -226,6 +189,8 @@ def d_query(
     MASK: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr,
     KV_LENGTHS: tl.constexpr, Q_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     SITES: tl.constexpr,  # for each site the number of its indices
+    RUN: tl.constexpr,  # as of d_keys
+    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of a tile of rows, and its share of the gradients of a score's arrays."""
@@ -236,28 +201,28 @@ def d_query(
     h = tl.zeros((1, 1), tl.int32) + head
     row = tile * M + tl.arange(0, M)
     q, do, rows = _rows_of(
-        query, d_out, statistics, strides, b, head, row, heads, q_len, D, DV, PAD, PAD_V
-    )
-    facts = (
-        tl.load(lengths[2] + b * length_strides[2]),
-        _seen_of(lengths[1], Q_LENGTHS, b, length_strides[1], q_len),
-        _seen_of(lengths[0], KV_LENGTHS, b, length_strides[0], k_len),
-        q_len,
-        k_len,
-    )
-    line = b * map_strides[0] + kv_head * map_strides[1] + tile
-    stop_full, stop = tl.load(schedule[1] + line), tl.load(schedule[2] + line)
-    order = schedule[0] + line.to(tl.int64) * width
+        query, d_out, statistics, strides, b, head, tile * M, heads, q_len,
+        M, D, DV, PAD, PAD_V, DESCRIPTORS,
+    )  # fmt: skip
+    facts = facts_of(b, lengths, length_strides, q_len, k_len, KV_LENGTHS, Q_LENGTHS)
+    order, stop_full, stop = line_of(schedule, map_strides, b, kv_head, tile, width)
+    start = tl.load(order)
     dq = tl.zeros((M, PAD), tl.float32)
     for MASKED in tl.static_range(2):
         begin, end = 0, stop_full
         if MASKED:
             begin, end = stop_full, stop
         for i in tl.range(begin, end):
-            j = tl.load(order + i)
+            j = start + i
+            if MASKED or not RUN:
+                j = tl.load(order + i)
             k_at = j * N + tl.arange(0, N)
-            k = _tile_of(key, strides[2], b, kv_head, k_at, k_len, D, PAD)
-            v = _tile_of(value, strides[3], b, kv_head, k_at, k_len, DV, PAD_V)
+            k = taken(
+                key, strides[2], b, kv_head, j * N, k_len, N, D, PAD, MASKED == 0, DESCRIPTORS
+            )
+            v = taken(
+                value, strides[3], b, kv_head, j * N, k_len, N, DV, PAD_V, MASKED == 0, DESCRIPTORS
+            )
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
             place = (b, h, row[:, None], k_at[None, :], j * N)
@@ -271,7 +236,7 @@ def d_query(
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
             if len(SITES):
                 d_tables(dz, allowed, found, tables, SITES, M, N)
-    _put(dq * numbers[0], d_query, strides[4], b, head, row, q_len, D, PAD)
+    put(dq * numbers[0], d_query, strides[4], b, head, tile * M, q_len, M, D, PAD)
 
 
 @triton.jit
@@ -323,26 +288,35 @@ def d_bias(
     acc = tl.zeros((M, N), tl.float32)
     for db in tl.range(0, 1 if B else batch):
         b = b0 + db
-        facts = (
-            tl.load(lengths[2] + b * length_strides[2]),
-            _seen_of(lengths[1], Q_LENGTHS, b, length_strides[1], q_len),
-            _seen_of(lengths[0], KV_LENGTHS, b, length_strides[0], k_len),
-            q_len,
-            k_len,
-        )
+        facts = facts_of(b, lengths, length_strides, q_len, k_len, KV_LENGTHS, Q_LENGTHS)
         for dh in tl.range(0, 1 if H else heads):
             head = h0 + dh
             h = tl.zeros((1, 1), tl.int32) + head
             for di in tl.range(0, 1 if ROWS else tall):
                 row = (i0 + di) * M + tl.arange(0, M)
                 q, do, rows = _rows_of(
-                    query, d_out, statistics, strides, b, head, row, heads, q_len, D, DV, PAD, PAD_V
-                )
+                    query, d_out, statistics, strides, b, head, (i0 + di) * M, heads, q_len,
+                    M, D, DV, PAD, PAD_V, False,
+                )  # fmt: skip
                 for dj in tl.range(0, 1 if KEYS else wide):
                     first = (j0 + dj) * N
                     k_at = first + tl.arange(0, N)
-                    k = _tile_of(key, strides[2], b, head // group, k_at, k_len, D, PAD)
-                    v = _tile_of(value, strides[3], b, head // group, k_at, k_len, DV, PAD_V)
+                    k = taken(
+                        key, strides[2], b, head // group, first, k_len, N, D, PAD, False, False
+                    )
+                    v = taken(
+                        value,
+                        strides[3],
+                        b,
+                        head // group,
+                        first,
+                        k_len,
+                        N,
+                        DV,
+                        PAD_V,
+                        False,
+                        False,
+                    )
                     s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
                     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
                     place = (b, h, row[:, None], k_at[None, :], first)

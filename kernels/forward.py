@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attn_core.kernels.tile import LOG2E, allowed_of, bias_of, kept_of, scored
+from attn_core.kernels.tile import LOG2E, facts_of, judged, kept_of, line_of, taken
 
 
 @triton.jit
@@ -81,6 +81,7 @@ def forward(
     DROPOUT: tl.constexpr,
     LATE: tl.constexpr,  # whether the scale comes after the difference: it is positive then
     RUN: tl.constexpr,  # whether full tiles are neighbours, so that they need not be looked up
+    DESCRIPTORS: tl.constexpr,  # whether key and value are tensor descriptors of tiles
     PRECISION: tl.constexpr,
 ):
     PLAIN: tl.constexpr = SCORE is None and not BIAS
@@ -97,7 +98,8 @@ def forward(
         kv_head = pack // group
         there = lane < M
     else:
-        h = pack * group + lane // ROWS
+        # Lanes beyond the group repeat its last head: what they see, its own rows see as well.
+        h = pack * group + tl.minimum(lane // ROWS, group - 1)
         kv_head = pack
         there = lane // ROWS < group
     row = tile * ROWS + lane % ROWS
@@ -107,26 +109,19 @@ def forward(
     q_at = query + b.to(tl.int64) * q_strides[0] + h[:, None].to(tl.int64) * q_strides[1]
     q_at += row[:, None].to(tl.int64) * q_strides[2] + column[None, :] * q_strides[3]
     q = tl.load(q_at, mask=there[:, None] & (column < D)[None, :], other=0.0)
-    k_at = key + b.to(tl.int64) * k_strides[0] + kv_head.to(tl.int64) * k_strides[1]
-    v_at = value + b.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
 
-    offset = tl.load(offsets + b * length_strides[2])
-    rows_seen, keys_seen = q_len, k_len
-    if Q_LENGTHS:
-        rows_seen = tl.minimum(tl.load(q_lengths + b * length_strides[1]), q_len)
-    if KV_LENGTHS:
-        keys_seen = tl.minimum(tl.load(kv_lengths + b * length_strides[0]), k_len)
-
-    line = b * map_strides[0] + kv_head * map_strides[1] + tile
-    stop_full, stop = tl.load(full + line), tl.load(live + line)
+    lengths = (kv_lengths, q_lengths, offsets)
+    facts = facts_of(b, lengths, length_strides, q_len, k_len, KV_LENGTHS, Q_LENGTHS)
+    arrays = (mask_operands, score_operands, bias, bias_strides, seed)
+    schedule = (order, full, live)
+    order, stop_full, stop = line_of(schedule, map_strides, b, kv_head, tile, width)
+    # Of a row without full tiles this is some partial one, and never used.
+    start = tl.load(order)
     first = 0
     if SPLITS > 1:
         share = tl.cdiv(stop, SPLITS)
         first, stop = tl.minimum(split * share, stop), tl.minimum(split * share + share, stop)
         stop_full = tl.minimum(tl.maximum(stop_full, first), stop)
-    order += line.to(tl.int64) * width
-    # Of a row without full tiles this is some partial one, and never used.
-    start = tl.load(order)
 
     row2 = row[:, None]
     h2 = tl.full((1, 1), 0, tl.int32) + pack if PACK == 1 else h[:, None]
@@ -144,34 +139,17 @@ def forward(
             j = start + t
             if MASKED or not RUN:
                 j = tl.load(order + t)
-            k_pos = j * N + tl.arange(0, N)
-            k2 = k_pos[None, :]
-            at = k_at + k2.to(tl.int64) * k_strides[2] + column[:, None] * k_strides[3]
-            if MASKED or PAD != D:
-                k = tl.load(at, mask=(k2 < k_len) & (column < D)[:, None], other=0.0)
-            else:
-                k = tl.load(at)
-            s = tl.dot(q, k, input_precision=PRECISION, out_dtype=tl.float32)
+            k = taken(key, k_strides, b, kv_head, j * N, k_len, N, D, PAD, MASKED == 0, DESCRIPTORS)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
             SELECTED: tl.constexpr = MASKED == 1 or not PLAIN
             if not LATE:
                 s = s * scale
             if SELECTED:
-                allowed = tl.full((M, N), 1, tl.int1)
-                if MASKED:
-                    allowed = allowed & allowed_of(
-                        b, h2, row2, k2, offset, rows_seen, keys_seen, mask_operands, MASK
-                    )
-                if BIAS:
-                    added = bias_of(bias, b, h2, row2, k2, bias_strides, q_len, k_len)
-                    allowed = allowed & (added != float("-inf"))
-                if SCORE is not None:
-                    found = scored(s, allowed, b, h2, row2, k2, offset, score_operands, SCORE)
-                    s = tl.broadcast_to(found[0], (M, N))
-                    allowed = allowed & (s != float("-inf"))
-                if BIAS:
-                    s = s + added
+                place = (b, h2, row2, j * N + tl.arange(0, N)[None, :])
+                s, allowed, _ = judged(
+                    s, place, facts, arrays, M, N, MASK, SCORE, BIAS, MASKED == 1
+                )
                 s = tl.where(allowed, s, float("-inf"))
-                allowed = allowed & (s != float("-inf"))
             # NaN is no maximum here, and comes back through p.
             top = tl.maximum(m, tl.max(s, 1))
             base = tl.where(top == float("-inf"), 0.0, top)
@@ -182,15 +160,11 @@ def forward(
             fade = tl.exp2((m - base) * unit)
             total = total * fade + tl.sum(p, 1)
             if DROPOUT:
-                kept = kept_of(seed, b, h, row + offset, j * N, threshold, M, N)
+                kept = kept_of(seed, b, h, row + facts[0], j * N, threshold, M, N)
                 p = tl.where(kept, p * keep_scale, 0.0)
-            at = v_at + k_pos[:, None].to(tl.int64) * v_strides[2]
-            at += column_v[None, :] * v_strides[3]
-            if MASKED or PAD_V != DV:
-                there_v = (k_pos < k_len)[:, None] & (column_v < DV)[None, :]
-                v = tl.load(at, mask=there_v, other=0.0)
-            else:
-                v = tl.load(at)
+            v = taken(
+                value, v_strides, b, kv_head, j * N, k_len, N, DV, PAD_V, MASKED == 0, DESCRIPTORS
+            )
             if SELECTED:
                 seen = tl.max(allowed.to(tl.int32), 0) > 0
                 v = tl.where(seen[:, None], v, 0.0).to(v.dtype)
@@ -213,7 +187,7 @@ def forward(
             sink = tl.load(sinks + h, mask=there, other=0.0).to(tl.float32)
         else:
             sink = tl.full((M,), float("-inf"), tl.float32)
-        m, log_l, alive, result = finished(m, total, acc, sink, row, rows_seen, SINKS)
+        m, log_l, alive, result = finished(m, total, acc, sink, row, facts[1], SINKS)
         at = (b.to(tl.int64) * heads + h) * q_len + row
         tl.store(m_out + at, m, mask=there)
         tl.store(l_out + at, log_l, mask=there)

@@ -1,4 +1,4 @@
-"""One tile of logits, forward and backward alike: who may be seen, score and bias, dropout.
+"""One tile, forward and backward alike: its arrays, who may be seen, score and bias, dropout.
 
 A tile has M rows and N keys. Rows are those of one head, or of the heads of a group one below the
 other: every row knows its own head. What a mask and a score mean comes in as two device functions
@@ -11,6 +11,109 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def taken(
+    x, strides, b, h, first, length,
+    COUNT: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr,
+    WHOLE: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Rows from `first` on of a head of an array (B, H, T, D), (COUNT, PAD); beyond its ends 0.
+
+    Args:
+        x: a pointer, or a tensor descriptor of blocks (1, 1, COUNT, PAD) where DESCRIBED.
+        length: T.
+        WHOLE: whether all of these rows are known to be there.
+    """
+    if DESCRIBED:
+        found = tl.reshape(x.load([b, h, first, 0]), (COUNT, PAD))
+    else:
+        row, column = first + tl.arange(0, COUNT), tl.arange(0, PAD)
+        at = x + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
+        at += row[:, None].to(tl.int64) * strides[2] + column[None, :] * strides[3]
+        if WHOLE and PAD == D:
+            found = tl.load(at)
+        elif WHOLE:
+            found = tl.load(at, mask=(column < D)[None, :], other=0.0)
+        else:
+            found = tl.load(at, mask=(row < length)[:, None] & (column < D)[None, :], other=0.0)
+    return found
+
+
+@triton.jit
+def put(
+    found, x, strides, b, h, first, length,
+    COUNT: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr,
+):  # fmt: skip
+    """Writes what `taken` reads, rounded to what x holds."""
+    row, column = first + tl.arange(0, COUNT), tl.arange(0, PAD)
+    at = x + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
+    at += row[:, None].to(tl.int64) * strides[2] + column[None, :] * strides[3]
+    found = found.to(x.dtype.element_ty)
+    tl.store(at, found, mask=(row < length)[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def facts_of(b, lengths, strides, q_len, k_len, KV_LENGTHS: tl.constexpr, Q_LENGTHS: tl.constexpr):
+    """(query offset, rows seen, keys seen, q_len, k_len) of a batch.
+
+    Args:
+        lengths: kv_lengths, q_lengths and offsets; of the first two whatever they do not say.
+        strides: 0 or 1 for each: whether there is one for each batch.
+    """
+    rows_seen, keys_seen = q_len, k_len
+    if Q_LENGTHS:
+        rows_seen = tl.minimum(tl.load(lengths[1] + b * strides[1]), q_len)
+    if KV_LENGTHS:
+        keys_seen = tl.minimum(tl.load(lengths[0] + b * strides[0]), k_len)
+    return tl.load(lengths[2] + b * strides[2]), rows_seen, keys_seen, q_len, k_len
+
+
+@triton.jit
+def line_of(schedule, map_strides, b, kv_head, tile, width):
+    """(where its tiles stand, how many are full, how many live) of a line of a schedule."""
+    line = b * map_strides[0] + kv_head * map_strides[1] + tile
+    order = schedule[0] + line.to(tl.int64) * width
+    return order, tl.load(schedule[1] + line), tl.load(schedule[2] + line)
+
+
+@triton.jit
+def judged(
+    s,  # (M, N): scaled
+    place,  # b, h (1, 1) or (M, 1), row (M, 1), k (1, N)
+    facts,  # offset, rows_seen, keys_seen, q_len, k_len
+    arrays,  # mask operands, score operands, bias, its strides, seed
+    M: tl.constexpr,
+    N: tl.constexpr,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,
+    BIAS: tl.constexpr,
+    MASKED: tl.constexpr,  # whether the tile is partial
+):
+    """(s with score and bias, whether it is allowed, all that the score gave), each (M, N).
+
+    Where it is not allowed s is anything.
+    """
+    b, h, row, k = place
+    offset, rows_seen, keys_seen, q_len, k_len = facts
+    mask_operands, score_operands, bias, bias_strides, _ = arrays
+    allowed = tl.full((M, N), 1, tl.int1)
+    found = (s,)
+    if MASKED:
+        allowed = allowed & allowed_of(
+            b, h, row, k, offset, rows_seen, keys_seen, mask_operands, MASK
+        )
+    if BIAS:
+        added = bias_of(bias, b, h, row, k, bias_strides, q_len, k_len)
+        allowed = allowed & (added != float("-inf"))
+    if SCORE is not None:
+        found = scored(s, allowed, b, h, row, k, offset, score_operands, SCORE)
+        s = tl.broadcast_to(found[0], (M, N))
+        allowed = allowed & (s != float("-inf"))
+    if BIAS:
+        s = s + added
+    return s, allowed & (s != float("-inf")), found
 
 
 @triton.jit

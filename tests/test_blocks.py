@@ -15,6 +15,7 @@ from attn_core import masks
 from attn_core.blocks import BlockMap, block_grid, block_map, block_ranges
 from attn_core.language import expr
 from attn_core.language.intervals import HOST, check_range
+from attn_core.language.neighbours import full_tiles_are_neighbours
 from attn_core.language.operands import operand
 from attn_core.language.values import Mask, mask
 
@@ -259,6 +260,18 @@ def test_any_mask_keeps_every_live_tile(kind: str, data: Any) -> None:
     _check(found, _entries(plain, sizes), sizes, exact=False)
     grid = block_grid(HOST, built.tree, built.arrays, **sizes)
     np.testing.assert_array_equal(grid, np.broadcast_to(found.dense(), grid.shape))
+    full = found.dense() == 2
+    if full_tiles_are_neighbours(built.tree, "k"):
+        assert _gapless(full)
+    if full_tiles_are_neighbours(built.tree, "q", "row"):
+        assert _gapless(full.swapaxes(2, 3))
+
+
+def _gapless(full: np.ndarray) -> bool:
+    """Whether along the last axis all that are set are neighbours."""
+    before = np.zeros_like(full[..., :1])
+    begun = np.diff(full.astype(np.int8), axis=-1, prepend=before.astype(np.int8)) == 1
+    return bool((begun.sum(-1) <= 1).all())
 
 
 def _clip(ids: np.ndarray, b: Any, at: Any) -> Any:

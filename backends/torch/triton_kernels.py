@@ -23,11 +23,11 @@ from attn_core.kernels import backward as _backward
 from attn_core.kernels import forward as _forward
 from attn_core.kernels.source import function
 from attn_core.language.duals import differentiate
+from attn_core.language.neighbours import full_tiles_are_neighbours
 from attn_core.language.tree import Tree
 from attn_core.language.values import drop_threshold
 from attn_core.schedule import Schedule, of_status
 from attn_core.spec import Operands
-from attn_core.whole import CAUSAL
 
 Array = Any
 
@@ -161,7 +161,8 @@ def forward(ask: Ask, scale: float, x: Operands) -> tuple[Array, ...]:
         BIAS=x.bias is not None,
         SINKS=x.sinks is not None,
         LATE=plain and _NORMAL <= scale <= 1 / _NORMAL,
-        RUN=ask.mask is None or ask.mask == CAUSAL,
+        RUN=neighbours(ask.mask, "k"),
+        DESCRIPTORS=False,
         **c.options,
     )
     lse = rows.m.new_empty(0)
@@ -210,6 +211,8 @@ def backward(
             *((*strides, dk_h.stride(), dv_h.stride()), c.length_strides),
             *(c.map_strides(columns), *shapes, wide, columns.order.shape[-1]),
             BIAS=x.bias is not None,
+            RUN=neighbours(ask.mask, "q", "row"),
+            DESCRIPTORS=False,
             **options,
         )
         found[1], found[2] = dk, dv
@@ -226,6 +229,8 @@ def backward(
             *(c.map_strides(rows), *shapes, tiles, rows.order.shape[-1]),
             BIAS=x.bias is not None,
             SITES=tuple(s.indices for s in sites),
+            RUN=neighbours(ask.mask, "k"),
+            DESCRIPTORS=False,
             **options,
         )
         found[0] = dq
@@ -278,6 +283,11 @@ def device_function(tree: Tree | None, operands: Sequence[Array], score: bool = 
     if tree is None:
         return None
     return function(tree, tuple((a.dim(), a.dtype == torch.bool) for a in operands), score).call
+
+
+def neighbours(mask: Tree | None, *along: str) -> bool:
+    """Whether the full tiles of a row (along "k") or a column (along "q", "row") are neighbours."""
+    return mask is None or full_tiles_are_neighbours(mask, *along)
 
 
 def arguments(operands: Sequence[Array]) -> tuple[Any, ...]:
