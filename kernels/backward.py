@@ -19,6 +19,8 @@ Rows that may see no key come in as zeros, whatever stands there, and so does wh
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import triton
 import triton.language as tl
 
@@ -32,7 +34,7 @@ def pull(
     rows,  # m, log l and t of each row, (M, 1)
     place,  # b, h (1, 1), row (M, 1), k (1, N), the first key's position
     facts,  # offset, rows_seen, keys_seen, q_len, k_len
-    arrays,  # mask operands, score operands, bias, its strides, seed
+    arrays,  # mask operands, score operands, (bias,), its strides, (seed,)
     numbers,  # scale, threshold, keep_scale
     M: tl.constexpr,
     N: tl.constexpr,
@@ -61,7 +63,7 @@ def pull(
     if DROPOUT:
         q = tl.reshape(row + facts[0], (M,))
         heads = tl.zeros((M,), tl.int32) + tl.reshape(h, (1,))
-        keep = kept_of(arrays[4], b, heads, q, first, threshold, M, N)
+        keep = kept_of(arrays[4][0], b, heads, q, first, threshold, M, N)
         kept = tl.where(keep, p * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     dz = p * (dp - t)
@@ -120,7 +122,7 @@ def delta(
 def d_keys(
     query, key, value, d_out, d_key, d_value,
     statistics,  # m, log l, t, alive: (B, Hq, Tq)
-    arrays,  # mask operands, score operands, bias, its strides, seed
+    arrays,  # mask operands, score operands, (bias,), its strides, (seed,)
     numbers,  # scale, threshold, keep_scale
     lengths,  # kv_lengths, q_lengths, offsets
     schedule,  # order, full, live: of the columns of tiles
@@ -188,7 +190,7 @@ def d_query(
     M: tl.constexpr, N: tl.constexpr,
     MASK: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr,
     KV_LENGTHS: tl.constexpr, Q_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
-    SITES: tl.constexpr,  # for each site the number of its indices
+    SITES: tl.constexpr,  # what `sites_of` says
     RUN: tl.constexpr,  # as of d_keys
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -239,27 +241,41 @@ def d_query(
     put(dq * numbers[0], d_query, strides[4], b, head, tile * M, q_len, M, D, PAD)
 
 
+def sites_of(indices: Iterable[int]) -> tuple[tuple[int, int, int], ...]:
+    """Of each look-up of a score (result, argument, indices): where what belongs to it begins.
+
+    Among the results of the derivative that is its slope, which its indices follow; among the
+    `tables` the pointer, which the sizes follow.
+
+    Args:
+        indices: of each look-up how many.
+    """
+    found, result, argument = [], 2, 0
+    for count in indices:
+        found.append((result, argument, count))
+        result, argument = result + 1 + count, argument + 1 + count
+    return tuple(found)
+
+
 @triton.jit
 def d_tables(dz, allowed, found, tables, SITES: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Adds a tile's share of every look-up of a score where its indices point."""
-    result = 2
-    argument = 0
     for n in tl.static_range(len(SITES)):
-        moved = tl.where(allowed, dz * found[result], 0.0)
-        into = tables[argument]
+        RESULT: tl.constexpr = SITES[n][0]
+        ARGUMENT: tl.constexpr = SITES[n][1]
+        INDICES: tl.constexpr = SITES[n][2]
+        moved = tl.where(allowed, dz * found[RESULT], 0.0)
         at = tl.zeros((1, 1), tl.int64)
-        for axis in tl.static_range(SITES[n]):
-            size = tables[argument + 1 + axis]
-            index = found[result + 1 + axis]
+        for axis in tl.static_range(INDICES):
+            size = tables[ARGUMENT + 1 + axis]
+            index = found[RESULT + 1 + axis]
             at = at * size + tl.minimum(tl.maximum(index, 0), size - 1).to(tl.int64)
         # Added up first along every axis that the place does not move along.
         if at.shape[1] == 1:
             moved = tl.sum(moved, 1, keep_dims=True)
         if at.shape[0] == 1:
             moved = tl.sum(moved, 0, keep_dims=True)
-        tl.atomic_add(into + at, moved, sem="relaxed")
-        result += 1 + SITES[n]
-        argument += 1 + SITES[n]
+        tl.atomic_add(tables[ARGUMENT] + at, moved, sem="relaxed")
 
 
 @triton.jit

@@ -27,10 +27,9 @@ from typing import Any, NamedTuple
 
 KERNELS = ("forward", "decode", "combine", "delta", "d_keys", "d_query", "d_bias")
 
-NONE, MASK, SCORE = "none", "mask", "score"
-CLASSES = (NONE, MASK, SCORE)
-"""What a tile costs beside its products: nothing, a mask (or lengths), or also a score, a bias or
-dropout."""
+NONE, POSITIONS, MASK, SCORE, MORE = CLASSES = ("none", "positions", "mask", "score", "more")
+"""What a tile costs beside its products: nothing; a mask of positions alone; one that looks arrays
+up, or lengths; a score, with any mask; a bias or dropout, with anything."""
 
 VARIABLE = "ATTN_CORE_KERNEL_CONFIGS"
 """The environment variable that names another file of yours."""
@@ -39,6 +38,7 @@ ANY = "any"
 """In the place of an architecture: every one."""
 
 _BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
+DTYPES = tuple(_BITS)
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,20 @@ class Entry(NamedTuple):
         )
 
 
-def class_of(*, mask: bool, beside: bool) -> str:
-    """The class of a problem: whether it has a mask or lengths, and whether a score, a bias or
-    dropout stands beside them."""
-    return SCORE if beside else MASK if mask else NONE
+def class_of(*, mask: bool, beside: bool, positions: bool = False, score: bool = False) -> str:
+    """The class of a problem.
+
+    Args:
+        mask: whether it has a mask or lengths.
+        beside: whether it has a score, a bias or dropout.
+        positions: whether its mask is of positions alone: no operands, and no lengths.
+        score: whether what stands beside is a score alone.
+    """
+    if beside:
+        return SCORE if score else MORE
+    if mask:
+        return POSITIONS if positions else MASK
+    return NONE
 
 
 def choose(

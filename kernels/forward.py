@@ -112,7 +112,7 @@ def forward(
 
     lengths = (kv_lengths, q_lengths, offsets)
     facts = facts_of(b, lengths, length_strides, q_len, k_len, KV_LENGTHS, Q_LENGTHS)
-    arrays = (mask_operands, score_operands, bias, bias_strides, seed)
+    arrays = (mask_operands, score_operands, (bias,), bias_strides, (seed,))
     schedule = (order, full, live)
     order, stop_full, stop = line_of(schedule, map_strides, b, kv_head, tile, width)
     # Of a row without full tiles this is some partial one, and never used.
@@ -149,14 +149,13 @@ def forward(
                 s, allowed, _ = judged(
                     s, place, facts, arrays, M, N, MASK, SCORE, BIAS, MASKED == 1
                 )
+                # From here on -inf says that it is not allowed: one tile less in registers.
                 s = tl.where(allowed, s, float("-inf"))
-            # NaN is no maximum here, and comes back through p.
+                seen = tl.max(s, 0) != float("-inf")
+            # NaN is no maximum here, so top is none, and exp2 of -inf less it is 0.
             top = tl.maximum(m, tl.max(s, 1))
             base = tl.where(top == float("-inf"), 0.0, top)
             p = tl.exp2((s - base[:, None]) * unit)
-            if SELECTED:
-                # exp2(-inf) is 0 already, but in a row whose maximum is NaN or +inf.
-                p = tl.where(allowed, p, 0.0)
             fade = tl.exp2((m - base) * unit)
             total = total * fade + tl.sum(p, 1)
             if DROPOUT:
@@ -166,7 +165,6 @@ def forward(
                 value, v_strides, b, kv_head, j * N, k_len, N, DV, PAD_V, MASKED == 0, DESCRIPTORS
             )
             if SELECTED:
-                seen = tl.max(allowed.to(tl.int32), 0) > 0
                 v = tl.where(seen[:, None], v, 0.0).to(v.dtype)
             acc = acc * fade[:, None]
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)

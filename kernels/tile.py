@@ -83,7 +83,7 @@ def judged(
     s,  # (M, N): scaled
     place,  # b, h (1, 1) or (M, 1), row (M, 1), k (1, N)
     facts,  # offset, rows_seen, keys_seen, q_len, k_len
-    arrays,  # mask operands, score operands, bias, its strides, seed
+    arrays,  # mask operands, score operands, (bias,), its strides, (seed,)
     M: tl.constexpr,
     N: tl.constexpr,
     MASK: tl.constexpr,
@@ -105,7 +105,7 @@ def judged(
             b, h, row, k, offset, rows_seen, keys_seen, mask_operands, MASK
         )
     if BIAS:
-        added = bias_of(bias, b, h, row, k, bias_strides, q_len, k_len)
+        added = bias_of(bias[0], b, h, row, k, bias_strides, q_len, k_len)
         allowed = allowed & (added != float("-inf"))
     if SCORE is not None:
         found = scored(s, allowed, b, h, row, k, offset, score_operands, SCORE)

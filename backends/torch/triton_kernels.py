@@ -193,7 +193,7 @@ def backward(
         LSE=up.lse is not None,
     )
     statistics = (saved.m, saved.log_l, t, alive)
-    arrays = (arguments(x.mask), arguments(x.score), c.bias, c.bias_strides, c.seed)
+    arrays = (arguments(x.mask), arguments(x.score), (c.bias,), c.bias_strides, (c.seed,))
     shapes = (c.heads, c.group, c.q_len, c.k_len)
     derivative = None if ask.score is None else differentiate(ask.score)
     score = device_function(derivative and derivative.tree, x.score, score=True)
@@ -228,7 +228,7 @@ def backward(
             *((*strides, dq_h.stride()), tuple(places), c.length_strides),
             *(c.map_strides(rows), *shapes, tiles, rows.order.shape[-1]),
             BIAS=x.bias is not None,
-            SITES=tuple(s.indices for s in sites),
+            SITES=_backward.sites_of(s.indices for s in sites),
             RUN=neighbours(ask.mask, "k"),
             DESCRIPTORS=False,
             **options,

@@ -1,0 +1,217 @@
+"""Kernels compiled ahead of time, for any GPU and without one.
+
+What the compiler says of a kernel is read: registers, those that it spilled to memory, the shared
+memory it takes, and ptxas' word that tensor-core instructions wait for each other
+("wgmma ... serialized", C7510 to C7515). Any of the last three is a problem of a shipped
+configuration, and costs most of its speed.
+
+    compiled(Job("forward", "sm_90", SAMPLES["causal"], 128, 128, "bfloat16")) -> Finding
+
+Nothing here imports triton before a job runs: a worker process decides first that kernels are
+compiled and not interpreted (`Interpreted`).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from typing import Any, NamedTuple
+
+from attn_core.kernels import configs
+from attn_core.kernels.configs import Config
+from attn_core.kernels.samples import FEW, SAMPLES, Sample
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+WIDTHS = (64, 128, 256)
+
+SHARED = {
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_87": 166_912,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_103": 232_448,
+    "sm_120": 101_376,
+    "gfx942": 65_536,
+    "gfx950": 163_840,
+}
+"""Bytes of shared memory that one program may have."""
+
+_SERIALIZED = re.compile(r"\bC751[0-5]\b")
+
+
+class Job(NamedTuple):
+    """One kernel for one GPU.
+
+    Attributes:
+        config: another one than the table's, for trying it out.
+    """
+
+    kernel: str
+    target: str
+    sample: Sample
+    width: int
+    v_width: int
+    dtype: str
+    config: Config | None = None
+
+    @property
+    def chosen(self) -> Config:
+        if self.config is not None:
+            return self.config
+        sizes = (self.width, self.v_width, self.dtype)
+        return configs.choose(self.kernel, self.target, *sizes, self.sample.mask_class)
+
+
+class Finding(NamedTuple):
+    """What the compiler said of a job.
+
+    Attributes:
+        registers: of a thread; None where it does not say.
+        spills: bytes (of an AMD GPU: registers) that did not fit.
+        shared: bytes of shared memory.
+        serialized: ptxas' warnings, by their numbers.
+        error: why there is no kernel, or "".
+        texts: of the kernel, by stage ("ttgir", "ptx", ...), where they were asked for.
+    """
+
+    job: Job
+    config: Config
+    seconds: float
+    registers: int | None = None
+    spills: int = 0
+    shared: int = 0
+    serialized: tuple[str, ...] = ()
+    error: str = ""
+    texts: dict[str, str] | None = None
+
+    @property
+    def problems(self) -> list[str]:
+        """Why the configuration may not be shipped."""
+        found = [self.error] if self.error else []
+        if self.spills:
+            unit = "registers" if self.job.target.startswith("gfx") else "bytes"
+            found.append(f"{self.spills} {unit} spilled")
+        if self.serialized:
+            found.append(f"wgmma serialized ({', '.join(self.serialized)})")
+        most = SHARED.get(self.job.target)
+        if most is not None and self.shared > most:
+            found.append(f"{self.shared} bytes of shared memory of {most}")
+        return found
+
+
+def jobs(
+    targets: Sequence[str] = TARGETS,
+    kernels: Sequence[str] = (),
+    samples: Sequence[str] = (),
+    widths: Sequence[int] = (),
+    dtypes: Sequence[str] = (),
+    few: bool = False,
+) -> Iterator[Job]:
+    """Every kernel for every target and sample, or those named; `few` is one of each class.
+
+    Raises:
+        ValueError: a name that nothing has.
+    """
+    known = {"kernel": configs.KERNELS, "sample": tuple(SAMPLES), "dtype": configs.DTYPES}
+    for what, names in (("kernel", kernels), ("sample", samples), ("dtype", dtypes)):
+        for name in names:
+            if name not in known[what]:
+                raise ValueError(f"`{what}` must be one of {', '.join(known[what])}. Got {name!r}.")
+    for target in targets:
+        if _target(target) is None:
+            raise ValueError(f"`target` must be sm_NN or gfxNNN. Got {target!r}.")
+        for kernel in kernels or configs.KERNELS:
+            for name in samples or (FEW if few else SAMPLES):
+                sample = SAMPLES[name]
+                if not _asked(kernel, sample):
+                    continue
+                for width in widths or ((128,) if few else WIDTHS):
+                    for dtype in dtypes or (("bfloat16",) if few else configs.DTYPES):
+                        yield Job(kernel, target, sample, width, width, dtype)
+
+
+def _asked(kernel: str, sample: Sample) -> bool:
+    """Whether the kernel has anything to do with what is special about the sample."""
+    if kernel == "d_bias":
+        return bool(sample.bias)
+    if kernel in ("combine", "delta"):
+        return sample.name in ("plain", "everything")
+    return True
+
+
+def _target(name: str) -> tuple[str, str | int, int] | None:
+    if re.fullmatch(r"sm_\d{2,3}", name):
+        return "cuda", int(name[3:]), 32
+    if re.fullmatch(r"gfx9[0-9a-f]+", name):
+        return "hip", name, 64
+    if re.fullmatch(r"gfx1[0-9a-f]+", name):
+        return "hip", name, 32
+    return None
+
+
+class Interpreted(RuntimeError):
+    """Triton has been told to interpret kernels, in this process and for good."""
+
+
+def begin() -> None:
+    """In a worker, before its first job: compile, whatever the parent does."""
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def compiled(job: Job, texts: bool = False) -> Finding:
+    """Compile, and read what the compiler says; an error is a finding too."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    if triton.knobs.runtime.interpret:
+        raise Interpreted("Kernels are interpreted here (TRITON_INTERPRET): nothing is compiled.")
+    from attn_core.kernels.signatures import source
+
+    config = job.chosen
+    began = time.perf_counter()
+    target = _target(job.target)
+    assert target is not None, job.target
+    log = io.StringIO()
+    try:
+        made = source(job, config)
+        with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(log):
+            triton.knobs.nvidia.dump_ptxas_log = True
+            triton.knobs.compilation.always_compile = True
+            found = triton.compile(made, target=GPUTarget(*target), options=config.launch)
+    except Exception as error:  # whatever the compiler raises is what is told of this job
+        said = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {said[0][:200]}"
+        return Finding(job, config, time.perf_counter() - began, error=reason)
+    seconds = time.perf_counter() - began
+    kept = {name: text for name, text in found.asm.items() if isinstance(text, str)}
+    if target[0] == "hip":
+        said_of = _of_amdgcn(kept["amdgcn"])
+    else:
+        said_of = _of_ptxas(log.getvalue())
+    return Finding(
+        job, config, seconds, *said_of[:2], found.metadata.shared, said_of[2], "",
+        kept if texts else None,
+    )  # fmt: skip
+
+
+def _of_ptxas(log: str) -> tuple[int | None, int, tuple[str, ...]]:
+    registers = re.findall(r"Used (\d+) registers", log)
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+    return (
+        max(map(int, registers)) if registers else None,
+        spills,
+        tuple(sorted(set(_SERIALIZED.findall(log)))),
+    )
+
+
+def _of_amdgcn(text: str) -> tuple[int | None, int, tuple[str, ...]]:
+    registers = [int(n) for n in re.findall(r"\.vgpr_count:\s+(\d+)", text)]
+    spills = sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s+(\d+)", text))
+    return (max(registers) if registers else None), spills, ()

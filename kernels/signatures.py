@@ -1,0 +1,292 @@
+"""What a kernel is launched with, as types: for compiling it where there are no arrays.
+
+A launch of arrays tells Triton the dtype of each pointer, which sizes and strides are 1 or can be
+divided by 16, and which arguments are constants. Here the same is said of a sample: arrays are
+aligned and lie row by row, lengths are odd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from triton import next_power_of_2
+from triton.compiler import ASTSource
+
+from attn_core.kernels import backward, forward
+from attn_core.kernels.configs import Config
+from attn_core.kernels.samples import operands_of, tree_of
+from attn_core.kernels.source import function
+from attn_core.language.duals import differentiate
+from attn_core.language.neighbours import full_tiles_are_neighbours
+from attn_core.language.tree import Tree
+
+if TYPE_CHECKING:
+    from attn_core.kernels.ahead import Job
+
+_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+_OPERANDS = {"int": "*i32", "float": "*fp32", "bool": "*i8"}
+
+
+class _Whole(NamedTuple):
+    """An int that is known to be divided by 16."""
+
+    kind: str = "i32"
+
+
+class _Described(NamedTuple):
+    """A tensor descriptor of tiles of a 4-D array."""
+
+    kind: str
+
+
+WHOLE = _Whole()
+ROWS = (WHOLE, WHOLE, WHOLE, 1)
+"""Strides of an array that lies row by row."""
+
+
+def source(job: Job, config: Config) -> ASTSource:
+    """What `triton.compile` takes, for one kernel."""
+    kernel, positional, constants = _ARGUMENTS[job.kernel](_Call(job, config))
+    names = kernel.arg_names
+    signature: dict[str, Any] = {}
+    known: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for at, (name, given) in enumerate(zip(names, positional, strict=False)):
+        signature[name] = _told(given, (at,), known, attributes)
+    for name in names[len(positional) :]:
+        signature[name] = "constexpr"
+        known[(names.index(name),)] = constants.pop(name)
+    assert not constants, constants
+    return ASTSource(kernel, signature, known, attributes)
+
+
+def _told(given: Any, at: tuple[int, ...], known: Any, attributes: Any) -> Any:
+    """The type of an argument; what is known of it goes into the other two."""
+    if isinstance(given, _Whole):
+        attributes[at] = [["tt.divisibility", 16]]
+        return given.kind
+    if isinstance(given, _Described):
+        return given.kind
+    if isinstance(given, tuple):
+        return tuple(_told(x, (*at, n), known, attributes) for n, x in enumerate(given))
+    if given == 1:
+        known[at] = 1
+        return "constexpr"
+    if given.startswith("*"):
+        attributes[at] = [["tt.divisibility", 16]]
+    return given
+
+
+class _Call:
+    """What the kernels are told alike."""
+
+    def __init__(self, job: Job, config: Config) -> None:
+        sample = job.sample
+        self.job, self.config, self.sample = job, config, sample
+        self.mask, self.score = tree_of(sample.mask), tree_of(sample.score)
+        self.array = f"*{_TYPES[job.dtype]}"
+        self.none, self.sizes = "*i32", "i32"
+        self.lengths = ("*i32", "*i32", "*i32")
+        self.length_strides = (1, 1, 1) if sample.lengths else ("i32", "i32", "i32")
+        spans = (1 if n == "k" else WHOLE for n in "bhqk")
+        self.bias = self.array if sample.bias else self.none
+        self.bias_strides = tuple(
+            stride if axis in sample.bias else "i32"
+            for axis, stride in zip("bhqk", spans, strict=True)
+        )
+        self.sinks = "*fp32" if sample.sinks else self.none
+        self.seed = "*i64" if sample.dropout else self.none
+        self.numbers = ("fp32", "i64" if sample.dropout else "i32", "fp32")
+        self.mask_operands = arguments(self.mask)
+        self.score_operands = arguments(self.score)
+        self.arrays = (
+            *(self.mask_operands, self.score_operands),
+            *((self.bias,), self.bias_strides, (self.seed,)),
+        )
+        self.schedule = ("*i32", "*i32", "*i32")
+        self.maps = ("i32", "i32")
+        self.pads = {
+            "D": job.width,
+            "DV": job.v_width,
+            "PAD": max(16, next_power_of_2(job.width)),
+            "PAD_V": max(16, next_power_of_2(job.v_width)),
+        }
+        self.options = {
+            **self.pads,
+            "MASK": device_function(self.mask),
+            "KV_LENGTHS": sample.lengths,
+            "Q_LENGTHS": sample.lengths,
+            "DROPOUT": sample.dropout,
+            "PRECISION": "ieee",
+        }
+
+    def tile(self, count: int, wide: str = "PAD") -> Any:
+        """An array that is read by tiles of so many rows."""
+        if not self.config.descriptors:
+            return self.array
+        shape = f"1, 1, {count}, {self.pads[wide]}"
+        return _Described(f"tensordesc<{self.array[1:]}[{shape}]>")
+
+    def runs(self, *along: str) -> bool:
+        return self.mask is None or full_tiles_are_neighbours(self.mask, *along)
+
+
+def device_function(tree: Tree | None, score: bool = False, operands: Any = None) -> Any:
+    """The jitted function of a tree, None of none."""
+    if tree is None:
+        return None
+    held = operands_of(tree) if operands is None else operands
+    return function(tree, tuple((rank, kind == "bool") for kind, rank in held), score).call
+
+
+def arguments(tree: Tree | None) -> tuple[Any, ...]:
+    """Types of pointer and sizes of each operand."""
+    found: list[Any] = []
+    for kind, rank in operands_of(tree):
+        found += [_OPERANDS[kind], *["i32"] * rank]
+    return tuple(found)
+
+
+_Made = tuple[Any, Sequence[Any], dict[str, Any]]
+
+
+def _forward(c: _Call, pack: int = 1, splits: int = 1) -> _Made:
+    config, sample = c.config, c.sample
+    split = splits > 1
+    out = "*fp32" if split else c.array
+    positional = (
+        *(c.array, c.tile(config.keys), c.tile(config.keys, "PAD_V"), out),
+        *("*fp32", "*fp32", "*i8", c.bias, c.sinks, *c.lengths, c.seed, *c.schedule),
+        *(c.mask_operands, c.score_operands, *c.numbers),
+        *(ROWS, ROWS, ROWS, (WHOLE, *ROWS) if split else ROWS, c.bias_strides),
+        *(c.length_strides, c.maps, *[c.sizes] * 6),
+    )
+    plain = not (sample.score or sample.bias)
+    return (
+        forward.forward,
+        positional,
+        {
+            **c.options,
+            "M": config.rows,
+            "N": config.keys,
+            "PACK": pack,
+            "SPLITS": splits,
+            "SCORE": device_function(c.score, True),
+            "BIAS": bool(sample.bias),
+            "SINKS": sample.sinks and not split,
+            "LATE": plain,
+            "RUN": c.runs("k"),
+            "DESCRIPTORS": config.descriptors,
+        },
+    )
+
+
+def _decode(c: _Call) -> _Made:
+    return _forward(c, pack=min(8, c.config.rows), splits=16)
+
+
+def _combine(c: _Call) -> _Made:
+    positional = (
+        *("*fp32", "*fp32", "*fp32", c.array, "*fp32", "*fp32", "*i8", c.sinks, "*i32"),
+        *(c.length_strides[1], ROWS, c.sizes, c.sizes, c.sizes),
+    )
+    constants = {
+        "DV": c.pads["DV"],
+        "PAD_V": c.pads["PAD_V"],
+        "M": c.config.rows,
+        "SPLITS": 16,
+        "SINKS": c.sample.sinks,
+        "Q_LENGTHS": c.sample.lengths,
+    }
+    return forward.combine, positional, constants
+
+
+def _delta(c: _Call) -> _Made:
+    positional = (
+        *(c.array, c.array, "*fp32", "*i8", "*fp32", "*fp32", ROWS, ROWS),
+        *(c.sizes, c.sizes, c.sizes),
+    )
+    constants = {
+        "DV": c.pads["DV"],
+        "PAD_V": c.pads["PAD_V"],
+        "M": c.config.rows,
+        "LSE": c.sample.sinks,
+    }
+    return backward.delta, positional, constants
+
+
+def _gradient(c: _Call) -> tuple[Sequence[Any], dict[str, Any]]:
+    derivative = None if c.score is None else differentiate(c.score)
+    held = operands_of(c.score)
+    score = device_function(derivative and derivative.tree, True, held)
+    statistics = ("*fp32", "*fp32", "*fp32", "*i8")
+    return (
+        (statistics, c.arrays, c.numbers, c.lengths),
+        {**c.options, "M": c.config.rows, "N": c.config.keys, "SCORE": score},
+    )
+
+
+def _read(c: _Call) -> tuple[Any, ...]:
+    """query, key, value and d_out."""
+    rows, keys = c.config.rows, c.config.keys
+    return c.tile(rows), c.tile(keys), c.tile(keys, "PAD_V"), c.tile(rows, "PAD_V")
+
+
+def _d_keys(c: _Call) -> _Made:
+    told, constants = _gradient(c)
+    positional = (
+        *(*_read(c), c.array, c.array, *told, c.schedule, (ROWS,) * 6),
+        *(c.length_strides, c.maps, *[c.sizes] * 6),
+    )
+    more = {
+        "BIAS": bool(c.sample.bias),
+        "RUN": c.runs("q", "row"),
+        "DESCRIPTORS": c.config.descriptors,
+    }
+    return backward.d_keys, positional, {**constants, **more}
+
+
+def _d_query(c: _Call) -> _Made:
+    told, constants = _gradient(c)
+    sites = () if c.score is None else differentiate(c.score).sites
+    held = operands_of(c.score)
+    tables: list[Any] = []
+    for site in sites:
+        tables += ["*fp32", *["i32"] * held[site.operand][1]]
+    positional = (
+        *(*_read(c), c.array, *told, c.schedule, (ROWS,) * 5, tuple(tables)),
+        *(c.length_strides, c.maps, *[c.sizes] * 6),
+    )
+    more = {
+        "BIAS": bool(c.sample.bias),
+        "SITES": backward.sites_of(site.indices for site in sites),
+        "RUN": c.runs("k"),
+        "DESCRIPTORS": c.config.descriptors,
+    }
+    return backward.d_query, positional, {**constants, **more}
+
+
+def _d_bias(c: _Call) -> _Made:
+    told, constants = _gradient(c)
+    positional = (
+        *(*[c.array] * 4, "*fp32", *told, (ROWS,) * 4, c.bias_strides),
+        *(c.length_strides, *[c.sizes] * 7),
+    )
+    spans = zip(("B", "H", "ROWS", "KEYS"), "bhqk", strict=True)
+    return (
+        backward.d_bias,
+        positional,
+        {**constants, **{name: axis in c.sample.bias for name, axis in spans}},
+    )
+
+
+_ARGUMENTS = {
+    "forward": _forward,
+    "decode": _decode,
+    "combine": _combine,
+    "delta": _delta,
+    "d_keys": _d_keys,
+    "d_query": _d_query,
+    "d_bias": _d_bias,
+}
