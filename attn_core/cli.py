@@ -1,4 +1,4 @@
-"""The command line: `attn-core doctor`, `explain`, `conformance` and `bench`.
+"""The command line: `attn-core doctor`, `explain`, `conformance`, `bench` and `kernels`.
 
 Options and their words stand here; what they lead to is imported when it is asked for.
 
@@ -17,10 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from attn_core import config
+from attn_core.cli_kernels import kernels
 
 app = typer.Typer(help="One attention with one meaning.", no_args_is_help=True)
 suite = typer.Typer(help="Does an attention mean what the spec says?", no_args_is_help=True)
 app.add_typer(suite, name="conformance")
+app.add_typer(kernels, name="kernels")
 
 
 def _backends(incomplete: str) -> list[str]:

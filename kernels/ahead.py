@@ -17,9 +17,11 @@ import io
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
-from typing import Any, NamedTuple
+from multiprocessing import get_context
+from typing import NamedTuple
 
 from attn_core.kernels import configs
 from attn_core.kernels.configs import Config
@@ -77,6 +79,7 @@ class Finding(NamedTuple):
         spills: bytes (of an AMD GPU: registers) that did not fit.
         shared: bytes of shared memory.
         serialized: ptxas' warnings, by their numbers.
+        wgmma: Hopper's products, and those of them that read their first operand from registers.
         error: why there is no kernel, or "".
         texts: of the kernel, by stage ("ttgir", "ptx", ...), where they were asked for.
     """
@@ -88,6 +91,7 @@ class Finding(NamedTuple):
     spills: int = 0
     shared: int = 0
     serialized: tuple[str, ...] = ()
+    wgmma: tuple[int, int] = (0, 0)
     error: str = ""
     texts: dict[str, str] | None = None
 
@@ -186,8 +190,7 @@ def compiled(job: Job, texts: bool = False) -> Finding:
             triton.knobs.compilation.always_compile = True
             found = triton.compile(made, target=GPUTarget(*target), options=config.launch)
     except Exception as error:  # whatever the compiler raises is what is told of this job
-        said = str(error).strip().splitlines() or [""]
-        reason = f"{type(error).__name__}: {said[0][:200]}"
+        reason = _last_of(error)
         return Finding(job, config, time.perf_counter() - began, error=reason)
     seconds = time.perf_counter() - began
     kept = {name: text for name, text in found.asm.items() if isinstance(text, str)}
@@ -196,9 +199,35 @@ def compiled(job: Job, texts: bool = False) -> Finding:
     else:
         said_of = _of_ptxas(log.getvalue())
     return Finding(
-        job, config, seconds, *said_of[:2], found.metadata.shared, said_of[2], "",
-        kept if texts else None,
-    )  # fmt: skip
+        job,
+        config,
+        seconds,
+        *said_of[:2],
+        found.metadata.shared,
+        said_of[2],
+        _products(kept.get("ptx", "")),
+        texts=kept if texts else None,
+    )
+
+
+def run(
+    given: Sequence[Job],
+    processes: int = 1,
+    seen: Callable[[Finding], None] = lambda _: None,
+    texts: bool = False,
+) -> list[Finding]:
+    """Compile all of them in processes of their own, in their order; `seen` as each one ends."""
+    # Spawned: a fork would inherit what a framework or Triton has started.
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=begin)
+    found: dict[Job, Finding] = {}
+    try:
+        for future in as_completed([pool.submit(compiled, job, texts) for job in given]):
+            finding = future.result()
+            found[finding.job] = finding
+            seen(finding)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return [found[job] for job in given]
 
 
 def _of_ptxas(log: str) -> tuple[int | None, int, tuple[str, ...]]:
@@ -209,6 +238,20 @@ def _of_ptxas(log: str) -> tuple[int | None, int, tuple[str, ...]]:
         spills,
         tuple(sorted(set(_SERIALIZED.findall(log)))),
     )
+
+
+def _last_of(error: BaseException) -> str:
+    """What the compiler stumbled over: an error in a device function has its callers' before it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    said = " | ".join(line.strip() for line in str(error).strip().splitlines() if line.strip())
+    return f"{type(error).__name__}: {said[-300:]}"
+
+
+def _products(ptx: str) -> tuple[int, int]:
+    """How many wgmma there are, and how many whose first operand is a list of registers."""
+    found = re.findall(r"wgmma\.mma_async[^{;]*\{[^}]*\},\s*(\{)?", ptx)
+    return len(found), sum(bool(braced) for braced in found)
 
 
 def _of_amdgcn(text: str) -> tuple[int | None, int, tuple[str, ...]]:

@@ -29,7 +29,7 @@ from attn_core.kernels.tile import LOG2E, facts_of, judged, kept_of, line_of, pu
 
 @triton.jit
 def pull(
-    s,  # (M, N): query times key, neither scaled nor scored
+    s,  # (M, N): query times key, neither scaled nor scored; TURNED, as all here, (N, M)
     dp,  # (M, N): d_out times value
     rows,  # m, log l and t of each row, (M, 1)
     place,  # b, h (1, 1), row (M, 1), k (1, N), the first key's position
@@ -43,18 +43,21 @@ def pull(
     BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
+    TURNED: tl.constexpr,
 ):
     """(p', dz, ds, where keys are seen, the derivative's results), each (M, N)."""
+    TALL: tl.constexpr = N if TURNED else M
+    WIDE: tl.constexpr = M if TURNED else N
     m, log_l, t = rows
     b, h, row, k, first = place
     scale, threshold, keep_scale = numbers
     SELECTED: tl.constexpr = MASKED or BIAS or SCORE is not None
     s = s * scale
     found = (s,)
-    allowed = tl.full((M, N), 1, tl.int1)
+    allowed = tl.full((TALL, WIDE), 1, tl.int1)
     if SELECTED:
         s, allowed, found = judged(
-            s, (b, h, row, k), facts, arrays, M, N, MASK, SCORE, BIAS, MASKED
+            s, (b, h, row, k), facts, arrays, TALL, WIDE, MASK, SCORE, BIAS, MASKED
         )
     p = tl.exp2(((s - m) - log_l) * LOG2E)
     if SELECTED:
@@ -64,6 +67,8 @@ def pull(
         q = tl.reshape(row + facts[0], (M,))
         heads = tl.zeros((M,), tl.int32) + tl.reshape(h, (1,))
         keep = kept_of(arrays[4][0], b, heads, q, first, threshold, M, N)
+        if TURNED:
+            keep = tl.trans(keep)
         kept = tl.where(keep, p * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     dz = p * (dp - t)
@@ -81,7 +86,7 @@ def _rows_of(
     D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """(q, dO, (m, log l, t)) of a tile of rows; those that may see no key are 0 and +inf."""
+    """(q, dO, m, log l, t) of a tile of rows; those that may see no key are 0 and +inf."""
     row = first + tl.arange(0, M)
     there = row < q_len
     at = (b.to(tl.int64) * heads + h) * q_len + row
@@ -89,11 +94,9 @@ def _rows_of(
     log_l = tl.load(statistics[1] + at, mask=there, other=float("inf"))
     t = tl.load(statistics[2] + at, mask=there, other=0.0)
     alive = tl.load(statistics[3] + at, mask=there, other=0) != 0
-    q = taken(query, strides[0], b, h, first, q_len, M, D, PAD, False, DESCRIPTORS)
-    g = taken(d_out, strides[1], b, h, first, q_len, M, DV, PAD_V, False, DESCRIPTORS)
-    q = tl.where(alive[:, None], q, 0.0).to(q.dtype)
-    g = tl.where(alive[:, None], g, 0.0).to(g.dtype)
-    return q, g, (m[:, None], log_l[:, None], t[:, None])
+    q = taken(query, strides[0], b, h, first, q_len, M, D, PAD, False, DESCRIPTORS, alive)
+    g = taken(d_out, strides[1], b, h, first, q_len, M, DV, PAD_V, False, DESCRIPTORS, alive)
+    return q, g, m, log_l, t
 
 
 @triton.jit
@@ -161,20 +164,20 @@ def d_keys(
                 if MASKED or not RUN:
                     j = tl.load(order + i)
                 row = j * M + tl.arange(0, M)
-                q, do, rows = _rows_of(
+                q, do, m, log_l, t = _rows_of(
                     query, d_out, statistics, strides, b, head, j * M, heads, q_len,
                     M, D, DV, PAD, PAD_V, DESCRIPTORS,
                 )  # fmt: skip
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
-                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
-                place = (b, h, row[:, None], k_at[None, :], tile * N)
+                # Turned over, so that p and ds are first operands as they come out of products.
+                s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=tl.float32)
+                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=tl.float32)
+                place = (b, h, row[None, :], k_at[:, None], tile * N)
                 kept, _, ds, _, _ = pull(
-                    s, dp, rows, place, facts, arrays, numbers,
-                    M, N, MASK, SCORE, BIAS, DROPOUT, MASKED == 1,
+                    s, dp, (m[None, :], log_l[None, :], t[None, :]), place, facts, arrays, numbers,
+                    M, N, MASK, SCORE, BIAS, DROPOUT, MASKED == 1, True,
                 )  # fmt: skip
-                kept, ds = kept.to(do.dtype), ds.to(q.dtype)
-                dv = tl.dot(tl.trans(kept), do, dv, input_precision=PRECISION)
-                dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
+                dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     put(dk * numbers[0], d_key, strides[4], b, kv_head, tile * N, k_len, N, D, PAD)
     put(dv, d_value, strides[5], b, kv_head, tile * N, k_len, N, DV, PAD_V)
 
@@ -202,10 +205,11 @@ def d_query(
     kv_head = head // group
     h = tl.zeros((1, 1), tl.int32) + head
     row = tile * M + tl.arange(0, M)
-    q, do, rows = _rows_of(
+    q, do, m, log_l, t = _rows_of(
         query, d_out, statistics, strides, b, head, tile * M, heads, q_len,
         M, D, DV, PAD, PAD_V, DESCRIPTORS,
     )  # fmt: skip
+    rows = (m[:, None], log_l[:, None], t[:, None])
     facts = facts_of(b, lengths, length_strides, q_len, k_len, KV_LENGTHS, Q_LENGTHS)
     order, stop_full, stop = line_of(schedule, map_strides, b, kv_head, tile, width)
     start = tl.load(order)
@@ -230,7 +234,7 @@ def d_query(
             place = (b, h, row[:, None], k_at[None, :], j * N)
             _, dz, ds, allowed, found = pull(
                 s, dp, rows, place, facts, arrays, numbers,
-                M, N, MASK, SCORE, BIAS, DROPOUT, MASKED == 1,
+                M, N, MASK, SCORE, BIAS, DROPOUT, MASKED == 1, False,
             )  # fmt: skip
             if MASKED == 1 or BIAS or SCORE is not None:
                 seen = tl.max(allowed.to(tl.int32), 0) > 0
@@ -310,10 +314,11 @@ def d_bias(
             h = tl.zeros((1, 1), tl.int32) + head
             for di in tl.range(0, 1 if ROWS else tall):
                 row = (i0 + di) * M + tl.arange(0, M)
-                q, do, rows = _rows_of(
+                q, do, m, log_l, t = _rows_of(
                     query, d_out, statistics, strides, b, head, (i0 + di) * M, heads, q_len,
                     M, D, DV, PAD, PAD_V, False,
                 )  # fmt: skip
+                rows = (m[:, None], log_l[:, None], t[:, None])
                 for dj in tl.range(0, 1 if KEYS else wide):
                     first = (j0 + dj) * N
                     k_at = first + tl.arange(0, N)
@@ -338,7 +343,7 @@ def d_bias(
                     place = (b, h, row[:, None], k_at[None, :], first)
                     _, dz, _, _, _ = pull(
                         s, dp, rows, place, facts, arrays, numbers,
-                        M, N, MASK, SCORE, True, DROPOUT, True,
+                        M, N, MASK, SCORE, True, DROPOUT, True, False,
                     )  # fmt: skip
                     acc += dz
     row, k_at = i0 * M + tl.arange(0, M), j0 * N + tl.arange(0, N)

@@ -131,13 +131,18 @@ def explain(
 ) -> Entry:
     """The entry that `choose` goes by."""
     padded = max(16, 1 << (max(width, v_width) - 1).bit_length())
-    for entry in (*yours(), *shipped()):
+    for entry in all_entries():
         if entry.fits(kernel, architecture, padded, _BITS[dtype], mask_class):
             return entry
     raise LookupError(
         f"The shipped table must have an entry for every launch of {', '.join(KERNELS)}. "
         f"Got {kernel}, {architecture}, width {padded}, {dtype}, {mask_class}."
     )
+
+
+def all_entries() -> tuple[Entry, ...]:
+    """In the order in which they are asked."""
+    return (*yours(), *shipped())
 
 
 def user_file() -> Path:

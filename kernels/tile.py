@@ -17,7 +17,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def taken(
     x, strides, b, h, first, length,
     COUNT: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr,
-    WHOLE: tl.constexpr, DESCRIBED: tl.constexpr,
+    WHOLE: tl.constexpr, DESCRIBED: tl.constexpr, wanted=None,
 ):  # fmt: skip
     """Rows from `first` on of a head of an array (B, H, T, D), (COUNT, PAD); beyond its ends 0.
 
@@ -25,14 +25,20 @@ def taken(
         x: a pointer, or a tensor descriptor of blocks (1, 1, COUNT, PAD) where DESCRIBED.
         length: T.
         WHOLE: whether all of these rows are known to be there.
+        wanted: (COUNT,), or None: whether a row is wanted; one that is not comes in as zeros.
     """
     if DESCRIBED:
         found = tl.reshape(x.load([b, h, first, 0]), (COUNT, PAD))
+        if wanted is not None:
+            found = tl.where(wanted[:, None], found, 0.0).to(found.dtype)
     else:
         row, column = first + tl.arange(0, COUNT), tl.arange(0, PAD)
         at = x + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
         at += row[:, None].to(tl.int64) * strides[2] + column[None, :] * strides[3]
-        if WHOLE and PAD == D:
+        if wanted is not None:
+            # By the load itself: what it leaves out need not pass through registers.
+            found = tl.load(at, mask=wanted[:, None] & (column < D)[None, :], other=0.0)
+        elif WHOLE and PAD == D:
             found = tl.load(at)
         elif WHOLE:
             found = tl.load(at, mask=(column < D)[None, :], other=0.0)

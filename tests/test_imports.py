@@ -155,7 +155,9 @@ def core_objection(module, name, root, lazily):
             return None  # the door `attn_core.backends.torch`, which asks the registry
         return "backends are reached by name, through the registry"
     if within(name, "attn_core.kernels"):
-        return "kernels are reached from backends only"
+        # The command line looks at them, too.
+        allowed = lazily and module == "attn_core.cli_kernels"
+        return None if allowed else "kernels are reached from backends only"
     if within(name, "attn_core.conformance"):
         # The command line and the package's own door are how one gets there.
         allowed = lazily and module in ("attn_core", "attn_core.cli")
@@ -164,7 +166,7 @@ def core_objection(module, name, root, lazily):
         return "the judge shares nothing with what it judges"
     if root in ("attn_core", "numpy"):
         return None
-    if module == "attn_core.cli" and root in ("typer", "rich"):
+    if module in ("attn_core.cli", "attn_core.cli_kernels") and root in ("typer", "rich"):
         return None
     if lazily and module == "attn_core.explain_text" and root == "rich":
         return None  # a report becomes a table where somebody prints it with rich
@@ -282,6 +284,8 @@ def test_import_direction_by_name():
         ("attn_core.backends.torch.triton", "import attn_core.kernels"),
         ("attn_core.backends.torch.triton", "import triton"),
         ("attn_core.backends.jax", "from flax import nnx"),
+        ("attn_core.cli_kernels", "from attn_core.kernels import ahead"),
+        ("attn_core.explained", "def f():\n    from attn_core.kernels import configs"),
         ("attn_core.kernels.forward", "import torch"),
         ("attn_core.kernels.forward", "from attn_core import spec"),
         ("attn_core.conformance.subjects", "def f():\n    import tensorflow as tf"),
@@ -317,6 +321,7 @@ def test_import_direction_catches(module, source):
         ("attn_core.backends.jax.layers", "from . import arrays"),
         ("attn_core.backends.torch.triton", "def f():\n    import attn_core.kernels"),
         ("attn_core.kernels.forward", "import triton.language as tl"),
+        ("attn_core.cli_kernels", "def f():\n    from attn_core.kernels import ahead"),
         ("attn_core.conformance.peers", "def f():\n    from transformers import masking_utils"),
         ("attn_core.cli", "def f():\n    from attn_core.benchmarks import runner"),
         ("attn_core.benchmarks.check", "from attn_core.conformance import tolerance"),
