@@ -195,7 +195,7 @@ def d_query(
     KV_LENGTHS: tl.constexpr, Q_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     SITES: tl.constexpr,  # what `sites_of` says
     RUN: tl.constexpr,  # as of d_keys
-    DESCRIPTORS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,  # whether key and value are
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of a tile of rows, and its share of the gradients of a score's arrays."""
@@ -207,7 +207,7 @@ def d_query(
     row = tile * M + tl.arange(0, M)
     q, do, m, log_l, t = _rows_of(
         query, d_out, statistics, strides, b, head, tile * M, heads, q_len,
-        M, D, DV, PAD, PAD_V, DESCRIPTORS,
+        M, D, DV, PAD, PAD_V, False,
     )  # fmt: skip
     rows = (m[:, None], log_l[:, None], t[:, None])
     facts = facts_of(b, lengths, length_strides, q_len, k_len, KV_LENGTHS, Q_LENGTHS)

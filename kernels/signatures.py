@@ -254,8 +254,10 @@ def _d_query(c: _Call) -> _Made:
     tables: list[Any] = []
     for site in sites:
         tables += ["*fp32", *["i32"] * held[site.operand][1]]
+    keys = c.config.keys
     positional = (
-        *(*_read(c), c.array, *told, c.schedule, (ROWS,) * 5, tuple(tables)),
+        *(c.array, c.tile(keys), c.tile(keys, "PAD_V"), c.array, c.array, *told, c.schedule),
+        *((ROWS,) * 5, tuple(tables)),
         *(c.length_strides, c.maps, *[c.sizes] * 6),
     )
     more = {

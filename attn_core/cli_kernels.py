@@ -1,0 +1,339 @@
+"""`attn-core kernels`: the device functions that masks become, and what compilers make of kernels.
+
+    attn-core kernels show --mask "causal() & window(255)" --score "softcap(50)"
+    attn-core kernels compile --target sm_90 --target gfx942
+    attn-core kernels configs --target sm_90 --width 128
+
+None of them needs a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.syntax import Syntax
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from attn_core.kernels.ahead import Finding
+
+kernels = typer.Typer(help="GPU kernels, looked at without a GPU.", no_args_is_help=True)
+
+
+def _samples(incomplete: str) -> list[str]:
+    from attn_core.kernels.samples import SAMPLES
+
+    return [name for name in SAMPLES if name.startswith(incomplete)]
+
+
+def _kernels(incomplete: str) -> list[str]:
+    from attn_core.kernels.configs import KERNELS
+
+    return [name for name in KERNELS if name.startswith(incomplete)]
+
+
+def _targets(incomplete: str) -> list[str]:
+    from attn_core.kernels.ahead import SHARED
+
+    return [name for name in SHARED if name.startswith(incomplete)]
+
+
+def _refused(error: Exception) -> typer.Exit:
+    Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
+    return typer.Exit(2)
+
+
+@kernels.command("compile")
+def compile_kernels(
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="sm_90, gfx942, ...; may be repeated.", autocompletion=_targets),
+    ] = None,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="Kernel; all by default.", autocompletion=_kernels)
+    ] = None,
+    sample: Annotated[
+        list[str] | None,
+        typer.Option(help="Problem; all by default.", autocompletion=_samples),
+    ] = None,
+    width: Annotated[list[int] | None, typer.Option(help="Of query, key and value.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Of query, key and value.")] = None,
+    few: Annotated[
+        bool, typer.Option("--few", help="One problem of each class, one width, bfloat16.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Compilers at a time.")] = 2,
+    json: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Also write the findings here.")
+    ] = None,
+) -> None:
+    """Compile kernels ahead of time; exit 1 on spills, serialized products or too much memory."""
+    from attn_core.kernels import ahead, hazards
+
+    console = Console()
+    targets = target or list(ahead.TARGETS)
+    try:
+        asked = list(
+            ahead.jobs(targets, kernel or (), sample or (), width or (), dtype or (), few=few)
+        )
+    except ValueError as error:
+        raise _refused(error) from error
+    if not _triton():
+        raise _refused(ImportError("Triton must be installed (pip install 'attn-core[triton]')."))
+    came: list[Finding] = []
+    interrupted = False
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        task = bar.add_task("kernels", total=len(asked))
+
+        def seen(finding: Finding) -> None:
+            came.append(finding)
+            job = finding.job
+            bar.update(task, advance=1, description=f"{job.target} {job.kernel} {job.sample.name}")
+
+        try:
+            found = ahead.run(asked, jobs, seen)
+        except KeyboardInterrupt:
+            found, interrupted = came, True
+    console.print(_summary(found))
+    bad = [finding for finding in found if finding.problems]
+    if bad:
+        console.print(_table(bad))
+    for name in targets:
+        of_target = [finding for finding in found if finding.job.target == name]
+        registers = sum(finding.wgmma[1] > 0 for finding in of_target)
+        said = hazards.hazard(name) if registers else None
+        if said:
+            note = f"{name}: {registers} kernels have such products. {said}"
+            console.print(note, markup=False, soft_wrap=True)
+    if json is not None:
+        _save(found, json)
+    if interrupted:
+        console.print(f"interrupted: {len(found)} of {len(asked)} compiled")
+        raise typer.Exit(130)
+    console.print(f"{len(found)} compiled, {len(bad)} with problems")
+    raise typer.Exit(1 if bad else 0)
+
+
+def _triton() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("triton") is not None
+
+
+def _summary(found: Sequence[Finding]) -> Table:
+    """A row to each target and kernel."""
+    table = Table("target", "kernel", box=None)
+    for name in ("compiled", "problems", "registers", "shared kB", "seconds"):
+        table.add_column(name, justify="right")
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in found:
+        groups.setdefault((finding.job.target, finding.job.kernel), []).append(finding)
+    for (target, kernel), group in groups.items():
+        bad = sum(bool(finding.problems) for finding in group)
+        registers = [finding.registers for finding in group if finding.registers is not None]
+        table.add_row(
+            target,
+            kernel,
+            str(len(group)),
+            f"[red]{bad}[/red]" if bad else "0",
+            _range(registers),
+            _range([finding.shared // 1024 for finding in group]),
+            f"{sum(finding.seconds for finding in group):.0f}",
+        )
+    return table
+
+
+def _range(numbers: Sequence[int]) -> str:
+    if not numbers:
+        return "-"
+    least, most = min(numbers), max(numbers)
+    return str(least) if least == most else f"{least} to {most}"
+
+
+def _table(found: Sequence[Finding]) -> Table:
+    table = Table("target", "kernel", "problem", "width", "dtype", "tile", "what", box=None)
+    for finding in found:
+        job, config = finding.job, finding.config
+        tile = f"{config.rows}x{config.keys} w{config.warps} s{config.stages}"
+        tile += " tma" if config.descriptors else ""
+        names = (job.target, job.kernel, job.sample.name, str(job.width), job.dtype, tile)
+        table.add_row(*names, "; ".join(finding.problems))
+    return table
+
+
+def _save(found: Sequence[Finding], path: Path) -> None:
+    from importlib.metadata import version
+    from json import dumps
+
+    rows = []
+    for finding in found:
+        job = finding.job
+        rows.append(
+            {
+                **{name: getattr(job, name) for name in ("kernel", "target", "width", "v_width")},
+                "problem": job.sample.name,
+                "class": job.sample.mask_class,
+                "dtype": job.dtype,
+                "config": vars(finding.config),
+                "seconds": round(finding.seconds, 2),
+                "registers": finding.registers,
+                "spills": finding.spills,
+                "shared": finding.shared,
+                "serialized": list(finding.serialized),
+                "wgmma": list(finding.wgmma),
+                "problems": finding.problems,
+            }
+        )
+    whole = {"triton": version("triton"), "attn-core": version("attn-core"), "findings": rows}
+    path.write_text(dumps(whole, indent=1) + "\n", "utf-8")
+
+
+@kernels.command("show")
+def show(
+    mask: Annotated[
+        str | None,
+        typer.Option(help='As in Python: "causal() & window(255)", or "q - k < 256".'),
+    ] = None,
+    score: Annotated[
+        list[str] | None,
+        typer.Option(help='"softcap(50)", "s * 0.5"; may be repeated, one after another.'),
+    ] = None,
+    kernel: Annotated[
+        str, typer.Option(help="Of which --ttgir and --ptx are.", autocompletion=_kernels)
+    ] = "forward",
+    target: Annotated[
+        str, typer.Option(help="For which it is compiled.", autocompletion=_targets)
+    ] = "sm_90",
+    width: Annotated[int, typer.Option(help="Of query, key and value.")] = 128,
+    dtype: Annotated[str, typer.Option(help="Of query, key and value.")] = "bfloat16",
+    ttgir: Annotated[bool, typer.Option("--ttgir", help="The kernel in Triton's GPU IR.")] = False,
+    ptx: Annotated[bool, typer.Option("--ptx", help="The kernel in PTX (or amdgcn).")] = False,
+) -> None:
+    """The device functions that a mask and a score become, beside their trees."""
+    from attn_core import kernel_words
+    from attn_core.kernels import ahead
+    from attn_core.kernels.samples import Sample
+    from attn_core.language.text import text
+
+    if mask is None and not score:
+        raise _refused(ValueError("`--mask` or `--score` must be given. Got neither."))
+    if not _triton():
+        raise _refused(ImportError("Triton must be installed (pip install 'attn-core[triton]')."))
+    try:
+        seen = kernel_words.mask_of(mask) if mask is not None else None
+        made = kernel_words.score_of(score) if score else None
+        sample = Sample(
+            "shown",
+            text(seen.tree) if seen is not None else "",
+            text(made.tree) if made is not None else "",
+        )
+        (job,) = ahead.jobs([target], [kernel], ["plain"], [width], [dtype])
+    except ValueError as error:
+        raise _refused(error) from error
+    if not (ttgir or ptx):
+        for title, source in _functions(sample):
+            _code(title, source, "python")
+        return
+    (finding,) = ahead.run([job._replace(sample=sample)], texts=True)
+    if finding.error:
+        raise _refused(RuntimeError(finding.error))
+    texts = finding.texts or {}
+    said = f"{finding.registers} registers, {finding.shared} bytes shared"
+    title = ", ".join([f"{kernel} for {target}", said, *finding.problems])
+    if ttgir:
+        _code(title, texts["ttgir"], "text")
+    if ptx:
+        _code(title, texts["ptx"] if "ptx" in texts else texts["amdgcn"], "text")
+
+
+def _functions(sample: Any) -> list[tuple[str, str]]:
+    """(what it is, source) of the device functions of a sample."""
+    from attn_core.kernels.samples import operands_of, tree_of
+    from attn_core.kernels.source import written
+    from attn_core.language.duals import differentiate
+    from attn_core.language.neighbours import full_tiles_are_neighbours
+
+    found = []
+    for what, words in (("mask", sample.mask), ("score", sample.score)):
+        tree = tree_of(words)
+        if tree is None:
+            continue
+        forms = tuple((rank, kind == "bool") for kind, rank in operands_of(tree))
+        title = f"{what}: {words}"
+        if what == "mask":
+            near = full_tiles_are_neighbours(tree, "k")
+            title += f"\nfull tiles: {'neighbours' if near else 'looked up in lists'}"
+        found.append((title, written(tree, forms, what == "score")))
+        if what == "score":
+            derivative = differentiate(tree).tree
+            title = "derivative of the score: value, slope, then slope and place of each look-up"
+            found.append((title, written(derivative, forms, True)))
+    return found
+
+
+def _code(title: str, source: str, language: str) -> None:
+    console = Console()
+    for line in title.splitlines():
+        console.print(f"# {line}", markup=False, style="dim", soft_wrap=True)
+    if console.is_terminal:
+        console.print(Syntax(source, language, theme="ansi_dark", background_color="default"))
+    else:
+        # Whole lines, for whoever pipes them on.
+        sys.stdout.write(source if source.endswith("\n") else source + "\n")
+
+
+@kernels.command("configs")
+def show_configs(
+    target: Annotated[
+        str | None,
+        typer.Option(help="What is chosen for this GPU.", autocompletion=_targets),
+    ] = None,
+    width: Annotated[int, typer.Option(help="Of query, key and value.")] = 128,
+    dtype: Annotated[str, typer.Option(help="Of query, key and value.")] = "bfloat16",
+) -> None:
+    """The configurations in force: yours first, then the shipped ones; or one GPU's choices."""
+    from attn_core.kernels import configs
+
+    console = Console()
+    place = configs.user_file()
+    mine = len(configs.yours())
+    console.print(
+        f"yours: {mine} in {place}" if mine else f"yours: none ({place})",
+        markup=False,
+        soft_wrap=True,
+    )
+    names = ("kernel", "for", "widths", "bits", "classes", "rows", "keys", "warps", "stages")
+    table = Table(*names, "tma", "from", box=None)
+    if target is None:
+        entries = [(e, ", ".join(e.on), ", ".join(e.classes)) for e in configs.all_entries()]
+    else:
+        try:
+            entries = [
+                (configs.explain(kernel, target, width, width, dtype, name), target, name)
+                for kernel in configs.KERNELS
+                for name in configs.CLASSES
+            ]
+        except KeyError as error:
+            known = ", ".join(configs.DTYPES)
+            raise _refused(ValueError(f"`dtype` must be one of {known}. Got {dtype!r}.")) from error
+    for entry, on, classes in entries:
+        c = entry.config
+        widths = ", ".join(map(str, entry.widths)) or "all"
+        table.add_row(
+            *(entry.kernel, on, widths, str(entry.bits or "all"), classes or "all"),
+            *(str(n) for n in (c.rows, c.keys, c.warps, c.stages)),
+            *("yes" if c.descriptors else "", f"{entry.origin}: {entry.source}"),
+        )
+    console.print(table)
