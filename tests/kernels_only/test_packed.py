@@ -255,9 +255,10 @@ def test_poison_of_what_no_row_of_the_group_sees(way: str) -> None:
     given = question(group, 3, mask=made, query_offset=0)
     assert given["query"].shape[1] == heads
     want = launched(given, **{**WAYS[way], "pack": 4 if WAYS[way]["pack"] > 1 else 1})
-    given["value"][:, 0, 40:] = torch.nan
-    given["key"][:, 0, 40:] = torch.inf
-    got = launched(given, **{**WAYS[way], "pack": 4 if WAYS[way]["pack"] > 1 else 1})
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
-    assert got[0].isfinite().all()
+    # A logit of poison is no logit, so the value alone is the harder question.
+    for name, poison in (("value", torch.nan), ("key", torch.inf)):
+        given[name][:, 0, 40:] = poison
+        got = launched(given, **{**WAYS[way], "pack": 4 if WAYS[way]["pack"] > 1 else 1})
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+        assert got[0].isfinite().all()
