@@ -1,0 +1,136 @@
+"""Kernels compiled without a GPU: what is shipped compiles clean, and what does not is told.
+
+The whole is `attn-core kernels compile`; here the class that is lightest and the one that is
+heaviest, for each kernel and GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attn_core.kernels import ahead, configs, hazards
+from attn_core.kernels.ahead import Finding, Job
+from attn_core.kernels.configs import Config
+from attn_core.kernels.samples import SAMPLES
+
+KERNELS = ("forward", "decode", "d_keys", "d_query")
+
+
+def test_what_is_shipped_compiles_clean() -> None:
+    asked = list(ahead.jobs(kernels=KERNELS, samples=("causal", "everything"), few=True))
+    asked += ahead.jobs(["sm_90"], ["combine", "delta", "d_bias"], ["everything"], few=True)
+    found = ahead.run(asked, processes=2)
+    assert [finding.job for finding in found] == asked
+    assert {job.target for job in asked} == set(ahead.TARGETS)
+    assert [finding for finding in found if finding.problems] == []
+    # A tile of one class has the registers of a kernel that does something.
+    assert all((finding.registers or 0) > 32 for finding in found)
+    hopper = [f for f in found if f.job.target == "sm_90" and f.job.kernel == "forward"]
+    assert all(finding.wgmma[0] > 0 and finding.wgmma[1] > 0 for finding in hopper)
+
+
+def test_what_does_not_fit_is_told() -> None:
+    """Too many registers, too much memory, and a kernel that is none."""
+    causal = Job("forward", "sm_90", SAMPLES["causal"], 256, 256, "bfloat16")
+    found = ahead.run(
+        [
+            causal._replace(config=Config(128, 128, 4, 2)),
+            causal._replace(target="gfx942", config=Config(128, 128, 8, 2)),
+            causal._replace(config=Config(8, 128, 4, 2)),
+        ],
+        processes=2,
+    )
+    spilled, large, none = found
+    assert spilled.spills > 0
+    assert any("spilled" in reason for reason in spilled.problems)
+    assert large.shared > ahead.SHARED["gfx942"] or large.error
+    assert large.problems
+    assert none.error
+    assert none.problems == [none.error]
+
+
+def test_what_ptxas_says_is_read() -> None:
+    """Sentences as ptxas 12.8 writes them."""
+    log = (
+        "ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are "
+        "serialized due to ill formed pipeline stage in the function 'forward'\n"
+        "ptxas info    : Function properties for forward\n"
+        "    24 bytes stack frame, 16 bytes spill stores, 8 bytes spill loads\n"
+        "ptxas info    : Used 255 registers, used 1 barriers\n"
+    )
+    assert ahead._of_ptxas(log) == (255, 24, ("C7511",))
+    job = Job("forward", "sm_90", SAMPLES["plain"], 128, 128, "bfloat16")
+    finding = Finding(job, Config(64, 64, 4, 2), 1.0, 255, 24, 300_000, ("C7511",))
+    assert finding.problems == [
+        "24 bytes spilled",
+        "wgmma serialized (C7511)",
+        "300000 bytes of shared memory of 232448",
+    ]
+    ptx = (
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1,%f2}, %rd1, %rd2, 1, 1, 1;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1,%f2}, {%r1,%r2}, %rd2, 1;\n"
+    )
+    assert ahead._products(ptx) == (2, 1)
+
+
+def test_names_that_nothing_has_are_refused() -> None:
+    for words in ({"targets": ["sm90"]}, {"kernels": ["backward"]}, {"samples": ["casual"]}):
+        with pytest.raises(ValueError, match="must be"):
+            list(ahead.jobs(**words))
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="kernels are compiled here")
+def test_an_interpreting_process_compiles_nothing() -> None:
+    with pytest.raises(ahead.Interpreted, match="TRITON_INTERPRET"):
+        ahead.compiled(Job("forward", "sm_90", SAMPLES["plain"], 64, 64, "float16"))
+
+
+def ptxas(where: Path, release: str) -> Path:
+    """A program that says its version as ptxas does."""
+    path = where / f"ptxas-{release}"
+    path.write_text(
+        f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.73'\n", "utf-8"
+    )
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+@pytest.mark.parametrize(("release", "bad"), [("12.9", True), ("13.2", True), ("13.3", False)])
+def test_the_hazard_is_told_by_the_version_in_use(tmp_path: Path, release: str, bad: bool) -> None:
+    tool = ptxas(tmp_path, release)
+    code = "from attn_core.kernels.hazards import hazard; print(hazard('sm_90'))"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TRITON_PTXAS_PATH": str(tool)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if bad:
+        assert f"ptxas of CUDA {release} ({tool})" in run.stdout
+        assert "TRITON_PTXAS_PATH" in run.stdout
+    else:
+        assert run.stdout.strip() == "None"
+
+
+def test_the_hazard_is_hoppers_alone() -> None:
+    assert hazards.hazard("sm_80") is None
+    assert hazards.hazard("gfx942") is None
+    found = hazards.assembler("sm_90")
+    assert found.version is not None
+    assert found.version >= (12, 0)
+
+
+def test_every_launch_has_a_configuration() -> None:
+    for target in ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"):
+        for kernel in configs.KERNELS:
+            for width in (16, 40, 64, 128, 256):
+                for dtype in configs.DTYPES:
+                    for name in configs.CLASSES:
+                        configs.choose(kernel, target, width, 16, dtype, name)

@@ -1,0 +1,219 @@
+"""Tables of configurations, and words for masks: what needs neither Triton nor a GPU."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import attn_core
+from attn_core import kernel_words, masks, scores
+from attn_core.cli import app
+from attn_core.kernels import configs
+from attn_core.kernels.configs import Config, Entry
+from attn_core.kernels.samples import SAMPLES
+from attn_core.language.text import text
+
+MINE = Entry(
+    "forward", ("sm_90",), (128,), 16, ("none",), Config(64, 32, 8, 4, True), 'on "a GPU"', "yours"
+)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    path = tmp_path / "deep" / "kernels.toml"
+    monkeypatch.setenv(configs.VARIABLE, str(path))
+    configs.forget()
+    yield path
+    configs.forget()
+
+
+def choose(**changes: Any) -> Config:
+    asked = {
+        "kernel": "forward",
+        "architecture": "sm_90",
+        "width": 100,
+        "v_width": 128,
+        "dtype": "bfloat16",
+        "mask_class": "none",
+    }
+    return configs.choose(**{**asked, **changes})
+
+
+def test_yours_come_first_and_only_where_they_fit(place: Path) -> None:
+    before = choose()
+    assert before != MINE.config
+    configs.write(place, [MINE])
+    configs.forget()
+    assert configs.yours() == (MINE,)
+    assert choose() == MINE.config
+    for other in (
+        {"kernel": "d_keys"},
+        {"architecture": "sm_80"},
+        {"v_width": 64, "width": 64},
+        {"dtype": "float32"},
+        {"mask_class": "mask"},
+    ):
+        assert choose(**other) != MINE.config
+
+
+def test_a_broken_file_is_left_aside_with_its_reason(place: Path) -> None:
+    before = choose()
+    place.parent.mkdir()
+    place.write_text("entries = [{ kernel = 3 }]", "utf-8")
+    configs.forget()
+    with pytest.warns(RuntimeWarning, match=re.escape(str(place))):
+        assert choose() == before
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('kernel = "forwards"', "`kernel` must be one of"),
+        ("rows = 48", "`rows` must be a power of two"),
+        ("keys = 8", "`keys` must be a power of two"),
+        ("stages = 0", "`stages` must be an int"),
+        ('classes = ["causal"]', "`classes` must be some of"),
+        ("colour = 3", "colour beside"),
+    ],
+)
+def test_entries_are_checked(line: str, said: str) -> None:
+    values = {"kernel": '"forward"', "on": '["any"]', "rows": "64", "keys": "64"}
+    values |= {"warps": "4", "stages": "1", "source": '"x"'}
+    name, _, value = line.partition(" = ")
+    raw = ", ".join(f"{n} = {v}" for n, v in {**values, name: value}.items())
+    with pytest.raises(ValueError, match=said):
+        configs.read(f"entries = [{{ {raw} }}]", "shipped")
+
+
+def test_an_entry_without_a_source_is_none() -> None:
+    with pytest.raises(ValueError, match="no source"):
+        configs.read('entries = [{ kernel = "delta", on = ["any"], rows = 16 }]', "shipped")
+
+
+def test_classes_follow_what_a_problem_has() -> None:
+    found = {name: sample.mask_class for name, sample in SAMPLES.items()}
+    assert found["plain"] == "none"
+    assert found["window"] == "positions"
+    assert found["table"] == found["documents"] == "mask"
+    assert found["softcap"] == found["scored documents"] == "score"
+    assert found["bias"] == found["dropout"] == found["everything"] == "more"
+    assert set(found.values()) == set(configs.CLASSES)
+
+
+def test_choosing_loads_no_triton() -> None:
+    code = (
+        "import sys\nfrom attn_core.kernels import configs\n"
+        "configs.choose('forward', 'sm_90', 64, 64, 'float16', 'none')\n"
+        "assert not {'triton', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "mask"),
+    [
+        ("causal()", masks.causal()),
+        ("causal() & window(255)", masks.causal() & masks.window(255)),
+        ("~prefix(3) | window(left=2, right=1)", ~masks.prefix(3) | masks.window(2, 1)),
+        ("q - k < 256", None),
+        ("causal() & (k % 2 == 0)", None),
+    ],
+)
+def test_masks_as_words(words: str, mask: Any) -> None:
+    found = kernel_words.mask_of(words)
+    if mask is not None:
+        assert found.tree == mask.tree
+    else:
+        assert text(found.tree) in ("q - k < 256", "(q >= k) & (k % 2 == 0)")
+
+
+def test_scores_as_words() -> None:
+    found = kernel_words.score_of(["softcap(5)", "s * 2.0 + tanh(s)"])
+    then = attn_core.score(lambda s, b, h, q, k: s * 2.0 + attn_core.tanh(s))
+    assert found.tree == scores.softcap(5).then(then).tree
+    assert kernel_words.score_of(["softcap(5)"]).tree == scores.softcap(5).tree
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("casual()", "Got 'casual'"),
+        ("causal() and window(3)", "by &, | and ~ alone"),
+        ("(q < 3) and (k < 2)", "a & b"),
+        ("window('a')", "the numbers it takes"),
+        ("prefix()", "the numbers it takes"),
+        ("ids[q] == ids[k]", "must"),
+        ("q <", "must be an expression"),
+        ("q.real < 3", "must look nothing up"),
+        ("__import__('os')", "Got '__import__'"),
+        ("q + k", "must"),
+    ],
+)
+def test_words_that_are_no_mask(words: str, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        kernel_words.mask_of(words)
+
+
+def test_the_command_shows_configurations(place: Path) -> None:
+    configs.write(place, [MINE])
+    configs.forget()
+    run = CliRunner().invoke(app, ["kernels", "configs"], env={"COLUMNS": "200"})
+    assert run.exit_code == 0, run.output
+    assert f"yours: 1 in {place}" in run.output
+    assert 'yours: on "a GPU"' in run.output
+    run = CliRunner().invoke(
+        app, ["kernels", "configs", "--target", "sm_90"], env={"COLUMNS": "200"}
+    )
+    assert run.output.count("forward") == len(configs.CLASSES)
+    run = CliRunner().invoke(app, ["kernels", "configs", "--target", "sm_90", "--dtype", "half"])
+    assert run.exit_code == 2
+
+
+triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is missing")
+
+
+@triton
+def test_the_command_shows_device_functions() -> None:
+    code = "from attn_core.cli import app; app()"
+    command = [sys.executable, "-c", code, "kernels", "show", "--mask", "causal() & window(255)"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "# mask: (q >= k) & (q - k <= 255)" in run.stdout
+    assert "# full tiles: neighbours" in run.stdout
+    assert "def function(b, h, q, k, row, operands):\n    c0 = q >= k\n" in run.stdout
+    run = subprocess.run(command[:5], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+
+
+@triton
+def test_the_command_compiles(tmp_path: Path) -> None:
+    where = tmp_path / "found.json"
+    code = "from attn_core.cli import app\nif __name__ == '__main__': app()"
+    program = tmp_path / "program.py"
+    program.write_text(code, "utf-8")
+    words = ["kernels", "compile", "--target", "sm_90", "--kernel", "delta", "--sample", "plain"]
+    words += ["--width", "64", "--dtype", "float16", "--json", str(where)]
+    run = subprocess.run(
+        [sys.executable, str(program), *words], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "1 compiled, 0 with problems" in run.stdout
+    (found,) = json.loads(where.read_text("utf-8"))["findings"]
+    assert found["kernel"] == "delta"
+    assert found["registers"] > 8
+    run = subprocess.run(
+        [sys.executable, str(program), "kernels", "compile", "--target", "h100"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2
+    assert "must be sm_NN" in run.stderr
