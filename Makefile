@@ -39,6 +39,9 @@ SUBJECTS := --backend numpy $(addprefix --backend ,$(FRAMEWORKS))
 # Asked for apart: a case asks for the weights too, and those a framework's own kernel never has.
 NATIVE := $(patsubst %,--subject %:native,$(filter torch jax,$(FRAMEWORKS)))
 
+# Kernels, in Triton's interpreter: what it can be trusted with, on any machine that has Triton.
+INTERPRETED := TRITON_INTERPRET=1 $(BIN)/attn-core conformance run --failures --subject torch:triton
+
 # One thread per test process, since pytest-xdist already fills the machine.
 PYTEST := OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/pytest -n $(JOBS)
 
@@ -57,6 +60,11 @@ test: $(STAMP)
 		if [ $$rc -eq 5 ]; then echo "no tests there"; elif [ $$rc -ne 0 ]; then exit $$rc; fi; \
 	done
 	$(BIN)/attn-core conformance run --form all --failures $(SUBJECTS) $(NATIVE)
+ifneq ($(filter torch,$(FRAMEWORKS)),)
+	@if $(BIN)/python -c "import triton" 2>/dev/null; then \
+		set -ex; $(INTERPRETED) --tier smoke; $(INTERPRETED) --case=-float16; \
+	else echo "triton is missing: its kernels were not judged"; fi
+endif
 ifneq ($(strip $(FRAMEWORKS)),)
 	$(BIN)/attn-core conformance run --tier smoke --failures \
 		$(foreach name,$(FRAMEWORKS),--subject $(name):reference)

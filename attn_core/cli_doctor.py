@@ -21,20 +21,33 @@ def lines() -> Iterator[str]:
             yield f"  {name}: not installed; pip install 'attn-core[{name}]'"
             continue
         # In a process of its own: two frameworks are never imported into one.
-        check = subprocess.run(
-            [sys.executable, "-c", f"from attn_core import registry; registry.load({name!r})"],
-            capture_output=True,
-            text=True,
-        )
-        last = (check.stderr.strip().splitlines() or ["no message"])[-1]
-        state = "ready" if check.returncode == 0 else f"broken: {last}"
+        broken, _ = _tried(f"from attn_core import registry; registry.load({name!r})")
+        state = f"broken: {broken}" if broken else "ready"
         yield f"  {name}: {_PACKAGES[name]} {found}, {state}"
+        if name == "torch" and not broken:
+            yield from _kernels()
     triton = _version("triton")
     if triton and _version("tensorflow") and not triton.startswith(("3.4", "3.5", "3.6")):
         yield (
             f"  triton {triton} aborts a process that imported TensorFlow first (3.7 to 3.9 do); "
             "3.6.0 does not."
         )
+
+
+def _kernels() -> Iterator[str]:
+    """What becomes of `impl="triton"`: whether kernels run here, and what to beware of."""
+    broken, said = _tried(
+        "from attn_core.backends.torch import probe; print(*probe.lines(), sep='\\n')"
+    )
+    for line in [f"triton: broken: {broken}"] if broken else said:
+        yield f"    {line}"
+
+
+def _tried(code: str) -> tuple[str, list[str]]:
+    """What was wrong, "" where nothing was, and the lines that were printed."""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
+    return (last if ran.returncode else ""), ran.stdout.splitlines()
 
 
 def _version(package: str) -> str | None:

@@ -48,8 +48,10 @@ OPTIONS = (
     *("mask", "bias", "scale", "causal", "window", "query_offset", "softcap", "slopes"),
     *("sinks", "kv_lengths", "q_lengths", "dropout", "layout"),
 )
-PARTIAL = ("native", "triton")
-"""Our implementations that call kernels which cannot answer every problem, nor every width."""
+PARTIAL = {"native": ("return_lse", "return_weights"), "triton": ("return_weights",)}
+"""Our implementations that call kernels, which cannot answer every problem, and what not each can
+return: those are asked for the rest.
+"""
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -158,22 +160,21 @@ class Subject:
 class Ours(Subject):
     """One of our backends: it is asked in its own words, and offers everything.
 
-    But for those implementations that call a framework's own kernel: they may refuse, and are asked
-    for `out` alone, since the weights are what such a kernel never has.
+    But for those implementations that call a kernel: they may refuse, and are not asked for the
+    weights, which a kernel never has.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def partial(self) -> bool:
-        """Whether it may refuse a problem: frameworks' own kernels cannot answer every one."""
+        """Whether it may refuse a problem: kernels cannot answer every one."""
         return self.options.get("impl") in PARTIAL
 
     def put(self, asked: Question) -> tuple[dict[str, Any], str]:
         call = {**asked.call, **self.options}
-        if self.partial:
-            call = {n: x for n, x in call.items() if not n.startswith("return_")}
-        return call, ""
+        lacks = PARTIAL.get(str(self.options.get("impl")), ())
+        return {n: x for n, x in call.items() if n not in lacks}, ""
 
 
 def subject(
@@ -256,7 +257,8 @@ def find(spec: str) -> Subject:
         from attn_core.api import attention
 
         options = {"impl": tail} if tail else {}
-        return Ours(spec, head, attention, widths=tail not in PARTIAL, options=options)
+        # A framework's own kernel wants values as wide as keys.
+        return Ours(spec, head, attention, widths=tail != "native", options=options)
     if not tail:
         from attn_core.conformance.peers import PEERS
 

@@ -7,9 +7,11 @@ score go in.
     forward.py     rows of queries along their live tiles of keys
     backward.py    the gradients, a kernel for each
     interpreter.py what Triton's interpreter needs under a new NumPy
+    configs.py     how large a tile is, by what is static
+    ahead.py       compiled ahead of time, without a GPU
+    hazards.py     known faults of the compilers below Triton
 
-No implementation answers with them in this version: `impl="triton"` is refused by every backend,
-with that reason, and never quietly answered by something else.
+torch calls them, as `impl="triton"` (`attn_core.backends.torch.triton`); no other framework does.
 """
 
 if __name__ == "kernels":

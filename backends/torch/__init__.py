@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from attn_core.api import attention
-from attn_core.backends.torch import accounts, chunked, native, reference
+from attn_core.backends.torch import accounts, chunked, native, reference, triton
 from attn_core.backends.torch import pytrees as _pytrees
 from attn_core.backends.torch.arrays import DTYPES
 from attn_core.backends.torch.documents import scaled_dot_product_attention
+from attn_core.backends.torch.tiles import constant
 from attn_core.check_positions import range_problem
 from attn_core.language.operands import Table
 from attn_core.language.values import Score
@@ -23,11 +24,21 @@ from attn_core.spec import Account, AttentionOutput, Facts, Operands, Plan, Prob
 __all__ = ["scaled_dot_product_attention"]
 
 NAME = "torch"
-IMPLEMENTATIONS = ("native", "chunked", "reference")
+IMPLEMENTATIONS = ("native", "chunked", "reference", "triton")
 FORMS = ("eager", "aot_eager", "inductor")
 
-_HANDLERS = {"native": native.attend, "chunked": chunked.attend, "reference": reference.attend}
-_REFUSALS = {"native": native.refusals, "chunked": chunked.refusals, "reference": lambda p: []}
+_HANDLERS = {
+    "native": native.attend,
+    "chunked": chunked.attend,
+    "reference": reference.attend,
+    "triton": triton.attend,
+}
+_REFUSALS = {
+    "native": native.refusals,
+    "chunked": chunked.refusals,
+    "reference": lambda p: [],
+    "triton": triton.refusals,
+}
 _NAMES = {
     getattr(torch, name): name
     for name in (
@@ -78,7 +89,9 @@ def refusals(problem: Problem, impl: str) -> list[str]:
     if impl not in IMPLEMENTATIONS:
         return [f"`impl` must be one of {', '.join(IMPLEMENTATIONS)} in backend torch. Got {impl}."]
     reasons = _REFUSALS[impl](problem)
-    if problem.precision == "highest" and problem.dtype == "float32":
+    # Kernels of ours multiply as they are told, whatever the switch.
+    own = impl == "triton"
+    if problem.precision == "highest" and problem.dtype == "float32" and not own:
         switch = torch.get_float32_matmul_precision()
         if switch != "highest":
             reasons.append(
@@ -89,6 +102,9 @@ def refusals(problem: Problem, impl: str) -> list[str]:
 
 
 def ranked(problem: Problem) -> tuple[str, ...]:
+    """Kernels first on a GPU, and last where they can only be interpreted."""
+    if problem.device == "cuda":
+        return ("triton", *[name for name in IMPLEMENTATIONS if name != "triton"])
     return IMPLEMENTATIONS
 
 
@@ -206,7 +222,9 @@ def _tensors(problem: Problem, operands: Operands, device: torch.device) -> Oper
 
     def tensor(x: Any) -> Any:
         if isinstance(x, tuple):
-            return torch.tensor(x, dtype=torch.int32, device=device)
+            if tracing():  # they may be symbols
+                return torch.tensor(x, dtype=torch.int32, device=device)
+            return constant(x, torch.int32, device)
         if isinstance(x, Table):
             dtype = {"bool": torch.bool, "int": torch.int32, "float": DTYPES[problem.accumulation]}
             return torch.tensor(x.values, dtype=dtype[x.kind], device=device).reshape(x.shape)

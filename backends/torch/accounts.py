@@ -7,6 +7,8 @@ of the loop's own there are the statistics of all rows and the keys and values o
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from attn_core.backends.torch import chunked, native, native_bands
@@ -22,18 +24,23 @@ _PHILOX = 20
 """Bytes of an entry of dropout's mask while it is made: words and their products are int64."""
 
 
+_TILE, _KEPT = 80, 4
+"""Bytes of a tile in the schedules of kernels: while they are made, and of one that is kept."""
+
 _KEYS = 512
 """That a thread of torch's fused kernel takes at once on a CPU."""
 
 
 def account(p: Problem, impl: str) -> Account:
-    products = p.dtype if impl == "native" else p.accumulation
-    numbers = (products, _lowered(products))
+    products = p.dtype if impl in ("native", "triton") else p.accumulation
+    numbers = (products, _fast(p) if impl == "triton" else _lowered(products))
     found = sizes(p)
     if found is None:
         return Account(None, None, None, *numbers)
     if impl == "native":
         return _native(p, found, numbers)
+    if impl == "triton":
+        return _triton(p, found, numbers)
     if impl == "chunked" and 0 not in found:
         return _chunked(p, found, numbers)
     return _reference(p, found, numbers)
@@ -143,6 +150,62 @@ def _bands(p: Problem, found: tuple[int, int, int]) -> tuple[int, int]:
     # Gradients are added up span by span, in memory of their own where entries have 16 bits.
     added = inputs * wide if narrow < wide else 0
     return selected + outputs, selected + gradients + added
+
+
+def _triton(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Account:
+    from attn_core.backends.torch import triton_call, triton_forward, triton_launch
+    from attn_core.kernels.configs import Config
+
+    batch, q_len, k_len = found
+    index = torch.cuda.current_device() if p.device == "cuda" else None
+    device = torch.device(p.device, index)
+    kind = triton_launch.Kind(
+        (p.width, p.v_width),
+        p.dtype,
+        mask="operands" if p.mask_operands else "positions" if p.mask else "",
+        lengths=p.kv_lengths or p.q_lengths,
+        score=p.score is not None,
+        more=p.bias is not None or p.rate > 0,
+    )
+
+    def config(kernel: str) -> Config:
+        return triton_launch.config(kernel, device, kind)
+
+    sizes = triton_forward.Sizes(batch, p.heads, p.kv_heads, q_len, k_len)
+    way = triton_forward.cut(sizes, config, device)
+    by_batch, by_head = differs(p)
+    maps = (batch if by_batch else 1) * (p.heads if by_head else 1)
+
+    moved = p.offset == "given" and p.mask is not None and p.mask.reads("q")
+    fixed = not (moved or p.kv_lengths or p.q_lengths or p.mask_operands)
+
+    def schedule(rows: int, keys: int) -> int:
+        grid = -(-q_len // rows) * -(-k_len // keys)
+        return (_KEPT if fixed and grid <= triton_call.KEPT else _TILE) * maps * grid
+
+    rows = batch * p.heads * q_len
+    parts = 0
+    if way.splits > 1:
+        parts = 4 * rows * way.splits * (p.v_width + 2)
+    forward = 9 * rows + schedule(way.rows, way.shape.keys) + parts
+    shapes = [config(kernel) for kernel in ("d_keys", "d_query")]
+    backward = 14 * rows + max(schedule(c.rows, c.keys) for c in shapes)
+    if p.sinks_dtype is not None:
+        backward += 12 * rows
+    if p.bias is not None:
+        spans = zip(p.bias, (batch, p.heads, q_len, k_len), strict=True)
+        backward += 4 * prod(n for yes, n in spans if yes)
+    tables = [shape for kind, shape in p.score_operands if kind.startswith(("float", "bfloat"))]
+    backward += sum(4 * prod(n or 1 for n in shape) for shape in tables)
+    if tables and torch.are_deterministic_algorithms_enabled():
+        backward = max(backward, _chunked(p, found, numbers).backward or 0)
+    return Account((way.rows, way.shape.keys), forward, max(forward, backward), *numbers)
+
+
+def _fast(p: Problem) -> tuple[str, str] | None:
+    """What `precision` allows kernels of ours to do to products of float32."""
+    allowed = p.dtype == "float32" and p.precision == "fast" and not torch.version.hip
+    return ("TF32", '`precision` is "fast"') if allowed else None
 
 
 def _split(rows: int) -> int:

@@ -25,6 +25,7 @@ from attn_core.backends.torch import native_tiles
 from attn_core.backends.torch.chunked_backward import Saved, Upstream, backward
 from attn_core.backends.torch.chunked_forward import forward
 from attn_core.backends.torch.chunked_parts import Ask, Work, operands_of, read, written
+from attn_core.backends.torch.tiles import constant
 from attn_core.registry import UnsupportedError
 from attn_core.spec import WIDTH, AttentionOutput, Operands, Problem
 
@@ -45,20 +46,21 @@ def refusals(p: Problem) -> list[str]:
     return []
 
 
-def attend(p: Problem, x: Operands, kernel: str = "") -> AttentionOutput:
-    """`kernel` as in `Ask`."""
+def attend(p: Problem, x: Operands, kernel: str = "", fast: bool = False) -> AttentionOutput:
+    """`kernel` and `fast` as in `Ask`."""
     seed = x.seed
     if isinstance(seed, tuple):
-        seed = torch.tensor(seed, dtype=torch.int64, device=x.query.device)
+        made = torch.tensor if torch.compiler.is_compiling() else constant
+        seed = made(seed, dtype=torch.int64, device=x.query.device)
     rest = (x.kv_lengths, x.q_lengths, x.query_offset, seed, *x.mask, *x.score)
     given = (x.query, x.key, x.value, x.bias, x.sinks, *rest)
     if torch.compiler.is_compiling():
         mask, score = _plain(p.mask), _plain(p.score)
-        extras = (p.return_lse, p.return_weights, kernel)
+        extras = (p.return_lse, p.return_weights, kernel, fast)
         text = written(p.layout, p.offset, p.rate, mask, score, len(x.mask), *extras)
         found = _forward_op(text, p.scale, *_packed(given))
     else:
-        extras = (p.return_lse, p.return_weights, kernel)
+        extras = (p.return_lse, p.return_weights, kernel, fast)
         ask = Ask(p.layout, p.offset, p.rate, p.mask, p.score, len(x.mask), *extras)
         found = _Attend.apply(ask, p.scale, len(x.mask), *given)
     return AttentionOutput(
@@ -123,9 +125,9 @@ def _forward(ask: Ask, scale: float, given: Sequence[Any]) -> tuple[Array, ...]:
     x = operands_of(ask, given)
     with _without_autocast(given[0]):
         if ask.kernel == "triton":
-            from attn_core.backends.torch import triton_kernels
+            from attn_core.backends.torch import triton_forward
 
-            return triton_kernels.forward(ask, scale, x)
+            return triton_forward.forward(ask, scale, x)
         found = native_tiles.forward(ask, scale, x) if ask.kernel else None
         if found is not None:
             return found
@@ -149,9 +151,9 @@ def _backward(
     kernel = ask.kernel and sums_wide(group, str(x.query.dtype).removeprefix("torch."))
     with _without_autocast(given[0]):
         if ask.kernel == "triton":
-            from attn_core.backends.torch import triton_kernels
+            from attn_core.backends.torch import triton_backward
 
-            return triton_kernels.backward(ask, scale, x, Saved(*saved), up, wanted)
+            return triton_backward.backward(ask, scale, x, Saved(*saved), up, wanted)
         if kernel and up.lse is None and up.out is not None:
             found = native_tiles.backward(ask, scale, x, Saved(*saved), up.out, wanted)
             if found is not None:
@@ -351,7 +353,7 @@ def _grads_batched(
 def _refused(what: str) -> UnsupportedError:
     return UnsupportedError(
         f'{what} impl="reference". Got one that has the first derivative only, backwards: '
-        "chunked, or native."
+        "chunked, native or triton."
     )
 
 

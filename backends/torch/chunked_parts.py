@@ -52,6 +52,7 @@ class Ask:
         lse, weights: whether they are returned.
         kernel: "" for products and softmax of our own, or how torch's fused kernel is asked:
             "full", "causal" or "tiles" (`native_tiles`), or "triton" for kernels of our own.
+        fast: whether those may multiply float32 as TF32.
     """
 
     layout: str
@@ -63,6 +64,7 @@ class Ask:
     lse: bool
     weights: bool
     kernel: str = ""
+    fast: bool = False
 
     def written(self) -> str:
         """As text, which is how it enters an operator: `read` is the way back."""
@@ -76,6 +78,7 @@ class Ask:
             self.lse,
             self.weights,
             self.kernel,
+            self.fast,
         )
 
 
@@ -89,6 +92,7 @@ def written(
     lse: bool,
     weights: bool,
     kernel: str,
+    fast: bool,
 ) -> str:
     """The text of an `Ask`; trees come as plain tuples (steps, results).
 
@@ -97,7 +101,7 @@ def written(
     trees = [
         tree and text(Tree(tuple([Step(*s) for s in tree[0]]), tree[1])) for tree in (mask, score)
     ]
-    return repr((layout, offset, rate, *trees, masks, lse, weights, kernel))
+    return repr((layout, offset, rate, *trees, masks, lse, weights, kernel, fast))
 
 
 @lru_cache(maxsize=512)

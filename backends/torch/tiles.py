@@ -5,12 +5,48 @@ The names and their order are those of `attn_core.language.rules.Host`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 Array = Any
+
+
+def constant(x: Any, dtype: torch.dtype, device: torch.device) -> Array:
+    """Host integers or a boolean as a tensor.
+
+    Copying them to a device would wait for it, and is not allowed while a CUDA graph is captured:
+    there they are made on the device, as runs of equal steps.
+    """
+    if device.type == "cpu":
+        return torch.as_tensor(x, dtype=dtype)
+    x = np.asarray(x)
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
+    if not x.ndim:
+        return torch.full((), x.item(), **options)
+    runs = [_run(*run, options) for run in _runs(x.reshape(-1).tolist())]
+    flat = torch.cat(runs) if len(runs) > 1 else runs[0] if runs else torch.empty(0, **options)
+    return flat.reshape(x.shape)
+
+
+def _runs(x: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(first, step, count) of neighbours that are apart by the same step."""
+    at = 0
+    while at < len(x):
+        stop = at + 1
+        step = x[stop] - x[at] if stop < len(x) else 0
+        while stop < len(x) and x[stop] - x[stop - 1] == step:
+            stop += 1
+        yield x[at], step, stop - at
+        at = stop
+
+
+def _run(first: int, step: int, count: int, options: dict[str, Any]) -> Array:
+    if not step:
+        return torch.full((count,), first, **options)
+    return torch.arange(first, first + step * count, step, **options)
 
 
 class Tiles:
@@ -41,9 +77,13 @@ class Tiles:
         return torch.cat(list(parts), axis)
 
     def index(self, x: Any) -> Array:
-        return torch.as_tensor(x, dtype=torch.int32, device=self.device)
+        if isinstance(x, torch.Tensor):
+            return x.to(self.device, torch.int32)
+        return constant(x, torch.int32, self.device)
 
     def array(self, x: Any) -> Array:
+        if isinstance(x, bool):
+            return constant(x, torch.bool, self.device)
         x = torch.as_tensor(x, device=self.device)
         return x if x.dtype in (torch.bool, torch.int64) else x.to(torch.int32)
 

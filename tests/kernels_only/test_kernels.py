@@ -4,28 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from kernel_calls import by_kernel, compare, draw, found
 
 import attn_core
-import attn_core.kernels.interpreter
-from attn_core import Dropout, attention, masks, registry, scores
-from attn_core.api import stated
-from attn_core.backends.torch import chunked
-from attn_core.spec import as_output
+from attn_core import Dropout, masks, scores
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKEND = registry.load("torch")
 B, HQ, HK, TQ, TK, D = 2, 4, 2, 70, 90, 24
 """Over the ends of tiles of 64, of widths that no product takes as they are."""
-
-_RNG = torch.Generator().manual_seed(11)
-
-
-def draw(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=_RNG).to(DEVICE)
-
 
 QUERY, KEY, VALUE = draw(B, HQ, TQ, D), draw(B, HK, TK, D), draw(B, HK, TK, D)
 SLOPES, TABLE, SINKS = draw(HQ).abs(), draw(16, HQ), draw(HQ)
@@ -77,57 +64,6 @@ CASES: dict[str, dict[str, Any]] = {
         "dropout": Dropout(0.2, 5),
     },
 }
-
-
-def by_kernel(**arguments: Any) -> Any:
-    backend, problem, operands, _ = stated({**arguments, "return_lse": True})
-    tensors = backend._tensors(problem, operands, torch.device(DEVICE))
-    with np.errstate(all="ignore"):  # the interpreter computes with NumPy
-        return chunked.attend(problem, tensors, "triton")
-
-
-def by_reference(**arguments: Any) -> Any:
-    return as_output(attention(**arguments, return_lse=True, impl="reference"))
-
-
-def found(call: Any, given: dict[str, Any], up: torch.Tensor, up_lse: torch.Tensor) -> list[Any]:
-    """out, lse and the gradients of whatever has one."""
-    given = dict(given)
-    leaves = []
-    for name in ("query", "key", "value", "bias", "sinks"):
-        if name in given:
-            given[name] = given[name].detach().requires_grad_()
-            leaves.append(given[name])
-    if "score" in given:
-        tables = [t.detach().requires_grad_() for t in given["score"].arrays]
-        given["score"] = type(given["score"])(given["score"].tree, tuple(tables))
-        leaves += tables
-    output = call(**given)
-    finite = output.lse.isfinite()
-    loss = (output.out * up).sum() + torch.where(finite, output.lse * up_lse, 0.0).sum()
-    with np.errstate(all="ignore"):
-        return [output.out.detach(), output.lse.detach(), *torch.autograd.grad(loss, leaves)]
-
-
-def widened(x: Any) -> Any:
-    if isinstance(x, torch.Tensor) and x.is_floating_point():
-        return x.double()
-    if isinstance(x, attn_core.Score):
-        return type(x)(x.tree, tuple(widened(t) for t in x.arrays))
-    return x
-
-
-def compare(given: dict[str, Any], tolerance: float) -> None:
-    rows = given["query"].shape[1 if given.get("layout") == "BTHD" else 2]
-    up_lse = draw(B, HQ, rows)
-    shape = (*given["query"].shape[:3], given["value"].shape[3])
-    up = draw(*shape).to(given["query"].dtype)
-    got = found(by_kernel, given, up, up_lse)
-    wide = {name: widened(x) for name, x in given.items()}
-    want = found(by_reference, wide, up.double(), up_lse.double())
-    for a, b in zip(got, want, strict=True):
-        spread = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * max(1.0, spread))
 
 
 @pytest.mark.parametrize("name", CASES)

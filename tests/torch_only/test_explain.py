@@ -9,8 +9,8 @@ import pytest
 import torch
 from explain_cases import FLOAT32, WIDENED, counted, keys_of, near
 from support import seen
-from torch._C._profiler import _EventType
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch_memory import peak
 
 import attn_core
 from attn_core import Dropout, attention, explain, masks, registry, scores
@@ -110,29 +110,6 @@ def test_values_that_nobody_has_yet() -> None:
 
 
 # --- Bytes. ---------------------------------------------------------------------------------------
-
-
-def peak(call: Any) -> int:
-    """Most bytes that torch's allocator held at once, beyond those from before."""
-    call()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        kept = call()
-    events = []
-
-    def walk(nodes: Any) -> None:
-        for event in nodes:
-            if event.tag == _EventType.Allocation:
-                events.append((event.start_time_ns, event.extra_fields.alloc_size))
-            walk(event.children)
-
-    walk(profile.profiler.kineto_results.experimental_event_tree())
-    del kept
-    now = most = 0
-    for _, change in sorted(events, key=lambda event: event[0]):
-        now += change
-        most = max(most, now)
-    return most
 
 
 @pytest.mark.parametrize(

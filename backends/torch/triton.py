@@ -1,0 +1,43 @@
+"""Our own kernels, in Triton: any mask and score of the language compiled in, forward and backward.
+
+    out, m, log l = one kernel        dK and dV, dQ, dbias = one kernel each
+
+They are bound as `chunked` is: the same operators, opaque to torch.compile, hand the work to
+kernels instead of a loop in Python. This module loads no triton; `probe` says whether it may be
+loaded and whether kernels run here.
+"""
+
+from __future__ import annotations
+
+from attn_core.backends.torch import chunked, probe
+from attn_core.spec import AttentionOutput, Operands, Problem
+
+WIDEST = 256
+"""Columns of query, key or value: a tile of more has no room in a multiprocessor."""
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def refusals(p: Problem) -> list[str]:
+    reasons = []
+    wrong = probe.problem(p.device)
+    if wrong:
+        reasons.append(wrong)
+    if p.dtype not in _DTYPES:
+        reasons.append(f"the dtype must be one of {', '.join(_DTYPES)}. Got {p.dtype}.")
+    if p.dtype == "bfloat16" and p.device == "cpu":
+        reasons.append(
+            "the dtype must be float32 or float16 in Triton's interpreter, which multiplies "
+            "bfloat16 wrongly. Got bfloat16."
+        )
+    if p.width > WIDEST or p.v_width > WIDEST:
+        reasons.append(f"D and Dv must be at most {WIDEST}. Got {p.width} and {p.v_width}.")
+    if p.return_weights:
+        reasons.append("`return_weights` must be left out: kernels keep no weights. Got True.")
+    if 0 in (p.batch, p.q_len, p.k_len):
+        reasons.append(f"B, Tq and Tk must be at least 1. Got {p.batch}, {p.q_len}, {p.k_len}.")
+    return reasons + chunked.refusals(p)
+
+
+def attend(p: Problem, x: Operands) -> AttentionOutput:
+    return chunked.attend(p, x, "triton", fast=p.precision == "fast")

@@ -1,0 +1,185 @@
+"""The backward kernels on torch tensors: one to each gradient, each with tiles of its own.
+
+Gradients of the arrays that a score looks up are added by atomics, in an order that no two runs
+share. Where torch is asked for deterministic algorithms, `chunked` adds them instead, in one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from triton import cdiv
+
+from attn_core.backends.torch import chunked_backward
+from attn_core.backends.torch import triton_launch as launcher
+from attn_core.backends.torch.chunked_backward import Saved, Upstream
+from attn_core.backends.torch.chunked_parts import Ask, Work
+from attn_core.backends.torch.triton_call import (
+    Call,
+    arguments,
+    device_function,
+    map_strides,
+    neighbours,
+    spanned,
+    tiled,
+)
+from attn_core.kernels import backward as _kernels
+from attn_core.language.duals import Derivative, differentiate
+from attn_core.spec import Operands
+
+Array = Any
+
+_TABLES = 5
+"""Gradients before those of a score's operands: query, key, value, bias, sinks."""
+
+
+def backward(
+    ask: Ask, scale: float, x: Operands, saved: Saved, up: Upstream, wanted: Sequence[bool]
+) -> list[Array]:
+    """Gradients of query, key, value, bias, sinks and the score's operands, those wanted."""
+    with launcher.launching("backward", ask, x):
+        # Ids and the like have none, wherever they are looked up.
+        tables = any(wanted[_TABLES:])
+        apart = tables and torch.are_deterministic_algorithms_enabled()
+        here = [*wanted[:_TABLES], *[yes and not apart for yes in wanted[_TABLES:]]]
+        found = _Backward(ask, scale, x, saved, up).found(here)
+        if apart:
+            rest = [False] * _TABLES + list(wanted[_TABLES:])
+            found += chunked_backward.backward(Work(ask, scale, x), saved, up, rest)
+        return found
+
+
+class _Backward:
+    """One backward pass: what all of its kernels are told."""
+
+    def __init__(self, ask: Ask, scale: float, x: Operands, saved: Saved, up: Upstream) -> None:
+        self.x, self.saved = x, saved
+        self.c = c = Call(ask, scale, x)
+        d_out = torch.zeros_like(saved.out) if up.out is None else up.out
+        g, o = c.heads_first(d_out), c.heads_first(saved.out)
+        self.t = t = torch.empty_like(saved.m)
+        alive = saved.alive.contiguous().view(torch.int8)
+        d_lse = t if up.lse is None else up.lse.to(torch.float32).contiguous()
+        shape = c.config("delta")
+        tiles = cdiv(c.q_len, shape.rows)
+        launcher.launch(
+            *(_kernels.delta, tiles * c.batch * c.heads, shape),
+            *(o, g, d_lse, alive, saved.log_l, t, o.stride(), g.stride()),
+            *(c.heads, c.q_len, tiles),
+            DV=c.v_width,
+            PAD_V=c.options["PAD_V"],
+            M=shape.rows,
+            LSE=up.lse is not None,
+        )
+        self.statistics = (saved.m, saved.log_l, t, alive)
+        bias, seed = (c.bias,), (c.seed,)  # either tuples stand in a tuple, or none
+        self.arrays = (arguments(x.mask), arguments(x.score), bias, c.bias_strides, seed)
+        self.sizes = (c.heads, c.group, c.q_len, c.k_len)
+        self.derivative: Derivative | None = None
+        if ask.score is not None:
+            self.derivative = differentiate(ask.score)
+        tree = self.derivative and self.derivative.tree
+        self.options = {**c.options, "SCORE": device_function(tree, x.score, score=True)}
+        self.given = (c.q, c.k, c.v, g)
+        self.strides = (c.q.stride(), g.stride(), c.k.stride(), c.v.stride())
+
+    def found(self, wanted: Sequence[bool]) -> list[Array]:
+        found: dict[int, Array] = {}
+        if wanted[1] or wanted[2]:
+            found[1], found[2] = self.keys()
+        if wanted[0] or any(wanted[_TABLES:]):
+            found[0], tables = self.query(any(wanted[_TABLES:]))
+            found |= {_TABLES + n: table for n, table in enumerate(tables)}
+        if wanted[3]:
+            found[3] = self.bias()
+        if wanted[4]:
+            found[4] = self.sinks()
+        return [found[n] for n, yes in enumerate(wanted) if yes]
+
+    def keys(self) -> tuple[Array, Array]:
+        c, x = self.c, self.x
+        dk, dv = (torch.empty(a.shape, dtype=a.dtype, device=c.device) for a in (x.key, x.value))
+        dk_h, dv_h = c.heads_first(dk), c.heads_first(dv)
+        shape = c.config("d_keys")
+        schedule = c.schedule(shape.rows, shape.keys, columns=True)
+        tiles = cdiv(c.k_len, shape.keys)
+        q, k, v, g = self.given
+        (q, g, k, v), described = tiled(shape, (q, g), (k, v))
+        launcher.launch(
+            *(_kernels.d_keys, tiles * c.batch * c.kv_heads, shape),
+            *(q, k, v, g, dk_h, dv_h, self.statistics, self.arrays, c.numbers, c.lengths),
+            *(tuple(schedule), (*self.strides, dk_h.stride(), dv_h.stride()), c.length_strides),
+            *(map_strides(schedule), *self.sizes, tiles, schedule.order.shape[-1]),
+            M=shape.rows,
+            N=shape.keys,
+            BIAS=x.bias is not None,
+            RUN=neighbours(c.ask.mask, "q", "row"),
+            DESCRIPTORS=described,
+            **self.options,
+        )
+        return dk, dv
+
+    def query(self, tables: bool) -> tuple[Array, list[Array]]:
+        """dQ, and the gradients of the score's arrays where they are asked for."""
+        c, x = self.c, self.x
+        sites = self.derivative.sites if tables and self.derivative is not None else ()
+        dq = torch.empty(x.query.shape, dtype=c.q.dtype, device=c.device)
+        dq_h = c.heads_first(dq)
+        # Of an empty table nothing is looked up, but a place to add to there must be.
+        sizes = [a.shape if a.numel() else (1,) * a.dim() for a in x.score]
+        into = [torch.zeros(n, dtype=torch.float32, device=c.device) for n in sizes]
+        places = [n for s in sites for n in (into[s.operand], *into[s.operand].shape)]
+        shape = c.config("d_query")
+        schedule = c.schedule(shape.rows, shape.keys)
+        tiles = cdiv(c.q_len, shape.rows)
+        q, k, v, g = self.given
+        (k, v), described = tiled(shape, (), (k, v))
+        launcher.launch(
+            *(_kernels.d_query, tiles * c.batch * c.heads, shape),
+            *(q, k, v, g, dq_h, self.statistics, self.arrays, c.numbers, c.lengths),
+            *(tuple(schedule), (*self.strides, dq_h.stride()), tuple(places), c.length_strides),
+            *(map_strides(schedule), *self.sizes, tiles, schedule.order.shape[-1]),
+            M=shape.rows,
+            N=shape.keys,
+            BIAS=x.bias is not None,
+            SITES=_kernels.sites_of(s.indices for s in sites),
+            RUN=neighbours(c.ask.mask, "k"),
+            DESCRIPTORS=described,
+            **self.options,
+        )
+        pairs = zip(into, x.score, strict=True)
+        return dq, [g.to(a.dtype) if a.numel() else torch.zeros_like(a) for g, a in pairs]
+
+    def bias(self) -> Array:
+        c, x = self.c, self.x
+        bias = x.bias if x.bias.dim() == 4 else x.bias[None, None]
+        into = torch.empty(bias.shape, dtype=torch.float32, device=c.device)
+        shape = c.config("d_bias")
+        spans = [n > 1 for n in bias.shape]
+        tall, wide = cdiv(c.q_len, shape.rows), cdiv(c.k_len, shape.keys)
+        options = {**self.options, **dict(zip(("B", "H", "ROWS", "KEYS"), spans, strict=True))}
+        programs = 1
+        for yes, n in zip(spans, (c.batch, c.heads, tall, wide), strict=True):
+            programs *= n if yes else 1
+        launcher.launch(
+            *(_kernels.d_bias, programs, shape),
+            *(*self.given, into, self.statistics, self.arrays, c.numbers, c.lengths),
+            *(self.strides, spanned(into), c.length_strides, c.batch, *self.sizes, tall, wide),
+            M=shape.rows,
+            N=shape.keys,
+            **options,
+        )
+        return into.view(x.bias.shape).to(x.bias.dtype)
+
+    def sinks(self) -> Array:
+        """(d lse - delta) times the sink's weight, which is what t is the negative of."""
+        c, x = self.c, self.x
+        sinks = x.sinks.to(torch.float32)[:, None]
+        weight = torch.exp((sinks - self.saved.m) - self.saved.log_l)
+        if c.q_lengths is not None:
+            row = torch.arange(c.q_len, device=c.device)
+            weight = torch.where(row < c.q_lengths[:, None, None], weight, 0.0)
+        moved = torch.where(sinks == -torch.inf, 0.0, -self.t * weight)
+        return moved.sum((0, 2)).to(x.sinks.dtype)

@@ -1,0 +1,173 @@
+"""The forward kernel on torch tensors: how it is cut up, and what it is launched with.
+
+Many queries are cut into tiles of rows, a program to each. Few (decoding) leave most of a GPU
+idle so, and spend their time on reading keys; then
+
+    rows of a tile   are those of all heads of a group, which read the same keys once
+    keys             are shared out among as many programs as fill the device, whose parts `combine`
+                     puts together
+
+as the sizes and the device say, which are known before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from triton import cdiv, next_power_of_2
+
+from attn_core.backends.torch import triton_launch as launcher
+from attn_core.backends.torch.chunked_parts import Ask
+from attn_core.backends.torch.triton_call import (
+    Call,
+    arguments,
+    device_function,
+    map_strides,
+    neighbours,
+    tiled,
+)
+from attn_core.kernels import forward as _kernels
+from attn_core.kernels.configs import Config
+from attn_core.spec import Operands
+
+Array = Any
+
+FEW = 16
+"""Queries up to which heads are packed and keys are split."""
+
+_NORMAL = 2.0**-126
+"""The least normal float32: a scale below it would be 0, and 0 times -inf NaN."""
+
+_PROGRAMS = 2
+"""To each multiprocessor, about, before splitting keys further gains nothing."""
+
+_SHARE, _MOST = 2, 128
+"""Tiles of keys that a split has at least, and splits at most."""
+
+
+class Cut(NamedTuple):
+    """How a call is cut up.
+
+    Attributes:
+        shape: of the launch; its rows are `pack` times those of one head.
+        pack: heads of a group in one tile, a power of two; 1 where they are not packed.
+        splits: programs that share the keys of one tile of rows, a power of two.
+    """
+
+    shape: Config
+    pack: int
+    splits: int
+
+    @property
+    def rows(self) -> int:
+        """Of one head in a tile."""
+        return self.shape.rows // self.pack
+
+
+class Sizes(NamedTuple):
+    """B, Hq, Hk, Tq and Tk."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    k_len: int
+
+
+class _Rows(NamedTuple):
+    """(B, Hq, Tq): m and log l, float32, and whether the row may see a key, boolean."""
+
+    m: Array
+    log_l: Array
+    alive: Array
+
+
+def cut(sizes: Sizes, config: Callable[[str], Config], device: torch.device) -> Cut:
+    """How a call is cut up, by its sizes and its device; `config` gives the shape of a kernel."""
+    if sizes.q_len > FEW:
+        return Cut(config("forward"), 1, 1)
+    shape, group = config("decode"), sizes.heads // sizes.kv_heads
+    rows, pack = next_power_of_2(sizes.q_len), next_power_of_2(group)
+    if rows * pack > shape.rows:
+        pack = 1
+    shape = replace(shape, rows=max(16, rows * pack))
+    programs = sizes.batch * (sizes.heads if pack == 1 else sizes.kv_heads)
+    return Cut(shape, pack, splits(programs, cdiv(sizes.k_len, shape.keys), device))
+
+
+def splits(programs: int, tiles: int, device: torch.device) -> int:
+    """Programs for each of `programs`, so that together they fill the device: a power of two."""
+    room = min(_PROGRAMS * launcher.processors(device) // programs, tiles // _SHARE, _MOST)
+    return 1 << (max(1, room).bit_length() - 1)
+
+
+def forward(ask: Ask, scale: float, x: Operands) -> tuple[Array, ...]:
+    """out, lse, weights (none), m, log l and alive, as `chunked_forward.forward`."""
+    with launcher.launching("forward", ask, x):
+        c = Call(ask, scale, x)
+        out = torch.empty((*x.query.shape[:3], c.v_width), dtype=c.q.dtype, device=c.device)
+        m = torch.empty((c.batch, c.heads, c.q_len), dtype=torch.float32, device=c.device)
+        rows = _Rows(m, torch.empty_like(m), torch.empty_like(m, dtype=torch.bool))
+        sizes = Sizes(c.batch, c.heads, c.kv_heads, c.q_len, c.k_len)
+        way = cut(sizes, c.config, c.device)
+        if way.splits == 1:
+            _rows_of(c, way, c.heads_first(out), rows)
+        else:
+            _parts_of(c, way, c.heads_first(out), rows)
+        lse = m.new_empty(0)
+        if ask.lse:
+            lse = torch.where(rows.log_l == torch.inf, -torch.inf, rows.m + rows.log_l)
+        return out, lse, x.query.new_empty(0), *rows
+
+
+def _parts_of(c: Call, way: Cut, o: Array, rows: _Rows) -> None:
+    sizes = (c.batch, c.heads, way.splits, c.q_len)
+    m = torch.empty(sizes, dtype=torch.float32, device=c.device)
+    total, parts = torch.empty_like(m), m.new_empty((*sizes, c.v_width))
+    _rows_of(c, way, parts, _Rows(m, total, rows.alive))
+    shape = c.config("combine")
+    tall = min(shape.rows, next_power_of_2(c.q_len))
+    tiles = cdiv(c.q_len, tall)
+    launcher.launch(
+        *(_kernels.combine, tiles * c.batch * c.heads, shape),
+        *(parts, m, total, o, rows.m, rows.log_l, rows.alive.view(torch.int8)),
+        *(c.sinks, c.lengths[1], c.length_strides[1], o.stride(), c.heads, c.q_len, tiles),
+        DV=c.v_width,
+        PAD_V=c.options["PAD_V"],
+        M=tall,
+        SPLITS=way.splits,
+        SINKS=c.x.sinks is not None,
+        Q_LENGTHS=c.options["Q_LENGTHS"],
+    )
+
+
+def _rows_of(c: Call, way: Cut, o: Array, rows: _Rows) -> None:
+    ask, x = c.ask, c.x
+    schedule = c.schedule(way.rows, way.shape.keys)
+    tiles = cdiv(c.q_len, way.rows)
+    packs = c.heads if way.pack == 1 else c.kv_heads
+    plain = ask.score is None and x.bias is None
+    (k, v), described = tiled(way.shape, (), (c.k, c.v))
+    launcher.launch(
+        *(_kernels.forward, tiles * c.batch * packs * way.splits, way.shape),
+        *(c.q, k, v, o, rows.m, rows.log_l, rows.alive.view(torch.int8)),
+        *(c.bias, c.sinks, *c.lengths, c.seed, *schedule),
+        *(arguments(x.mask), arguments(x.score), *c.numbers),
+        *(c.q.stride(), c.k.stride(), c.v.stride(), o.stride(), c.bias_strides),
+        *(c.length_strides, map_strides(schedule), c.heads, c.group, c.q_len, c.k_len),
+        *(tiles, schedule.order.shape[-1]),
+        M=way.shape.rows,
+        N=way.shape.keys,
+        PACK=way.pack,
+        SPLITS=way.splits,
+        SCORE=device_function(ask.score, x.score, score=True),
+        BIAS=x.bias is not None,
+        SINKS=x.sinks is not None,
+        LATE=plain and _NORMAL <= c.scale <= 1 / _NORMAL,
+        RUN=neighbours(ask.mask, "k"),
+        DESCRIPTORS=described,
+        **c.options,
+    )

@@ -1,0 +1,131 @@
+"""Launching a kernel: on the device and stream of its tensors, with the shape from the table.
+
+Triton launches on torch's current device and on that device's current stream, so a launch is made
+inside a guard for the tensors' own device, as torch's operations do. Nothing here waits for a
+device, and whether an error that comes up later belongs to a launch is torch's to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+
+from attn_core.backends.torch.chunked_parts import Ask
+from attn_core.kernels import configs, interpreter
+from attn_core.kernels import forward as _forward
+from attn_core.kernels.configs import Config
+from attn_core.language.text import text
+from attn_core.spec import Operands
+
+INTERPRETED = not isinstance(_forward.forward, triton.JITFunction)
+"""Whether kernels run in Triton's interpreter: decided when they were defined, at import."""
+
+assert interpreter  # imported for what it does
+
+
+def consistent() -> bool:
+    """Whether Triton's own device functions and ours are of one kind.
+
+    They are not where TRITON_INTERPRET was set or cleared after triton had been imported.
+    """
+    return INTERPRETED is not isinstance(triton.language.cdiv, triton.JITFunction)
+
+
+@lru_cache(maxsize=64)
+def architecture(device: torch.device) -> str:
+    """As the table of configurations knows it."""
+    if INTERPRETED:
+        return "interpreter"
+    found = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(found.gcnArchName).split(":")[0]
+    return f"sm_{found.major}{found.minor}"
+
+
+@lru_cache(maxsize=64)
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors, or compute units."""
+    if INTERPRETED:
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def keeping(device: torch.device) -> bool:
+    """Whether what is made on a device may be kept for later calls: on its default stream only.
+
+    Another stream would have to wait for it; and on others CUDA graphs are warmed up and captured,
+    whose memory must hold nothing that lives on.
+    """
+    return INTERPRETED or not torch.cuda.current_stream(device).cuda_stream
+
+
+class Kind(NamedTuple):
+    """What the table of configurations is asked by, beside the kernel.
+
+    Attributes:
+        widths: D and Dv.
+        dtype: of query.
+        mask: "", "positions" (of those alone) or "operands" (it looks arrays up).
+        lengths, score: whether they are given.
+        more: whether there is a bias, or dropout.
+    """
+
+    widths: tuple[int, int]
+    dtype: str
+    mask: str
+    lengths: bool
+    score: bool
+    more: bool
+
+
+@lru_cache(maxsize=1024)
+def config(kernel: str, device: torch.device, kind: Kind) -> Config:
+    """The shape of a kernel's launch."""
+    mask_class = configs.class_of(
+        mask=bool(kind.mask) or kind.lengths,
+        beside=kind.score or kind.more,
+        positions=kind.mask == "positions" and not kind.lengths,
+        score=kind.score and not kind.more,
+    )
+    return configs.choose(kernel, architecture(device), *kind.widths, kind.dtype, mask_class)
+
+
+def launch(kernel: Any, programs: int, shape: Config, *args: Any, **options: Any) -> None:
+    """`programs` along the grid's first axis, the only one that may exceed 65,535."""
+    kernel[(programs,)](*args, **options, **shape.launch)
+
+
+@contextmanager
+def launching(what: str, ask: Ask, x: Operands) -> Iterator[None]:
+    """The device's guard; and whatever is raised within says of which problem."""
+    device = x.query.device
+    with ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        if INTERPRETED:  # it computes with NumPy, which warns of what the kernels mean
+            stack.enter_context(np.errstate(all="ignore"))
+        try:
+            yield
+        except Exception as error:
+            error.add_note(_note(what, ask, x))
+            raise
+
+
+def _note(what: str, ask: Ask, x: Operands) -> str:
+    arrays = ", ".join(
+        f"{name} {tuple(t.shape)}"
+        for name, t in zip(Operands._fields[:5], x[:5], strict=True)
+        if t is not None
+    )
+    said = [
+        f"{name} {text(tree)}" for name, tree in (("mask", ask.mask), ("score", ask.score)) if tree
+    ]
+    dtype = str(x.query.dtype).removeprefix("torch.")
+    place = f"{dtype} in {ask.layout} on {x.query.device}"
+    return f'attn_core: {what} of impl="triton": {"; ".join([f"{arrays}, {place}", *said])}'

@@ -1,0 +1,71 @@
+"""The kernels and the reference asked the same thing, for tests of kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import attn_core
+from attn_core import attention
+from attn_core.spec import as_output
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_RNG = torch.Generator().manual_seed(11)
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=_RNG).to(DEVICE)
+
+
+def by_kernel(**arguments: Any) -> Any:
+    return as_output(attention(**arguments, return_lse=True, impl="triton"))
+
+
+def by_reference(**arguments: Any) -> Any:
+    return as_output(attention(**arguments, return_lse=True, impl="reference"))
+
+
+def found(call: Any, given: dict[str, Any], up: torch.Tensor, up_lse: torch.Tensor) -> list[Any]:
+    """out, lse and the gradients of whatever has one."""
+    given = dict(given)
+    leaves = []
+    for name in ("query", "key", "value", "bias", "sinks"):
+        if name in given:
+            given[name] = given[name].detach().requires_grad_()
+            leaves.append(given[name])
+    if "score" in given:
+        tables = [t.detach().requires_grad_() for t in given["score"].arrays]
+        given["score"] = type(given["score"])(given["score"].tree, tuple(tables))
+        leaves += tables
+    output = call(**given)
+    finite = output.lse.isfinite()
+    loss = (output.out * up).sum() + torch.where(finite, output.lse * up_lse, 0.0).sum()
+    return [output.out.detach(), output.lse.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def widened(x: Any) -> Any:
+    if isinstance(x, torch.Tensor) and x.is_floating_point():
+        return x.double()
+    if isinstance(x, attn_core.Score):
+        return type(x)(x.tree, tuple(widened(t) for t in x.arrays))
+    return x
+
+
+def compare(given: dict[str, Any], tolerance: float) -> None:
+    """The kernels' outputs and gradients are the reference's in float64, as far as sums round.
+
+    The tolerance is of the largest entry of each, where that is above 1.
+    """
+    batch, heads, rows = given["query"].shape[:3]
+    if given.get("layout") == "BTHD":
+        heads, rows = rows, heads
+    up_lse = draw(batch, heads, rows)
+    shape = (*given["query"].shape[:3], given["value"].shape[3])
+    up = draw(*shape).to(given["query"].dtype)
+    got = found(by_kernel, given, up, up_lse)
+    wide = {name: widened(x) for name, x in given.items()}
+    want = found(by_reference, wide, up.double(), up_lse.double())
+    for a, b in zip(got, want, strict=True):
+        spread = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * max(1.0, spread))

@@ -1,0 +1,440 @@
+"""The kernels behind `impl="triton"`: operators, transforms, autocast, switches, errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from kernel_calls import DEVICE, compare, draw
+from torch.func import grad, hessian, jvp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import attn_core
+from attn_core import Dropout, UnsupportedError, attention, explain, masks, registry, scores
+from attn_core.backends.torch import (
+    chunked,
+    triton_backward,
+    triton_call,
+    triton_forward,
+    triton_launch,
+)
+from attn_core.backends.torch.chunked_backward import Saved, Upstream
+from attn_core.backends.torch.chunked_parts import Ask, read
+from attn_core.conformance import run
+from attn_core.spec import Operands
+
+B, HQ, HK, TQ, TK, D = 2, 4, 2, 20, 23, 8
+QUERY, KEY, VALUE = draw(B, HQ, TQ, D), draw(B, HK, TK, D), draw(B, HK, TK, D)
+SLOPES, SINKS, TABLE = draw(HQ).abs(), draw(HQ), draw(16, HQ)
+BACKEND = registry.load("torch")
+
+interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="looks into what is interpreted")
+
+
+def call(*arrays: Any, **options: Any) -> Any:
+    return attention(*(arrays or (QUERY, KEY, VALUE)), impl="triton", **options)
+
+
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """The kernels launched from now on and what was compiled into them."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    launch = triton_launch.launch
+
+    def spy(kernel: Any, programs: int, shape: Any, *args: Any, **options: Any) -> None:
+        found.append((kernel.__name__, options))
+        launch(kernel, programs, shape, *args, **options)
+
+    monkeypatch.setattr(triton_launch, "launch", spy)
+    return found
+
+
+# --- Who answers. ---------------------------------------------------------------------------------
+
+
+def test_kernels_come_first_on_a_gpu_and_last_where_they_are_interpreted() -> None:
+    said = explain(QUERY, KEY, VALUE)
+    names = [c.name for c in said.candidates]
+    if DEVICE == "cpu":
+        assert (said.impl, names[-1]) == ("native", "triton")
+    else:
+        assert (said.impl, names[0]) == ("triton", "triton")
+    assert {c.verdict for c in said.candidates if c.name == "triton"} <= {"chosen", "would answer"}
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "float64": (
+        {n: x.double() for n, x in (("query", QUERY), ("key", KEY), ("value", VALUE))},
+        "the dtype must be one of float32, bfloat16, float16. Got float64.",
+    ),
+    "weights": ({"return_weights": True}, "`return_weights` must be left out"),
+    "a wide head": (
+        {"query": draw(1, 1, 3, 264), "key": draw(1, 1, 3, 264), "value": draw(1, 1, 3, 8)},
+        "D and Dv must be at most 256. Got 264 and 8.",
+    ),
+    "a wide value": (
+        {"query": draw(1, 1, 3, 8), "key": draw(1, 1, 3, 8), "value": draw(1, 1, 3, 257)},
+        "D and Dv must be at most 256. Got 8 and 257.",
+    ),
+    "no keys": (
+        {"key": draw(B, HK, 0, D), "value": draw(B, HK, 0, D)},
+        "B, Tq and Tk must be at least 1. Got 2, 20, 0.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    more, reason = REFUSED[name]
+    given = {"query": QUERY, "key": KEY, "value": VALUE, **more}
+    with pytest.raises(UnsupportedError, match=r"impl='triton'") as raised:
+        attention(**given, impl="triton")
+    assert f"triton: {reason}" in str(raised.value)
+    assert attention(**given) is not None  # the others go on
+
+
+@interpreted
+def test_bfloat16_is_refused_in_the_interpreter() -> None:
+    x = QUERY.bfloat16()
+    with pytest.raises(UnsupportedError, match="which multiplies bfloat16 wrongly"):
+        attention(x, x, x, impl="triton")
+
+
+@pytest.mark.parametrize("width", [1, 16, 24, 72, 200, 256])
+def test_widths(width: int) -> None:
+    given = draw(1, 2, 5, width), draw(1, 2, 9, width), draw(1, 2, 9, max(1, width // 2))
+    want = attention(*[x.double() for x in given], impl="reference")
+    torch.testing.assert_close(call(*given).double(), want, rtol=0, atol=3e-6)
+
+
+@interpreted
+def test_the_suite_judges_it_on_out_and_lse() -> None:
+    cases = ["heads-gqa-6-2", "mask-causal", "sinks-mixed-float16", "heads-gqa-6-2-bfloat16"]
+    found = {v.case: v for v in run(["torch:triton"], cases=cases)}
+    assert {n: v.status for n, v in found.items()} == {
+        **dict.fromkeys(cases[:3], "passed"),
+        cases[3]: "not offered",
+    }
+    assert set(found["mask-causal"].shares) == {"out", "lse", "d_query", "d_key", "d_value"}
+    assert "which multiplies bfloat16 wrongly" in found[cases[3]].missing
+
+
+# --- The operators. -------------------------------------------------------------------------------
+
+OPCHECK: dict[str, Any] = {
+    "plain": lambda: (Ask("BHTD", "zero", 0.0, None, None, 0, False, False, "triton"), {}),
+    "everything": lambda: (
+        Ask(
+            *("BTHD", "end", 0.25),
+            masks.segments(torch.arange(TK) // 9).tree,
+            scores.alibi(SLOPES).tree,
+            *(1, True, False, "triton", True),
+        ),
+        {
+            "bias": draw(1, HQ, 1, TK),
+            "sinks": SINKS.clone(),
+            "kv_lengths": torch.tensor([TK, 3], device=DEVICE),
+            "q_lengths": torch.tensor([TQ, 2], device=DEVICE),
+            "seed": torch.tensor([3, 4], device=DEVICE),
+            "operands": [torch.arange(TK, device=DEVICE) // 9, SLOPES.clone()],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPCHECK)
+def test_opcheck(name: str) -> None:
+    ask, more = OPCHECK[name]()
+    assert read(ask.written()) == ask
+    given = [x.clone() for x in (QUERY, KEY, VALUE)]
+    if ask.layout == "BTHD":
+        given = [x.transpose(1, 2).contiguous() for x in given]
+    names = ("bias", "sinks", "kv_lengths", "q_lengths", "query_offset", "seed")
+    operands = more.get("operands", [])
+    inputs = [*given, *[more.get(n) for n in names], operands]
+    out, lse, _, *rows = chunked._forward_op(ask.written(), 0.35, *inputs)
+    floats = [
+        x is not None and x.is_floating_point() for x in (*inputs[:5], *operands[ask.masks :])
+    ]
+    upstream = [torch.randn_like(out), torch.randn_like(lse) if ask.lse else None, None]
+    backward = (ask.written(), 0.35, floats, *inputs, [out, *rows], *upstream)
+    torch.library.opcheck(chunked._backward_op, backward)
+    leaves = [x.requires_grad_() if y else x for x, y in zip(inputs[:5], floats, strict=False)]
+    torch.library.opcheck(chunked._forward_op, (ask.written(), 0.35, *leaves, *inputs[5:]))
+
+
+def test_compiled_whole() -> None:
+    def loss(q: Any, k: Any, v: Any, bias: Any, slopes: Any) -> Any:
+        options = {"mask": masks.causal(), "query_offset": "end", "return_lse": True}
+        out, lse, _ = call(q, k, v, bias=bias, score=scores.alibi(slopes), **options)
+        return out.square().sum() + lse.sum()
+
+    given = [x.clone().requires_grad_() for x in (QUERY, KEY, VALUE, draw(TQ, TK), SLOPES)]
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(*given), given)
+    want = torch.autograd.grad(loss(*given), given)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+        assert other.abs().max() > 1e-3
+
+
+def test_vmap_and_per_sample_gradients() -> None:
+    many = draw(3, B, HQ, TQ, D)
+    f = lambda q: call(q, KEY, VALUE, mask=masks.causal(), query_offset="end")  # noqa: E731
+    torch.testing.assert_close(vmap(f)(many), torch.stack([f(q) for q in many]), rtol=0, atol=0)
+    loss = grad(lambda q: f(q).square().sum())
+    torch.testing.assert_close(
+        vmap(loss)(many), torch.stack([loss(q) for q in many]), rtol=0, atol=0
+    )
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_forward_mode_and_second_derivatives_name_the_reference() -> None:
+    f = lambda q: call(q, KEY, VALUE).square().sum()  # noqa: E731
+    for refused in (
+        lambda: jvp(f, (QUERY,), (QUERY,)),
+        lambda: hessian(f)(QUERY),
+        lambda: grad(lambda q: grad(f)(q).sum())(QUERY),
+    ):
+        with pytest.raises(UnsupportedError, match='impl="reference"'):
+            refused()
+    leaf = QUERY.clone().requires_grad_()
+    (first,) = torch.autograd.grad(f(leaf), leaf, create_graph=True)
+    with pytest.raises(UnsupportedError, match='impl="reference"'):
+        torch.autograd.grad(first.sum(), leaf)
+
+
+def test_autocast_casts_as_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.autocast(DEVICE, torch.float16):
+        found = call()
+    assert found.dtype == torch.float16
+    assert torch.equal(found, call(*[x.half() for x in (QUERY, KEY, VALUE)]))
+
+
+# --- Switches. ------------------------------------------------------------------------------------
+
+
+def test_tf32_only_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = seen(monkeypatch)
+    for precision, said in ((None, "ieee"), ("highest", "ieee"), ("fast", "tf32")):
+        launched.clear()
+        leaf = QUERY.clone().requires_grad_()
+        out = call(leaf, KEY, VALUE, precision=precision)
+        out.sum().backward()
+        products = {n: o["PRECISION"] for n, o in launched if "PRECISION" in o}
+        assert set(products) == {"forward", "d_query"}
+        assert set(products.values()) == {said}
+        report = explain(QUERY, KEY, VALUE, impl="triton", precision=precision)
+        assert ("TF32" in str(report.effective)) == (precision == "fast")
+
+
+def test_highest_does_not_depend_on_torchs_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert call(precision="highest") is not None
+    with pytest.raises(UnsupportedError, match="which is the caller's to set"):
+        attention(QUERY, KEY, VALUE, impl="chunked", precision="highest")
+
+
+@pytest.fixture
+def deterministic() -> Any:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def tables(monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, bool]:
+    """The gradient of a table, and whether a kernel added it up by atomics."""
+    launched = seen(monkeypatch)
+    table = TABLE.clone().requires_grad_()
+    query = QUERY.clone().requires_grad_()
+    out = call(query, KEY, VALUE, score=scores.relative_bias(table), query_offset=0)
+    _, found = torch.autograd.grad(out.square().sum(), (query, table))
+    return found, any(options.get("SITES") for _, options in launched)
+
+
+def test_deterministic_algorithms_leave_atomics_out(
+    deterministic: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, atomics = tables(monkeypatch)
+    assert not atomics
+    torch.use_deterministic_algorithms(False)
+    other, atomics = tables(monkeypatch)
+    assert atomics
+    torch.testing.assert_close(found, other, rtol=1e-5, atol=1e-5)
+    assert found.abs().max() > 1e-2
+
+
+# --- What goes wrong says where. ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_an_error_of_the_framework_says_which_problem(
+    which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaf = QUERY.clone().requires_grad_()
+
+    def full(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    ask = lambda: call(leaf, KEY, VALUE, mask=masks.causal(), query_offset=0)  # noqa: E731
+    if which == "backward":
+        ask = ask().sum().backward
+    monkeypatch.setattr(triton_launch, "launch", full)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory") as raised:
+        ask()
+    (note,) = raised.value.__notes__
+    assert note == (
+        f'attn_core: {which} of impl="triton": query (2, 4, 20, 8), key (2, 2, 23, 8), '
+        f"value (2, 2, 23, 8), float32 in BHTD on {QUERY.device}; mask q >= k"
+    )
+
+
+# --- Nothing waits for the device. ----------------------------------------------------------------
+
+
+class _Copies(TorchDispatchMode):
+    """Refuses what would wait for a device, or may not stand in a CUDA graph: copies to or from
+    the host, and reading a value."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        tensors = [x for x in (*args, found) if isinstance(x, torch.Tensor)]
+        kinds = {x.device.type for x in tensors}
+        assert kinds <= {"meta"}, f"{function} on {kinds}"
+        assert "_local_scalar_dense" not in str(function)
+        assert "nonzero" not in str(function)
+        return found
+
+
+CAPTURED: dict[str, Any] = {
+    "causal": (masks.causal(), None, {}),
+    "window, offsets": (masks.window(9, 0), None, {"query_offset": "ints"}),
+    "documents": (masks.segments(torch.arange(700) // 90) & masks.causal(), None, {}),
+    "lengths": (masks.causal(), None, {"kv_lengths": "ints", "q_lengths": "ints"}),
+    "every head its own": (
+        attn_core.mask(lambda b, h, q, k: (q - k) % (h + 2) == b),
+        None,
+        {"query_offset": "ints"},
+    ),
+    "a table of tiles": (masks.blocks(torch.ones(3, 3, dtype=torch.bool), 300), None, {}),
+    "a score, dropout": (None, scores.relative_bias(draw(16, 4)), {"seed": "words"}),
+    "one query": (masks.causal(), None, {"rows": 1, "kv_lengths": "ints"}),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("name", CAPTURED)
+def test_nothing_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors that hold nothing, everything but the launches themselves."""
+    mask, score, more = CAPTURED[name]
+    kernels: list[str] = []
+
+    def launch(kernel: Any, *rest: Any, **options: Any) -> None:
+        kernels.append(kernel.__name__)
+
+    def copied(x: Any, *rest: Any, **options: Any) -> Any:
+        assert isinstance(x, torch.Tensor), "a tensor made of what is on the host"
+        return x.to(options["device"])
+
+    monkeypatch.setattr(triton_launch, "launch", launch)
+    monkeypatch.setattr(triton_launch, "keeping", lambda device: False)
+    for name_of in ("tensor", "as_tensor", "asarray", "from_numpy"):
+        monkeypatch.setattr(torch, name_of, copied)
+    monkeypatch.setattr(triton_launch, "processors", lambda device: 132)
+    device = torch.device("meta")
+    rows = more.get("rows", 700)
+    query, up = (torch.empty(2, 4, rows, 16, device=device) for _ in range(2))
+    key, value = (torch.empty(2, 2, 700, 16, device=device) for _ in range(2))
+    given = {
+        n: torch.empty(2, dtype=torch.int64, device=device) for n, x in more.items() if n != "rows"
+    }
+    arrays = [
+        tuple(torch.empty(a.shape, dtype=a.dtype, device=device) for a in table)
+        for table in (() if part is None else part.arrays for part in (mask, score))
+    ]
+    x = Operands(query, key, value, mask=arrays[0], score=arrays[1])._replace(**given)
+    offset = "given" if "query_offset" in more else "end"
+    rate = 0.3 if "seed" in more else 0.0
+    trees = [None if part is None else part.tree for part in (mask, score)]
+    ask = Ask("BHTD", offset, rate, *trees, len(arrays[0]), True, False, "triton")
+    with _Copies():
+        out, _, _, *saved = triton_forward.forward(ask, 0.25, x)
+        upstream = Upstream(up, None, None)
+        wanted = [True, True, True, False, False, *[True] * len(arrays[1])]
+        triton_backward.backward(ask, 0.25, x, Saved(out, *saved), upstream, wanted)
+        with pytest.raises(AssertionError, match="cpu"):
+            torch.ones(2).to(device)
+        with pytest.raises(AssertionError, match="host"):
+            torch.as_tensor(5, device=device)
+    assert set(kernels) >= {"forward", "delta", "d_keys", "d_query"}
+
+
+def test_a_schedule_of_sizes_alone_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_call._static.cache_clear()
+    for _ in range(3):
+        call(mask=masks.causal(), query_offset="end")
+    assert triton_call._static.cache_info().misses == 1
+    assert triton_call._static.cache_info().hits == 2
+    # Whatever tensors hold is looked at each time.
+    for n in (3, 20):
+        lengths = torch.tensor([n, n], device=DEVICE)
+        got = call(kv_lengths=lengths)
+        want = attention(QUERY, KEY, VALUE, kv_lengths=lengths, impl="reference")
+        torch.testing.assert_close(got, want, rtol=0, atol=3e-6)
+    assert triton_call._static.cache_info().misses == 1
+    # On a stream of one's own, or while a graph is captured.
+    triton_call._static.cache_clear()
+    monkeypatch.setattr(triton_launch, "keeping", lambda device: False)
+    call(mask=masks.causal(), query_offset="end")
+    assert triton_call._static.cache_info().currsize == 0
+
+
+def test_dropout_of_a_host_seed_and_of_a_tensor_are_one() -> None:
+    one = call(dropout=Dropout(0.4, 2**40 + 7), query_offset=0)
+    seed = torch.tensor(2**40 + 7, device=DEVICE)
+    assert torch.equal(one, call(dropout=Dropout(0.4, seed), query_offset=0))
+    assert not torch.equal(one, call(dropout=Dropout(0.4, 8), query_offset=0))
+
+
+@pytest.mark.parametrize("queries", [1, 90])
+def test_tiles_through_descriptors(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched, choose = seen(monkeypatch), triton_launch.config
+
+    def config(*about: Any) -> Any:
+        return replace(choose(*about), descriptors=True)
+
+    given = {
+        "query": draw(B, HQ, queries, 24),
+        "key": draw(B, HK, 90, 24),
+        "value": draw(B, HK, 90, 40),
+        "mask": masks.causal(),
+        "query_offset": "end",
+        "kv_lengths": [90, 70],
+    }
+    monkeypatch.setattr(triton_launch, "config", config)
+    compare(given, 3e-6)
+    assert {o["DESCRIPTORS"] for _, o in launched if "DESCRIPTORS" in o} == {True}
+    launched.clear()
+    # Steps of 12 bytes, and entries apart: by pointers.
+    for x in (draw(B, HK, 90, 3), draw(B, HK, 90, 32)[..., ::2]):
+        query = draw(B, HQ, queries, x.shape[3])
+        compare({**given, "query": query, "key": x, "value": x}, 3e-6)
+    assert {o["DESCRIPTORS"] for _, o in launched if "DESCRIPTORS" in o} == {False}
+
+
+def test_strides_of_every_kind() -> None:
+    want = call()
+    for given in (
+        [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (QUERY, KEY, VALUE)],
+        [torch.stack([x, x], -1)[..., 1] for x in (QUERY, KEY, VALUE)],
+        [x.flip(0).flip(0)[:, :, :, :] for x in (QUERY, KEY, VALUE)],
+        [QUERY, KEY[:1].expand(B, -1, -1, -1), VALUE[:1].expand(B, -1, -1, -1)],
+    ):
+        got = call(*given)
+        if given[0] is QUERY:
+            want = call(QUERY, given[1].contiguous(), given[2].contiguous())
+        assert torch.equal(got, want)

@@ -1,0 +1,171 @@
+"""Few queries: heads of a group packed into one tile, keys shared out, parts put together.
+
+The interpreter has one processor, so splits are asked for here; that they were made is looked at in
+what was launched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from kernel_calls import DEVICE, compare, draw, found
+from kernel_calls import by_kernel as ours
+
+import attn_core
+from attn_core import Dropout, masks, scores
+from attn_core.backends.torch import triton_forward as decode
+from attn_core.backends.torch import triton_launch as launcher
+from attn_core.kernels import configs
+
+B, HQ, HK, TQ, TK, D = 2, 6, 2, 3, 150, 24
+"""Groups of three heads, one lane of four empty; keys over the end of the last tile."""
+
+QUERY, KEY, VALUE = draw(B, HQ, TQ, D), draw(B, HK, TK, D), draw(B, HK, TK, 40)
+SLOPES, SINKS = draw(HQ).abs(), draw(HQ)
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"mask": masks.causal(), "query_offset": "end"},
+    "window": {"mask": masks.window(40, 0), "query_offset": [147, 60]},
+    "lengths": {
+        "kv_lengths": [150, 13],
+        "q_lengths": [3, 1],
+        "mask": masks.causal(),
+        "query_offset": "end",
+    },
+    "no keys": {"kv_lengths": [70, 0]},
+    "sinks": {"sinks": SINKS, "kv_lengths": [64, 0], "q_lengths": [3, 2]},
+    "every head its own": {
+        "mask": attn_core.mask(lambda b, h, q, k: (q - k) % (h + 2) == b),
+        "query_offset": 100,
+    },
+    "rows without keys": {
+        "mask": attn_core.mask(lambda b, h, q, k: (q % 3 != 1) & (k > q)),
+        "query_offset": 3,
+    },
+    "documents": {"mask": masks.segments(torch.arange(TK) // 40), "query_offset": 118},
+    "a bias": {"bias": draw(B, HQ, TQ, TK)},
+    "a bias of a head": {"bias": draw(1, HQ, 1, TK), "mask": masks.causal(), "query_offset": "end"},
+    "alibi": {"score": scores.alibi(SLOPES), "mask": masks.causal(), "query_offset": "end"},
+    "softcap": {"score": scores.softcap(2.0)},
+    "dropout": {"dropout": Dropout(0.3, 2**40 + 7), "query_offset": [3, 50]},
+    "a scale below 0": {"scale": -0.3},
+    "another layout": {
+        "query": QUERY.transpose(1, 2),
+        "key": KEY.transpose(1, 2),
+        "value": VALUE.transpose(1, 2),
+        "layout": "BTHD",
+    },
+}
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """The kernels launched and what was compiled into them."""
+    seen: list[tuple[str, dict[str, Any]]] = []
+    launch = launcher.launch
+
+    def spy(kernel: Any, programs: int, shape: Any, *args: Any, **options: Any) -> None:
+        seen.append((kernel.__name__, {**options, "programs": programs}))
+        launch(kernel, programs, shape, *args, **options)
+
+    monkeypatch.setattr(launcher, "launch", spy)
+    return seen
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 16 keys, so that there is something to share out."""
+    choose = launcher.config
+
+    def config(kernel: str, *rest: Any) -> configs.Config:
+        shape = choose(kernel, *rest)
+        return replace(shape, keys=16) if kernel == "decode" else shape
+
+    monkeypatch.setattr(launcher, "config", config)
+
+
+def split_into(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "splits", lambda programs, tiles, device: n)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_four_splits_of_packed_heads(
+    name: str, launched: list[Any], short: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split_into(4, monkeypatch)
+    # Sums of 150 products of float32, some of them twice.
+    compare({"query": QUERY, "key": KEY, "value": VALUE, **CASES[name]}, 3e-6)
+    kernels = dict(launched)
+    assert kernels["forward"]["SPLITS"] == 4
+    assert kernels["forward"]["PACK"] == 4
+    assert kernels["forward"]["M"] == 16
+    assert kernels["forward"]["programs"] == B * HK * 4
+    assert "combine" in kernels
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "kv_heads", "pack", "rows"),
+    [(1, 8, 1, 8, 16), (1, 4, 4, 1, 16), (16, 4, 2, 2, 32), (16, 16, 1, 1, 16), (5, 6, 2, 4, 32)],
+)
+def test_how_heads_are_packed(
+    queries: int, heads: int, kv_heads: int, pack: int, rows: int, launched: list[Any]
+) -> None:
+    given = {
+        "query": draw(1, heads, queries, D),
+        "key": draw(1, kv_heads, 90, D),
+        "value": draw(1, kv_heads, 90, D),
+        "mask": masks.causal(),
+        "query_offset": "end",
+    }
+    compare(given, 3e-6)
+    options = dict(launched)["forward"]
+    if launcher.INTERPRETED:
+        assert (options["PACK"], options["M"]) == (pack, rows)
+    else:
+        assert options["PACK"] in (1, pack)
+
+
+def test_more_splits_than_tiles(launched: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    split_into(16, monkeypatch)
+    compare({"query": QUERY, "key": KEY, "value": VALUE, **CASES["lengths"]}, 3e-6)
+    assert dict(launched)["combine"]["SPLITS"] == 16
+
+
+def test_half_precision(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    split_into(2, monkeypatch)
+    compare({"query": QUERY.half(), "key": KEY.half(), "value": VALUE.half()}, 2.0**-9)
+
+
+def test_poison_stays_where_nobody_looks(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    split_into(4, monkeypatch)
+    given = {"query": QUERY, "key": KEY.clone(), "value": VALUE.clone(), **CASES["lengths"]}
+    up, up_lse = draw(B, HQ, TQ, 40), draw(B, HQ, TQ)
+    want = found(ours, given, up, up_lse)
+    given["key"][1, :, 13:], given["value"][1, :, 13:] = torch.nan, torch.inf
+    got = found(ours, given, up, up_lse)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_splits_fill_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "processors", lambda device: 132)
+    device = torch.device(DEVICE)
+    assert decode.splits(8, 1000, device) == 32  # 256 programs
+    assert decode.splits(264, 1000, device) == 1
+    assert decode.splits(1, 1000, device) == 128  # never more
+    assert decode.splits(8, 5, device) == 2  # two tiles to each, at least
+    assert decode.splits(8, 1, device) == 1
+    for programs in range(1, 300, 7):
+        n = decode.splits(programs, 10**6, device)
+        assert n & (n - 1) == 0
+        assert n in (1, 128) or 132 < programs * n <= 264
+
+
+def test_many_queries_are_not_split(launched: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    split_into(4, monkeypatch)
+    ours(query=draw(1, 2, decode.FEW + 1, 16), key=draw(1, 2, 40, 16), value=draw(1, 2, 40, 16))
+    assert dict(launched)["forward"]["SPLITS"] == 1

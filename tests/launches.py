@@ -1,0 +1,107 @@
+"""Every launch of some calls, compiled for a GPU that is not there instead of launched.
+
+    python tests/launches.py 90        prints a line of JSON to each launch
+
+Triton is given a driver that knows its target and nothing else. What a launch hands over is then
+specialised and compiled as it would be there: sizes of 1 and multiples of 16 are other kernels, and
+the interpreter knows nothing of that.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from attn_core import Dropout, attention, masks, registry, scores
+from attn_core.backends.torch import triton_launch
+
+
+class Driver:
+    """Of a device that only has a target."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape).to(torch.bfloat16)
+
+
+IDS = torch.arange(70) // 20
+CASES: dict[str, dict[str, Any]] = {
+    "one of each": {"sizes": (1, 1, 1, 1, 1, 16, 16)},
+    "odd sizes": {
+        "sizes": (2, 4, 2, 70, 90, 24, 40),
+        "mask": masks.causal(),
+        "query_offset": "end",
+        "kv_lengths": torch.tensor([3, 90]),
+    },
+    "decode": {
+        "sizes": (2, 8, 2, 1, 4096, 128, 128),
+        "mask": masks.causal(),
+        "query_offset": "end",
+        "kv_lengths": torch.tensor([3, 4096]),
+        "sinks": torch.randn(8).requires_grad_(),
+    },
+    "everything": {
+        "sizes": (2, 4, 2, 70, 70, 64, 64),
+        "mask": masks.causal() & masks.segments(IDS),
+        "bias": torch.randn(1, 4, 70, 70).requires_grad_(),
+        "score": scores.relative_bias(torch.randn(16, 4).requires_grad_()),
+        "dropout": Dropout(0.1, 3),
+        "sinks": torch.randn(4).requires_grad_(),
+    },
+}
+
+
+def compiling(case: str) -> Any:
+    """In the place of a launch: what it would be given, compiled."""
+
+    def launch(kernel: Any, programs: int, shape: Any, *args: Any, **options: Any) -> None:
+        grid: dict[str, Any] = {"grid": (programs,), "warmup": True}
+        found = kernel.run(*args, **grid, **options, **shape.launch)
+        said = {"case": case, "kernel": kernel.__name__, "shared": found.metadata.shared}
+        print(json.dumps(said), flush=True)
+
+    return launch
+
+
+def main(architecture: int) -> None:
+    driver.set_active(Driver(GPUTarget("cuda", architecture, 32)))  # type: ignore[arg-type]
+    # The tensors are on the CPU, and are taken for a GPU's.
+    backend = registry.load("torch")
+    backend._REFUSALS["triton"] = lambda p: []
+    triton_launch.architecture = lambda device: f"sm_{architecture}"
+    triton_launch.processors = lambda device: 132
+    triton_launch.keeping = lambda device: True
+    for name, given in CASES.items():
+        triton_launch.launch = compiling(name)
+        options = dict(given)
+        batch, heads, kv_heads, q_len, k_len, width, v_width = options.pop("sizes")
+        leaves = [
+            draw(batch, heads, q_len, width),
+            draw(batch, kv_heads, k_len, width),
+            draw(batch, kv_heads, k_len, v_width),
+        ]
+        leaves += [options[n] for n in ("bias", "sinks") if n in options]
+        leaves += options["score"].arrays if "score" in options else ()
+        out = attention(*[x.requires_grad_() for x in leaves[:3]], impl="triton", **options)
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,207 @@
+"""`impl="triton"` where kernels cannot run: the reasons, the probe, and that nothing is lost.
+
+Nothing here loads triton; kernels themselves are in tests/kernels_only.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from attn_core import UnsupportedError, attention, explain, masks, registry
+from attn_core.api import stated
+from attn_core.backends.torch import probe
+
+BACKEND = registry.load("torch")
+X = torch.randn(1, 2, 4, 8)
+_, ON_CPU, _, _ = stated({"query": X, "key": X, "value": X, "mask": masks.causal()})
+ON_GPU = replace(ON_CPU, device="cuda")
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    probe.finding.cache_clear()
+    registry._cached.cache_clear()
+    yield
+    probe.finding.cache_clear()
+    registry._cached.cache_clear()
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, **ran: Any) -> list[Any]:
+    """Processes started from now on end so; each is counted."""
+    started: list[Any] = []
+
+    def run(command: Any, **options: Any) -> Any:
+        started.append((command, options))
+        if "raises" in ran:
+            raise ran["raises"]
+        return types.SimpleNamespace(**{"stdout": "", "stderr": "", "returncode": 0, **ran})
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return started
+
+
+def said(**found: Any) -> str:
+    return "a line of a library's\n" + json.dumps(
+        {"devices": [], "problem": "", "hazards": [], **found}
+    )
+
+
+# --- On a CPU. ------------------------------------------------------------------------------------
+
+
+def test_on_a_cpu_it_is_refused_without_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = answers(monkeypatch)
+    with pytest.raises(UnsupportedError) as raised:
+        attention(X, X, X, impl="triton")
+    assert "  triton: the device must be cuda; or cpu, in Triton's interpreter" in str(raised.value)
+    assert "  native: would answer" in str(raised.value)
+    report = explain(X, X, X)
+    assert report.impl == "native"
+    assert {c.name: c.verdict for c in report.candidates}["triton"] == "refused"
+    assert not started
+
+
+def test_importing_and_answering_on_a_cpu_loads_no_triton() -> None:
+    code = (
+        "import sys, torch, attn_core\n"
+        "x = torch.ones(1, 1, 2, 2)\n"
+        "attn_core.attention(x, x, x)\n"
+        "try:\n    attn_core.attention(x, x, x, impl='triton')\n"
+        "except attn_core.UnsupportedError:\n    print('refused', 'triton' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "refused False\n"
+
+
+def test_a_compiled_call_is_refused_alike() -> None:
+    torch._dynamo.reset()
+    f = torch.compile(lambda x: attention(x, x, x, impl="triton"), backend="aot_eager")
+    with pytest.raises(Exception, match="triton: the device must be cuda"):
+        f(X)
+
+
+@pytest.mark.skipif(not probe.version(), reason="triton is missing")
+def test_the_interpreter_must_be_chosen_before_triton_is_imported() -> None:
+    code = (
+        "import os, torch, attn_core, triton\n"
+        "os.environ['TRITON_INTERPRET'] = '1'\n"
+        "x = torch.ones(1, 1, 2, 2)\n"
+        "try:\n    attn_core.attention(x, x, x, impl='triton')\n"
+        "except attn_core.UnsupportedError as error:\n    print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "triton: TRITON_INTERPRET must be the same as when triton was imported" in run.stdout
+
+
+# --- On a GPU, as far as a process of its own says. -----------------------------------------------
+
+
+def test_the_order_on_each_device() -> None:
+    assert BACKEND.ranked(ON_GPU) == ("triton", "native", "chunked", "reference")
+    assert BACKEND.ranked(ON_CPU) == ("native", "chunked", "reference", "triton")
+
+
+def test_it_is_asked_once_and_auto_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = "kernels must compile and run on every GPU that torch sees. Got PTXASError: no"
+    started = answers(monkeypatch, stdout=said(problem=wrong))
+    for _ in range(3):
+        plan = registry.choose(BACKEND, ON_GPU, "auto")
+        registry._cached.cache_clear()
+        assert plan.impl == "chunked"  # float32: torch's kernel has none on a GPU
+        assert dict(plan.refused)["triton"] == (wrong,)
+    with pytest.raises(UnsupportedError) as raised:
+        registry.choose(BACKEND, ON_GPU, "triton")
+    for reason in (wrong, "native: the dtype must be one of", "chunked: would answer"):
+        assert reason in str(raised.value)
+    (command, options), *rest = started
+    assert not rest
+    assert command[0] == sys.executable
+    assert options["timeout"] == probe.TIMEOUT
+
+
+def test_what_works_answers_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, stdout=said(devices=["A GPU (sm_90)"], hazards=["ptxas of old"]))
+    monkeypatch.setattr(probe, "_loaded", lambda found: "")
+    assert registry.choose(BACKEND, ON_GPU, "auto").impl == "triton"
+    first, second = probe.lines()
+    assert first.endswith("ready on A GPU (sm_90)")
+    assert second == "triton: beware, ptxas of old"
+
+
+@pytest.mark.parametrize(
+    ("ran", "reason"),
+    [
+        (
+            {"returncode": -6, "stderr": "LLVM ERROR: gone\n\n"},
+            "Got signal SIGABRT: LLVM ERROR: gone",
+        ),
+        ({"returncode": 1, "stderr": ""}, "Got status 1: no message"),
+        ({"stdout": "no json"}, "Got status 0: no message"),
+        ({"stdout": "[1]"}, "Got status 0: no message"),
+        ({"raises": subprocess.TimeoutExpired("python", 3)}, "within 300 s. Got no answer."),
+        ({"raises": PermissionError("not allowed")}, "must start. Got not allowed."),
+    ],
+)
+def test_a_probe_that_dies_is_a_reason(
+    ran: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(monkeypatch, **ran)
+    found = probe.problem("cuda")
+    assert found.endswith(reason)
+    assert probe.lines()[0].endswith(f"not used: {found}")
+
+
+def test_a_frozen_application_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = answers(monkeypatch)
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert "must have an executable" in probe.problem("cuda")
+    assert not started
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = answers(monkeypatch)
+    monkeypatch.setattr(probe, "version", lambda: None)
+    assert probe.problem("cuda") == (
+        "triton must be installed: pip install 'attn-core[triton]'. Got none."
+    )
+    assert "not installed" in probe.lines()[0]
+    assert not started
+
+
+@pytest.mark.parametrize(("version", "safe"), [("3.6.0", True), ("3.7.0", False), ("3.9.1", False)])
+def test_after_tensorflow_triton_is_not_loaded(
+    version: str, safe: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = answers(monkeypatch, stdout=said(problem="asked"))
+    monkeypatch.setattr(probe, "version", lambda: version)
+    monkeypatch.setitem(sys.modules, "tensorflow", types.ModuleType("tensorflow"))
+    monkeypatch.delitem(sys.modules, "triton._C.libtriton", raising=False)
+    found = probe.problem("cuda")
+    assert bool(started) == safe
+    assert found == "asked" if safe else f"Got triton {version} and TensorFlow imported." in found
+    monkeypatch.setitem(sys.modules, "triton._C.libtriton", types.ModuleType("libtriton"))
+    assert probe.problem("cuda") == "asked"
+
+
+def test_the_interpreter_is_not_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "must not be set where the device is cuda" in probe.problem("cuda")
+
+
+def test_the_real_probe_answers() -> None:
+    """In a process of its own, on whatever stands here."""
+    found = probe.finding()
+    if torch.cuda.is_available():
+        assert found.devices or found.problem
+    elif probe.version():
+        assert found == probe.Finding(problem="torch must see a GPU. Got none.")
