@@ -18,6 +18,11 @@ def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=_RNG).to(DEVICE)
 
 
+def ids(count: int, each: int) -> torch.Tensor:
+    """Documents of `each` positions."""
+    return torch.arange(count, device=DEVICE) // each
+
+
 def by_kernel(**arguments: Any) -> Any:
     return as_output(attention(**arguments, return_lse=True, impl="triton"))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_calls import DEVICE, compare, draw, found
+from kernel_calls import DEVICE, compare, draw, found, ids
 from kernel_calls import by_kernel as ours
 
 import attn_core
@@ -46,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
         "mask": attn_core.mask(lambda b, h, q, k: (q % 3 != 1) & (k > q)),
         "query_offset": 3,
     },
-    "documents": {"mask": masks.segments(torch.arange(TK) // 40), "query_offset": 118},
+    "documents": {"mask": masks.segments(ids(TK, 40)), "query_offset": 118},
     "a bias": {"bias": draw(B, HQ, TQ, TK)},
     "a bias of a head": {"bias": draw(1, HQ, 1, TK), "mask": masks.causal(), "query_offset": "end"},
     "alibi": {"score": scores.alibi(SLOPES), "mask": masks.causal(), "query_offset": "end"},

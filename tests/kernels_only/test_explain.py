@@ -39,7 +39,7 @@ def test_tiles_are_those_that_are_launched(monkeypatch: pytest.MonkeyPatch) -> N
 def test_blocks_in_the_tiles_that_run() -> None:
     x = draw(2, 2, 300, 8)
     mask = masks.segments(torch.arange(300, device=DEVICE) // 90) & masks.causal()
-    said = explain(x, x, x, mask=mask, kv_lengths=torch.tensor([300, 100]), impl="triton")
+    said = explain(x, x, x, mask=mask, kv_lengths=[300, 100], impl="triton")
     dense = seen(masks.segments(np.arange(300) // 90) & masks.causal(), (2, 2, 300, 300)).copy()
     dense[1, ..., 100:] = False
     counted(said, dense)
@@ -72,7 +72,7 @@ def test_estimates_are_near_what_is_allocated(
     options: dict[str, Any] = {"impl": "triton", "layout": more.get("layout", "BHTD")}
     options |= {"mask": masks.window(60, 0), "query_offset": "end"}
     if "lengths" in more:
-        options["kv_lengths"] = torch.tensor(more["lengths"])
+        options["kv_lengths"] = torch.tensor(more["lengths"], device=DEVICE)
     extra: dict[str, torch.Tensor] = {}
     if "sinks" in more:
         extra["sinks"] = draw(heads)

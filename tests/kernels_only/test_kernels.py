@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_calls import by_kernel, compare, draw, found
+from kernel_calls import by_kernel, compare, draw, found, ids
 
 import attn_core
 from attn_core import Dropout, masks, scores
@@ -23,7 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "window": {"mask": masks.window(9, 3), "query_offset": 5},
     "another width": {"value": draw(B, HK, TK, 40)},
     "documents": {
-        "mask": masks.segments(torch.arange(TQ) // 20, torch.arange(TK) // 25),
+        "mask": masks.segments(ids(TQ, 20), ids(TK, 25)),
         "query_offset": 0,
     },
     "lengths": {
