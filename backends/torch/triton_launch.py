@@ -84,7 +84,6 @@ class Kind(NamedTuple):
     more: bool
 
 
-@lru_cache(maxsize=1024)
 def config(kernel: str, device: torch.device, kind: Kind) -> Config:
     """The shape of a kernel's launch."""
     mask_class = configs.class_of(
