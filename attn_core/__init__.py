@@ -16,24 +16,32 @@ from attn_core.explained import Report, explain
 from attn_core.language.expr import cast, exp, log, maximum, minimum, row, tanh, where
 from attn_core.language.operands import operand
 from attn_core.language.values import Dropout, Mask, Score, mask, score
+from attn_core.model.build import build
+from attn_core.model.config import AttentionConfig
+from attn_core.model.transformer import TransformerConfig
+from attn_core.model.weights import load_weights, save_weights
 from attn_core.registry import UnsupportedError
 from attn_core.spec import AttentionOutput
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionConfig",
     "AttentionOutput",
     "Dropout",
     "Mask",
     "Report",
     "Score",
+    "TransformerConfig",
     "UnsupportedError",
     "attention",
     "backends",
+    "build",
     "cast",
     "config",
     "exp",
     "explain",
+    "load_weights",
     "log",
     "mask",
     "masks",
@@ -41,6 +49,7 @@ __all__ = [
     "minimum",
     "operand",
     "row",
+    "save_weights",
     "score",
     "scores",
     "tanh",

@@ -9,6 +9,7 @@ when a function is traced, so a function that is already compiled keeps its choi
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -136,7 +137,7 @@ def set(**settings: str | None) -> None:
 
 
 def load(source: str | Path | Mapping[str, Any]) -> None:
-    """Choose for the whole process from a TOML or YAML file, or a mapping.
+    """Choose for the whole process from a TOML, YAML or JSON file, or a mapping.
 
     The keys are `backend` and `impl`, at the top or in a table `attn_core`. YAML needs the extra
     `attn-core[yaml]`.
@@ -145,12 +146,12 @@ def load(source: str | Path | Mapping[str, Any]) -> None:
         ValueError: for an unknown key (with the nearest known one) or value, before anything
             is changed.
     """
-    settings = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    settings = dict(source) if isinstance(source, Mapping) else read(Path(source))
     if "attn_core" in settings:
         if len(settings) > 1 and isinstance(source, Mapping):
             stray = next(key for key in settings if key != "attn_core")
             raise ValueError(f"a config must hold its keys in one place. Got {stray!r} beside it.")
-        settings = _mapping(settings["attn_core"], "`attn_core` of a config")
+        settings = as_mapping(settings["attn_core"], "`attn_core` of a config")
     for key in settings:
         if key not in SETTINGS:
             raise ValueError(
@@ -160,13 +161,15 @@ def load(source: str | Path | Mapping[str, Any]) -> None:
     set(**settings)
 
 
-def _mapping(found: Any, what: str) -> dict[str, Any]:
+def as_mapping(found: Any, what: str) -> dict[str, Any]:
+    """`found`, if it is a mapping."""
     if not isinstance(found, Mapping):
         raise ValueError(f"{what} must be a mapping. Got {type(found).__name__}.")
     return dict(found)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """What a TOML, YAML or JSON file says, a mapping."""
     if path.suffix == ".toml":
         import tomllib
 
@@ -178,6 +181,18 @@ def _read(path: Path) -> dict[str, Any]:
             raise ImportError(
                 "reading a YAML config needs PyYAML: pip install 'attn-core[yaml]'."
             ) from error
-        found = yaml.safe_load(path.read_text("utf-8"))
-        return _mapping(found, f"a config such as {path}")
-    raise ValueError(f"a config must be a .toml, .yaml or .yml file or a mapping. Got {path.name}.")
+
+        class Loader(yaml.SafeLoader):
+            """PyYAML follows YAML 1.1, in which 1e-6 is a word; here it is a number."""
+
+        number = re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$")
+        Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+        found = yaml.load(path.read_text("utf-8"), Loader)
+        return as_mapping(found, f"a config such as {path}")
+    if path.suffix == ".json":
+        import json
+
+        return as_mapping(json.loads(path.read_text("utf-8")), f"a config such as {path}")
+    raise ValueError(
+        f"a config must be a .toml, .yaml, .yml or .json file or a mapping. Got {path.name}."
+    )

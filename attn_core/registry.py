@@ -105,6 +105,25 @@ def _import_error(name: str, error: Exception) -> ImportError:
     )
 
 
+def layer(name: str, kind: str) -> Any:
+    """A backend's class of layers, "MultiHeadAttention" or "Transformer".
+
+    Raises:
+        UnsupportedError: the backend has none.
+        ImportError: what its layers are made of is missing, with the extra to install.
+    """
+    backend = load(name)
+    try:
+        return getattr(backend, kind)
+    except AttributeError as error:
+        raise UnsupportedError(f"backend {name!r} has no {kind}.") from error
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"layers of backend {name!r} need {error.name}, which is not installed: "
+            f"pip install 'attn-core[{name}]'."
+        ) from error
+
+
 def owner(x: Any) -> str | None:
     """The name of the backend whose framework `x` belongs to; None for anything else."""
     if isinstance(x, np.ndarray):

@@ -241,6 +241,7 @@ def test_set_clears_with_none():
         ("a.toml", '[other]\nx = 1\n[attn_core]\nbackend = "jax"\nimpl = "chunked"\n'),
         ("a.yaml", "backend: jax\nimpl: chunked\n"),
         ("a.yml", "attn_core:\n  backend: jax\n  impl: chunked\n"),
+        ("a.json", '{"attn_core": {"backend": "jax", "impl": "chunked"}}'),
     ],
 )
 @pytest.mark.parametrize("kind", [str, lambda path: path])
@@ -298,10 +299,10 @@ def test_load_refuses_and_changes_nothing(name):
     ("name", "content", "error", "words"),
     [
         (
-            "a.json",
+            "a.ini",
             "{}",
             ValueError,
-            "must be a .toml, .yaml or .yml file or a mapping. Got a.json",
+            "must be a .toml, .yaml, .yml or .json file or a mapping. Got a.ini",
         ),
         ("a.yaml", "- jax\n", ValueError, "must be a mapping. Got list"),
         ("a.yaml", "", ValueError, "must be a mapping. Got NoneType"),

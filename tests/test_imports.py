@@ -57,6 +57,8 @@ import attn_core
 attn_core.masks.causal() & attn_core.mask(lambda b, h, q, k: q - k < 3)
 attn_core.scores.softcap(30.0)
 attn_core.Dropout(0.1, 3)
+attn_core.AttentionConfig(width=8, heads=2)
+attn_core.build, attn_core.save_weights
 attn_core.config.set(backend="torch")
 attn_core.backends
 """
@@ -170,6 +172,8 @@ def core_objection(module, name, root, lazily):
         return None
     if lazily and module == "attn_core.explain_text" and root == "rich":
         return None  # a report becomes a table where somebody prints it with rich
+    if lazily and module == "attn_core.model.weights" and root == "safetensors":
+        return None  # optional, and asked for by name: a file of weights
     if lazily and root in ("yaml", "matplotlib", "ml_dtypes"):
         return None  # optional, and asked for by name: a config file, a picture, NumPy's bfloat16
     return "attn_core holds the standard library and NumPy only"
@@ -276,6 +280,9 @@ def test_import_direction_by_name():
         ("attn_core.api", "from .backends import numpy"),
         ("attn_core.api", "from attn_core.conformance import run"),
         ("attn_core.api", "import typer"),
+        ("attn_core.api", "def f():\n    import safetensors"),
+        ("attn_core.model.weights", "import safetensors"),
+        ("attn_core.model.build", "def f():\n    import attn_core.backends.torch"),
         ("attn_core", "from attn_core.backends import numpy"),
         ("attn_core.registry", "import attn_core.backends.numpy"),
         ("attn_core.reference", "from attn_core import masks"),

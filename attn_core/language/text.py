@@ -120,8 +120,8 @@ class _Number:
 
 
 @lru_cache(maxsize=1024)
-def parse(source: str) -> Tree:
-    """The tree that `text` printed.
+def parse(source: str, exact: bool = True) -> Tree:
+    """The tree that `text` printed; not `exact`: that a person wrote, in their own spacing.
 
     Raises:
         ValueError: for anything `text` does not print.
@@ -188,7 +188,7 @@ def parse(source: str) -> Tree:
         results = last.value.elts if isinstance(last.value, ast.Tuple) else [last.value]
         tree = tape.finish(*[place(result) for result in results])[0]
         # Whatever else Python's grammar lets through (`+q`, unused names) is not ours either.
-        if text(tree) != source:
+        if exact and text(tree) != source:
             raise ValueError(f"`source` must be as printed, {text(tree)!r}.")
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(

@@ -1,0 +1,88 @@
+"""What a call of a layer must be, from shapes alone: None in a shape is a size not known yet.
+
+Sizes of heads, masks, scores, bias and lengths are checked where they always are, by `attention`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attn_core.check_arrays import fits, show
+from attn_core.model.config import AttentionConfig
+
+Shape = tuple[Any, ...]
+
+
+def check_inputs(config: AttentionConfig, query: Shape, key: Shape | None, value: Shape) -> None:
+    """The three inputs, (B, T, width) each; key is None where a Memory stands for both."""
+    s = config.sizes
+    _input("query", query, s.width, None)
+    if key is not None:
+        _input("key", key, s.key_input, query)
+        _input("value", value, s.value_input, query)
+        if not fits(value[1:2], key[1:2]):
+            raise ValueError(
+                f"`value` must have as many rows as `key`, {key[1]}. Got {show(value)}."
+            )
+
+
+def _input(name: str, shape: Shape, width: int, query: Shape | None) -> None:
+    if len(shape) != 3 or not fits(shape[-1:], (width,)):
+        raise ValueError(f"`{name}` must have shape (B, T, {width}). Got {show(shape)}.")
+    if query is not None and not fits(shape[:1], query[:1]):
+        raise ValueError(f"`{name}` must have the batch of `query`, {query[0]}. Got {show(shape)}.")
+
+
+def check_kept(name: str, config: AttentionConfig, key: Shape, value: Shape, query: Shape) -> None:
+    """A Cache's or Memory's arrays, for this layer and batch."""
+    s = config.sizes
+    wanted = (query[0], None, s.kv_heads)
+    if not fits(key, (*wanted, s.head)) or not fits(value, (*wanted, s.value)):
+        raise ValueError(
+            f"`{name}` must be one of this layer and batch: keys (B, S, Hk, D) = "
+            f"({query[0]}, S, {s.kv_heads}, {s.head}) and values of width {s.value}. "
+            f"Got {show(key)} and {show(value)}."
+        )
+
+
+def check_cached(query: Shape, key: Shape, size: Any, kv_lengths: Any, query_offset: Any) -> None:
+    """What goes with a cache: the cache itself says how long it is, and where the rows stand."""
+    for name, given in (("kv_lengths", kv_lengths), ("query_offset", query_offset)):
+        if given is not None:
+            raise ValueError(
+                f"`{name}` must be left out with a cache, whose lengths say it. "
+                f"Got {type(given).__name__}."
+            )
+    if not fits(key[1:2], query[1:2]):
+        raise ValueError(
+            f"`key` must have the rows of `query`, {query[1]}, where a cache holds those before "
+            f"them. Got {show(key)}."
+        )
+    if query[1] is not None and size is not None and query[1] > size:
+        raise ValueError(
+            f"`cache` must have room for the new rows. Got {query[1]} rows and {size} slots."
+        )
+
+
+def check_positions(config: AttentionConfig, shape: Shape, query: Shape, own: bool) -> None:
+    """`positions` of a call: (T,) or (B, T), read by rotary self-attention alone."""
+    if config.positions != "rotary" or not own:
+        raise ValueError(
+            "`positions` must be left out but for self-attention with rotary positions: nothing "
+            f"else reads them. Got shape {show(shape)}."
+        )
+    if not (fits(shape, query[1:2]) or fits(shape, query[:2])):
+        raise ValueError(
+            f"`positions` must have shape (T,) or (B, T) = {show(query[:2])}. Got {show(shape)}."
+        )
+
+
+def check_memory(value: Any, kv_lengths: Any, cache: Any) -> None:
+    """What goes with a Memory: nothing that it says itself."""
+    for name, given in (("value", value), ("cache", cache)):
+        if given is not None:
+            raise ValueError(
+                f"`{name}` must be left out where `key` is a Memory. Got {type(given).__name__}."
+            )
+    if kv_lengths is not None:
+        raise ValueError("`kv_lengths` must be left out where `key` is a Memory, which has them.")

@@ -1,0 +1,207 @@
+"""Weights as files: safetensors, the names of `parameters`, and in the metadata
+
+    format   "attn-core/1", the version of the naming scheme
+    config   JSON, {"attention": {..}} or {"transformer": {..}}
+
+A file, or a mapping of names to arrays, is checked whole before anything is set, and written whole
+before it takes its place: neither is ever half there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from attn_core.config import nearest
+from attn_core.model.config import AttentionConfig
+from attn_core.model.parameters import VERSION, Plan, parameters
+from attn_core.model.transformer import TransformerConfig
+from attn_core.spec import DTYPES, WIDTH
+
+FREE = ("dtype", "backend", "impl", "dropout", "attention_dropout")
+"""Fields of a config that do not change what weights mean."""
+
+
+class Loaded(NamedTuple):
+    """What a weights file holds."""
+
+    weights: dict[str, np.ndarray]
+    config: AttentionConfig | TransformerConfig
+
+
+def save_weights(path: str | os.PathLike[str], weights: Any, config: Any = None) -> None:
+    """Write weights, with the config that gives them a meaning, as safetensors.
+
+    Args:
+        path: of the file; what is there is replaced once the new one is complete.
+        weights: name -> array, as `export_weights` gives; or a layer or model itself.
+        config: AttentionConfig or TransformerConfig; a layer's own where left out.
+
+    Raises:
+        TypeError, ValueError: the weights are not those of the config; nothing has been written.
+        ImportError: safetensors is missing.
+    """
+    if hasattr(weights, "export_weights"):
+        config = weights.config if config is None else config
+        weights = weights.export_weights()
+    plan = parameters(config)
+    found = checked(plan, weights, None)
+    library = _safetensors()
+    metadata = {"format": VERSION, "config": json.dumps({config.TABLE: config.to_mapping()})}
+    # C order and a copy, since safetensors takes the bytes as they lie.
+    arrays = {name: np.array(found[name], order="C") for name in plan}
+    whole = Path(path)
+    part = whole.with_name(f"{whole.name}.part")
+    try:
+        library.numpy.save_file(arrays, part, metadata)
+        os.replace(part, whole)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_weights(path: str | os.PathLike[str]) -> Loaded:
+    """The weights and the config of a file, checked against one another.
+
+    Raises:
+        ValueError: the file is cut short or no safetensors, of another version, or its arrays are
+            not those that its config asks for.
+        FileNotFoundError: there is none.
+        ImportError: safetensors is missing.
+    """
+    library = _safetensors()
+    path = Path(path)
+    data = path.read_bytes()
+    try:
+        read = library.deserialize(data)
+        size = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    except (library.SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"{path} must be a complete safetensors file. Got {len(data)} bytes: {error}"
+        ) from error
+    version = metadata.get("format")
+    if version != VERSION:
+        raise ValueError(
+            f"{path} must hold weights in the format {VERSION!r}, as `save_weights` writes them. "
+            f"Got {version!r}."
+        )
+    config = _config(path, metadata.get("config", ""))
+    weights = {name: _array(path, name, entry) for name, entry in read}
+    return Loaded(checked(parameters(config), weights, None), config)
+
+
+def weights_for(config: Any, plan: Plan, source: Any) -> dict[str, np.ndarray]:
+    """The arrays of a path or a mapping, in the plan's order, found to fit a layer's config.
+
+    Of a file the config must agree too, but for fields that do not change what weights mean.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        loaded = load_weights(source)
+        if type(loaded.config) is not type(config):
+            raise ValueError(
+                f"{source} must hold weights of a config `{config.TABLE}`. "
+                f"Got `{loaded.config.TABLE}`."
+            )
+        apart = config.differences(loaded.config, FREE)
+        if apart:
+            raise ValueError(
+                f"{source} must hold weights of this config. Got another's, which differs (ours, "
+                f"the file's): {'; '.join(apart)}."
+            )
+        source = loaded.weights
+    return checked(plan, source, config.dtype)
+
+
+def checked(plan: Plan, weights: Any, dtype: str | None) -> dict[str, np.ndarray]:
+    """The weights in the plan's order, if they are exactly those of the plan.
+
+    With a dtype, none may be wider than it: nothing is narrowed silently.
+    """
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f"`weights` must be a mapping of names to arrays, or a path. "
+            f"Got {type(weights).__name__}."
+        )
+    unknown = [name for name in weights if name not in plan]
+    if unknown:
+        raise ValueError(
+            f"`weights` must hold the parameters of this config only. Got {unknown[0]!r}"
+            f"{_more(unknown)}.{nearest(unknown[0], tuple(plan))}"
+        )
+    missing = [name for name in plan if name not in weights]
+    if missing:
+        raise ValueError(
+            f"`weights` must hold every parameter of this config. Got none called {missing[0]!r}"
+            f"{_more(missing)}."
+        )
+    return {name: _fitting(name, weights[name], plan[name].shape, dtype) for name in plan}
+
+
+def _fitting(name: str, given: Any, shape: tuple[int, ...], dtype: str | None) -> np.ndarray:
+    array = np.asarray(given)
+    if array.dtype.name not in DTYPES:
+        raise TypeError(f"`{name}` must be one of {', '.join(DTYPES)}. Got {array.dtype.name}.")
+    if array.shape != shape:
+        raise ValueError(f"`{name}` must have shape {shape}. Got {array.shape}.")
+    if dtype is not None and not _holds(dtype, array.dtype.name):
+        raise TypeError(
+            f"`{name}` must not be wider than the config's dtype {dtype}. Got "
+            f"{array.dtype.name}: cast it first, nothing is narrowed silently."
+        )
+    return array
+
+
+def _holds(wide: str, narrow: str) -> bool:
+    """Whether every number of `narrow` is one of `wide`; the two of 16 bits hold each other not."""
+    return wide == narrow or WIDTH[wide] > WIDTH[narrow]
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _config(path: Path, written: str) -> AttentionConfig | TransformerConfig:
+    kinds = {kind.TABLE: kind for kind in (AttentionConfig, TransformerConfig)}
+    try:
+        held = json.loads(written)
+        (table,) = held
+        return kinds[table].load(held)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} must hold the config of its weights, one of {', '.join(kinds)}. "
+            f"Got {written[:80]!r}: {error}"
+        ) from error
+
+
+_KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _array(path: Path, name: str, entry: Any) -> np.ndarray:
+    kind = _KINDS.get(entry["dtype"])
+    if kind is None:
+        raise ValueError(
+            f"{name!r} of {path} must be one of {', '.join(_KINDS)}. Got {entry['dtype']}."
+        )
+    if kind == "bfloat16":
+        import ml_dtypes
+
+        found = np.frombuffer(entry["data"], ml_dtypes.bfloat16)
+    else:
+        found = np.frombuffer(entry["data"], kind)
+    return found.reshape(entry["shape"]).copy()
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            "weights files are safetensors, which must be installed: "
+            "pip install 'attn-core[weights]'."
+        ) from error
+    return safetensors
