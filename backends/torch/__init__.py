@@ -21,7 +21,7 @@ from attn_core.language.operands import Table
 from attn_core.language.values import Score
 from attn_core.spec import Account, AttentionOutput, Facts, Operands, Plan, Problem, as_output
 
-__all__ = ["scaled_dot_product_attention"]
+__all__ = ["MultiHeadAttention", "scaled_dot_product_attention"]
 
 NAME = "torch"
 IMPLEMENTATIONS = ("native", "chunked", "reference", "triton")
@@ -57,6 +57,15 @@ for _dtype in (torch.float32, torch.float64):
         _function(torch.ones(1, dtype=_dtype, device="cpu"))
 # What torch.compiler.assume_constant_result does, without loading torch's compiler (and triton).
 range_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def __getattr__(name: str) -> Any:
+    """Layers, which are imported when they are first spoken of."""
+    if name == "MultiHeadAttention":
+        from attn_core.backends.torch import layers
+
+        return layers.MultiHeadAttention
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def owns(x: Any) -> bool:

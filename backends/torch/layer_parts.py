@@ -1,0 +1,191 @@
+"""What layers and models of torch are made of: projections, norms, angles, what is dropped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from attn_core.backends.torch.arrays import DTYPES
+from attn_core.backends.torch.philox import keep
+from attn_core.language.values import Dropout, drop_threshold
+from attn_core.model.initial import initial
+from attn_core.model.parameters import Plan
+from attn_core.model.positions import LOW, TURN
+from attn_core.model.seeds import step_seed
+from attn_core.model.weights import weights_for
+
+Array = Any
+
+
+class Portable(torch.nn.Module):
+    """A module whose weights are those of a plan, named as there; a matrix is torch's (out, in).
+
+    The names of `state_dict()` are the plan's too.
+    """
+
+    config: Any
+    plan: Plan
+
+    def export_weights(self) -> dict[str, np.ndarray]:
+        """The weights under their neutral names, matrices (in, out): copies, NumPy."""
+        from attn_core.backends.torch import to_numpy
+
+        return {
+            name: np.array(_turned(to_numpy(self.get_parameter(name)), kind), order="C")
+            for name, (_, kind) in self.plan.items()
+        }
+
+    def load_weights(self, source: str | PathLike[str] | Mapping[str, Any]) -> None:
+        """Set every weight, from a file of any framework or a mapping of neutral names to arrays.
+
+        Raises:
+            ValueError, TypeError: a weight is missing, unknown, of another shape or wider dtype,
+                or the file is damaged or another model's; nothing has been set.
+        """
+        self._set(weights_for(self.config, self.plan, source))
+
+    def initialise(self, seed: int) -> None:
+        """First values: a function of the seed, the same in every framework."""
+        self._set(initial(self.plan, seed))
+
+    def _set(self, weights: dict[str, np.ndarray]) -> None:
+        from attn_core.backends.torch import from_numpy
+
+        with torch.no_grad():
+            for name, (_, kind) in self.plan.items():
+                self.get_parameter(name).copy_(from_numpy(_turned(weights[name], kind)))
+
+
+def _turned(array: np.ndarray, kind: str) -> np.ndarray:
+    return array.T if kind == "matrix" else array
+
+
+def made(config: Any, device: Any) -> dict[str, Any]:
+    """Keyword arguments with which torch makes a parameter of a config."""
+    where = torch.get_default_device() if device is None else torch.device(device)
+    return {"device": where, "dtype": DTYPES[config.dtype]}
+
+
+def linear(inner: int, outer: int, bias: bool, **make: Any) -> torch.nn.Module:
+    """A Linear without first values: torch would draw them from its global generator."""
+    return torch.nn.utils.skip_init(torch.nn.Linear, inner, outer, bias=bias, **make)
+
+
+class Norm(torch.nn.Module):
+    """Layer norm or RMS norm over the last axis, in float32 at least.
+
+    layer   (x - mean) / sqrt(variance + epsilon) * scale + bias
+    rms     x / sqrt(mean(x**2) + epsilon) * scale
+    """
+
+    def __init__(self, width: int, kind: str, bias: bool, epsilon: float, **make: Any) -> None:
+        super().__init__()
+        self.kind, self.epsilon = kind, epsilon
+        self.scale = torch.nn.Parameter(torch.ones(width, **make))
+        self.register_parameter(
+            "bias", torch.nn.Parameter(torch.zeros(width, **make)) if bias else None
+        )
+
+    def forward(self, x: Array) -> Array:
+        wide = x if x.dtype == torch.float64 else x.float()
+        if self.kind == "layer":
+            wide = wide - wide.mean(-1, keepdim=True)
+        wide = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + self.epsilon)
+        wide = wide * self.scale.to(wide.dtype)
+        if self.bias is not None:
+            wide = wide + self.bias.to(wide.dtype)
+        return wide.to(x.dtype)
+
+
+ACTIVATIONS = {
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def angles(wheel: Array, positions: Array, dtype: torch.dtype) -> Array:
+    """Radians of every channel pair, (B, T, pairs), at int positions (B, T); see model.positions.
+
+    Words are held in int64, which never overflows here.
+    """
+    high, low = wheel.to(torch.int64)
+    whole = positions.to(torch.int64)[..., None] * high
+    wrapped = ((whole + 2**31) & 0xFFFFFFFF) - 2**31
+    rest = positions[..., None].to(dtype) * low.to(dtype)
+    return wrapped.to(dtype) * TURN + rest * LOW
+
+
+def rotated(x: Array, wheel: Array, positions: Array, pairs: str) -> Array:
+    """Heads (B, T, H, D) turned by their positions (B or 1, T); the first channels turn."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    angle = angles(wheel, positions, dtype)[:, :, None]
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    count = 2 * wheel.shape[1]
+    part, rest = x[..., :count].to(dtype), x[..., count:]
+    if pairs == "half":
+        a, b = part.chunk(2, -1)
+        part = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    else:
+        a, b = part[..., 0::2], part[..., 1::2]
+        part = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+    return torch.cat([part.to(x.dtype), rest], -1)
+
+
+def sinusoidal(wheel: Array, positions: Array, scale: float = 1.0) -> Array:
+    """PE of int positions (B, T), (B, T, width), float32: sines and cosines in turn."""
+    angle = angles(wheel, positions, torch.float32)
+    return torch.stack([torch.sin(angle), torch.cos(angle)], -1).flatten(-2) * scale
+
+
+def weights_dropout(rate: float, seed: Any, site: int, training: bool) -> Dropout | None:
+    """The dropout of attention weights at a site; None in evaluation."""
+    if not training or not rate:
+        return None
+    seed = step_seed(seed)
+    if isinstance(seed, torch.Tensor):
+        # Low word the step, high word the site: as one int64.
+        return Dropout(rate, (seed.to(torch.int64) & 0xFFFFFFFF) + (site << 32))
+    return Dropout(rate, (seed, site))
+
+
+def hidden_dropout(
+    x: Array, rate: float, seed: Any, site: int, positions: Array, training: bool
+) -> Array:
+    """x (B, T, C) with entries dropped by position and channel; x itself in evaluation."""
+    drop = weights_dropout(rate, seed, site, training)
+    if drop is None:
+        return x
+    kept = keep(drop_threshold(rate), drop.seed, x.shape[0], 1, positions, x.shape[2])[:, 0]
+    return torch.where(kept, x * (1 / (1 - rate)), 0.0)
+
+
+def integers(given: Any, device: Any) -> Array:
+    """Host ints or a tensor as int32, on the device."""
+    return torch.as_tensor(given, device=device).to(torch.int32)
+
+
+def indices(x: Array) -> Array:
+    """The indices of the rows of x (B, T, ..), int32 (1, T)."""
+    return torch.arange(x.shape[1], dtype=torch.int32, device=x.device)[None]
+
+
+def known(x: Array) -> bool:
+    """Whether the values of a tensor can be read: nothing traces, transforms or records."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if type(x) is not torch.Tensor or x.is_meta:
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def unit(width: int) -> float:
+    """What token embeddings are multiplied by, as published."""
+    return math.sqrt(width)
