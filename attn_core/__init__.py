@@ -16,6 +16,7 @@ from attn_core.explained import Report, explain
 from attn_core.language.expr import cast, exp, log, maximum, minimum, row, tanh, where
 from attn_core.language.operands import operand
 from attn_core.language.values import Dropout, Mask, Score, mask, score
+from attn_core.model.additive import AdditiveConfig
 from attn_core.model.build import build
 from attn_core.model.config import AttentionConfig
 from attn_core.model.transformer import TransformerConfig
@@ -26,6 +27,7 @@ from attn_core.spec import AttentionOutput
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdditiveConfig",
     "AttentionConfig",
     "AttentionOutput",
     "Dropout",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -150,9 +151,17 @@ def philox(counter: list[int], low: int, high: int) -> list[int]:
 
 def kept(rate: float, seed: int, site: int, batch: int, count: int, at: Array, keys: int) -> Array:
     """What dropout keeps, (B, heads, rows, keys), rows standing at `at` (B, rows)."""
+    places = tuple(map(tuple, np.asarray(at).tolist()))
+    return _kept(rate, seed, site, batch, count, places, keys)
+
+
+@lru_cache(maxsize=256)
+def _kept(
+    rate: float, seed: int, site: int, batch: int, count: int, at: tuple[Any, ...], keys: int
+) -> Array:
     least = min(round(rate * 2**32), 2**32 - 1)
-    found = np.zeros((batch, count, at.shape[1], keys), bool)
+    found = np.zeros((batch, count, len(at[0]), keys), bool)
     for b, h, i, k in np.ndindex(found.shape):
-        words = philox([k // 4, int(at[b, i]) % 2**32, h, b], seed % 2**32, site)
+        words = philox([k // 4, at[b][i] % 2**32, h, b], seed % 2**32, site)
         found[b, h, i, k] = words[k % 4] >= least
     return found

@@ -301,7 +301,7 @@ def test_build_asks_the_call_then_the_config_then_the_flag(monkeypatch):
 def test_build_reads_either_kind_and_not_both(tmp_path):
     assert read_config({"attention": LAYER}) == AttentionConfig(**LAYER)
     assert read_config(MODEL) == TransformerConfig(**MODEL)
-    with pytest.raises(ValueError, match="one of the tables `attention` and `transformer`"):
+    with pytest.raises(ValueError, match="one of the tables attention, additive, transformer"):
         read_config({"attention": LAYER, "transformer": MODEL})
     with pytest.raises(TypeError, match="`config` must be an AttentionConfig"):
         read_config(3)

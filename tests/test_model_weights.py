@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import attn_core
-from attn_core import AttentionConfig, TransformerConfig
+from attn_core import AdditiveConfig, AttentionConfig, TransformerConfig
 from attn_core.model.initial import initial
-from attn_core.model.parameters import Parameter, additive, parameters
+from attn_core.model.parameters import Parameter, parameters
 from attn_core.model.weights import weights_for
 
 LAYER = AttentionConfig(width=12, heads=4, kv_heads=2, value_width=5, key_input=7, out_width=6)
@@ -129,7 +129,12 @@ FROZEN = "cc8dd83e7499b7be4737fabe7b7c71be"
 
 
 def test_additive_has_a_plan_too():
-    assert additive(3, 4, 5)["key.weight"] == Parameter((4, 5), "matrix")
+    assert shapes(AdditiveConfig(5, query_input=3, key_input=4)) == {
+        "query.weight": (3, 5),
+        "key.weight": (4, 5),
+        "bias": (5,),
+        "score": (5,),
+    }
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -221,7 +226,7 @@ HEADERS = {
     ),
     "unknown kind": (
         lambda h: h["__metadata__"].update(config='{"convolution": {}}'),
-        "one of attention, transformer",
+        "one of attention, additive, transformer",
     ),
     "wrong shape": (
         lambda h: h["key.weight"].update(shape=[6, 7]),

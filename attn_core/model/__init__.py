@@ -4,6 +4,7 @@ The decisions live here, once, and the layers of torch, Keras and flax only spea
 framework's words:
 
     config        AttentionConfig: sizes and rules of one attention layer
+    additive      AdditiveConfig: the same of additive attention
     transformer   TransformerConfig: the same of a whole model
     parameters    the plan: every parameter's name, shape and kind
     initial       its first value, a function of (seed, name)

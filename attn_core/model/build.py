@@ -9,24 +9,26 @@ from typing import Any
 
 from attn_core import config as flag
 from attn_core import registry
-from attn_core.model.config import ROOMS, AttentionConfig, Config
+from attn_core.model.additive import AdditiveConfig
+from attn_core.model.config import ROOMS, AttentionConfig
 from attn_core.model.transformer import TransformerConfig
 
 
 def build(config: Any, *, backend: str | None = None, seed: int = 0, **options: Any) -> Any:
-    """The layer that an AttentionConfig, or the model that a TransformerConfig, describes.
+    """The layer or model that a config describes, in the framework that it or the flag names.
 
     Args:
-        config: either config; a TOML, YAML or JSON file, or a mapping, with the table `attention`
-            or `transformer`, or with a model's or a layer's fields at the top.
+        config: AttentionConfig, AdditiveConfig or TransformerConfig; or a TOML, YAML or JSON file,
+            or a mapping, with the table `attention`, `additive` or `transformer`, or with the
+            fields of a layer or a model at the top.
         backend: "torch", "tf" or "jax". Left out, the config's own; where that is silent, the
             flag (`attn_core.use`, `attn_core.config`, ATTN_CORE_BACKEND).
         seed: of the first values: the same numbers in every framework.
         options: what else the framework's class takes, such as torch's `device`.
 
     Returns:
-        torch.nn.Module, keras.layers.Layer or flax.nnx.Module: `MultiHeadAttention` or
-        `Transformer` of that backend.
+        torch.nn.Module, keras.layers.Layer or flax.nnx.Module: `MultiHeadAttention`,
+        `AdditiveAttention` or `Transformer` of that backend.
 
     Raises:
         ValueError: nobody names a backend, or a field of the config is wrong.
@@ -44,25 +46,33 @@ def build(config: Any, *, backend: str | None = None, seed: int = 0, **options: 
             "the config, with attn_core.use or attn_core.config, or as ATTN_CORE_BACKEND. Got none."
         )
     flag.check_backend(name)
-    kind = "MultiHeadAttention" if isinstance(config, AttentionConfig) else "Transformer"
-    return registry.layer(name, kind)(config, seed=seed, **options)
+    return registry.layer(name, _CLASSES[type(config)])(config, seed=seed, **options)
 
 
-def read_config(source: Any) -> AttentionConfig | TransformerConfig:
+_CLASSES: dict[Any, str] = {
+    AttentionConfig: "MultiHeadAttention",
+    AdditiveConfig: "AdditiveAttention",
+    TransformerConfig: "Transformer",
+}
+
+
+def read_config(source: Any) -> Any:
     """Whichever config `source` is or holds."""
-    if isinstance(source, (AttentionConfig, TransformerConfig)):
+    if type(source) in _CLASSES:
         return source
-    if isinstance(source, Config) or not isinstance(source, (str, PathLike, Mapping)):
+    if not isinstance(source, (str, PathLike, Mapping)):
         raise TypeError(
-            "`config` must be an AttentionConfig, a TransformerConfig, a path or a mapping. "
-            f"Got {type(source).__name__}."
+            "`config` must be an AttentionConfig, an AdditiveConfig, a TransformerConfig, a path "
+            f"or a mapping. Got {type(source).__name__}."
         )
     held = dict(source) if isinstance(source, Mapping) else flag.read(Path(source))
-    tables = [kind for kind in (AttentionConfig, TransformerConfig) if kind.TABLE in held]
-    if len(tables) == 2:
+    tables = [kind for kind in _CLASSES if kind.TABLE in held]
+    if len(tables) > 1:
         raise ValueError(
-            "a config must hold one of the tables `attention` and `transformer` to be built. "
-            "Got both: load the one that is meant."
+            "a config must hold one of the tables "
+            f"{', '.join(kind.TABLE for kind in _CLASSES)} to be built. Got "
+            f"{' and '.join(kind.TABLE for kind in tables)}: load the one that is meant."
         )
-    model = TransformerConfig in tables or (not tables and "kind" in held)
-    return TransformerConfig.load(held) if model else AttentionConfig.load(held)
+    if tables:
+        return tables[0].load(held)
+    return TransformerConfig.load(held) if "kind" in held else AttentionConfig.load(held)

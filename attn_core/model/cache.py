@@ -40,6 +40,34 @@ class Memory(NamedTuple):
     lengths: Any = None
 
 
+class ModelCache(NamedTuple):
+    """What a decoder keeps: a Cache for each block, and a Memory where it attends to an encoder."""
+
+    blocks: tuple[Cache, ...]
+    memories: tuple[Memory, ...] = ()
+
+
+class BlockWeights(NamedTuple):
+    """The weights of one block, (B, Hq, Tq, Tk) each; cross is None without an encoder."""
+
+    attention: Any
+    cross: Any = None
+
+
+class ModelOutput(NamedTuple):
+    """What a model returns when an extra is asked for; what was not asked for is None.
+
+    Attributes:
+        out: logits (B, T, vocabulary) or (B, classes), or an encoder's vectors (B, T, width).
+        weights: {"encoder": (BlockWeights, ..), "decoder": (BlockWeights, ..)}, of what was run.
+        cache: the ModelCache to pass to the next call.
+    """
+
+    out: Any
+    weights: Any = None
+    cache: Any = None
+
+
 class LayerOutput(NamedTuple):
     """What a layer returns when an extra is asked for; what was not asked for is None.
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from attn_core.check_arrays import fits, show
+from attn_core.model.additive import AdditiveConfig
 from attn_core.model.config import AttentionConfig
+from attn_core.model.transformer import TransformerConfig
 
 Shape = tuple[Any, ...]
 
@@ -31,6 +33,17 @@ def _input(name: str, shape: Shape, width: int, query: Shape | None) -> None:
         raise ValueError(f"`{name}` must have shape (B, T, {width}). Got {show(shape)}.")
     if query is not None and not fits(shape[:1], query[:1]):
         raise ValueError(f"`{name}` must have the batch of `query`, {query[0]}. Got {show(shape)}.")
+
+
+def check_additive(config: AdditiveConfig, query: Shape, key: Shape, value: Shape) -> None:
+    """The three inputs of additive attention; values may have any width."""
+    s = config.sizes
+    _input("query", query, s.query_input, None)
+    _input("key", key, s.key_input, query)
+    if len(value) != 3 or not fits(value[:2], key[:2]):
+        raise ValueError(
+            f"`value` must have shape (B, Tk, Dv), B and Tk those of `key`. Got {show(value)}."
+        )
 
 
 def check_kept(name: str, config: AttentionConfig, key: Shape, value: Shape, query: Shape) -> None:
@@ -86,3 +99,55 @@ def check_memory(value: Any, kv_lengths: Any, cache: Any) -> None:
             )
     if kv_lengths is not None:
         raise ValueError("`kv_lengths` must be left out where `key` is a Memory, which has them.")
+
+
+def check_read(config: TransformerConfig, stack: str, name: str, shape: Shape, dtype: str) -> None:
+    """What a stack reads: int tokens (B, T), or vectors (B, T, inputs)."""
+    if config.tokens(stack) is None:
+        if len(shape) != 3 or not fits(shape[-1:], (config.inputs,)) or "float" not in dtype:
+            raise ValueError(
+                f"`{name}` must be vectors (B, T, {config.inputs}), which this {stack} reads. "
+                f"Got {dtype} of {show(shape)}."
+            )
+    elif len(shape) != 2 or "int" not in dtype:
+        raise ValueError(
+            f"`{name}` must be int tokens (B, T), which this {stack} reads. "
+            f"Got {dtype} of {show(shape)}."
+        )
+    check_length(config, name, shape[1])
+
+
+def check_length(config: TransformerConfig, name: str, length: Any) -> None:
+    """Learned positions have a row for each position, and no more."""
+    if config.max_length is not None and length is not None and length > config.max_length:
+        raise ValueError(
+            f"`{name}` must not be longer than `max_length` = {config.max_length}, the table of "
+            f"learned positions. Got {length}."
+        )
+
+
+def check_source(config: TransformerConfig, source: bool, kept: bool | None) -> None:
+    """An encoder's source: needed once in an encoder-decoder, and by nothing else.
+
+    source: whether it is given. kept: whether the cache holds it; None without a cache.
+    """
+    if config.kind != "encoder-decoder":
+        if source:
+            raise ValueError(f"`source` must be left out in a model of kind {config.kind!r}.")
+        if kept is not None and config.kind == "encoder":
+            raise ValueError("`cache` must be left out in an encoder, which sees all at once.")
+    elif source == bool(kept):
+        got = "both" if source else "neither"
+        raise ValueError(
+            "one of `source` and a cache that holds it (`make_cache(.., source=)`) must be given "
+            f"to an encoder-decoder. Got {got}."
+        )
+
+
+def check_blocks(config: TransformerConfig, stack: str, blocks: int, size: Any) -> None:
+    """A model's cache has a cache for each block, none longer than the positions there are."""
+    if blocks != config.blocks(stack):
+        raise ValueError(
+            f"`cache` must be one of this model, of {config.blocks(stack)} blocks. Got {blocks}."
+        )
+    check_length(config, "cache", size)

@@ -67,8 +67,8 @@ class Config:
     def load(cls, source: str | PathLike[str] | Mapping[str, Any]) -> Self:
         """The config that a TOML, YAML or JSON file, or a mapping, holds.
 
-        The fields stand at the top, or in a table (`attention`, `transformer`) beside which other
-        tables may stand. YAML needs the extra `attn-core[yaml]`.
+        The fields stand at the top, or in a table (`attention`, `additive`, `transformer`) beside
+        which other tables may stand. YAML needs the extra `attn-core[yaml]`.
 
         Raises:
             ValueError: an unknown key, with the nearest known one; a value out of its range.

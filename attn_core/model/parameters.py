@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from attn_core.model.additive import AdditiveConfig
 from attn_core.model.config import AttentionConfig
 from attn_core.model.transformer import TransformerConfig
 
@@ -52,18 +53,21 @@ def parameters(config: Any) -> Plan:
         return _transformer(config)
     if isinstance(config, AttentionConfig):
         return _attention(config)
+    if isinstance(config, AdditiveConfig):
+        return _additive(config)
     raise TypeError(
-        f"`config` must be an AttentionConfig or a TransformerConfig. Got {type(config).__name__}."
+        "`config` must be an AttentionConfig, an AdditiveConfig or a TransformerConfig. "
+        f"Got {type(config).__name__}."
     )
 
 
-def additive(query: int, key: int, width: int) -> Plan:
-    """The plan of additive attention."""
+def _additive(config: AdditiveConfig) -> Plan:
+    s = config.sizes
     return {
-        "query.weight": Parameter((query, width), "matrix"),
-        "key.weight": Parameter((key, width), "matrix"),
-        "bias": Parameter((width,), "bias"),
-        "score": Parameter((width,), "vector"),
+        "query.weight": Parameter((s.query_input, s.width), "matrix"),
+        "key.weight": Parameter((s.key_input, s.width), "matrix"),
+        "bias": Parameter((s.width,), "bias"),
+        "score": Parameter((s.width,), "vector"),
     }
 
 

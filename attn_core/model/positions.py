@@ -47,7 +47,7 @@ def turned(config: AttentionConfig) -> int:
 
 
 def offset(given: Any, kv_lengths: Any, q_lengths: Any, q_len: Any, k_len: Any) -> Any:
-    """Where query row 0 stands, for rotary positions: an int, or an array (B,).
+    """Where query row 0 stands, for layers that must know: an int, or an array (B,).
 
     Lengths are int arrays of the framework within their sizes, or None; `given` is None, "start",
     "end", an int or an array, as in `attention`.
@@ -59,7 +59,7 @@ def offset(given: Any, kv_lengths: Any, q_lengths: Any, q_len: Any, k_len: Any) 
         if q_len is None or k_len is None or q_len != k_len:
             raise ValueError(
                 "`query_offset` must be given where Tq and Tk are not known to be equal and "
-                f'positions are rotary: an int, an int array (B,), "start" or "end". '
+                f'the layer reads positions: an int, an int array (B,), "start" or "end". '
                 f"Got Tq = {q_len} and Tk = {k_len}."
             )
         return 0

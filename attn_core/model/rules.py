@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from attn_core import masks, scores
 from attn_core.language.text import parse
+from attn_core.language.tree import Tape
 from attn_core.language.values import Mask, Score
 from attn_core.model.config import AttentionConfig
 
@@ -53,6 +54,13 @@ def joined_mask(own: Mask | None, given: Any) -> Any:
             return given
         given = masks.dense(given)
     return given & own
+
+
+def at_rows(mask: Mask, start: int) -> Mask:
+    """The mask of a tile of rows: row 0 of the tile is row `start` of the whole."""
+    tape = Tape()
+    row = tape.apply("add", tape.index("row"), tape.const(start))
+    return Mask(*tape.finish(tape.replay(mask.tree, mask.arrays, {"row": row})))
 
 
 def joined_score(own: Rules, given: Any) -> Any:

@@ -1,7 +1,7 @@
 """Weights as files: safetensors, the names of `parameters`, and in the metadata
 
     format   "attn-core/1", the version of the naming scheme
-    config   JSON, {"attention": {..}} or {"transformer": {..}}
+    config   JSON, {"attention": {..}}, {"additive": {..}} or {"transformer": {..}}
 
 A file, or a mapping of names to arrays, is checked whole before anything is set, and written whole
 before it takes its place: neither is ever half there.
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attn_core.config import nearest
+from attn_core.model.additive import AdditiveConfig
 from attn_core.model.config import AttentionConfig
 from attn_core.model.parameters import VERSION, Plan, parameters
 from attn_core.model.transformer import TransformerConfig
@@ -31,7 +32,7 @@ class Loaded(NamedTuple):
     """What a weights file holds."""
 
     weights: dict[str, np.ndarray]
-    config: AttentionConfig | TransformerConfig
+    config: AttentionConfig | AdditiveConfig | TransformerConfig
 
 
 def save_weights(path: str | os.PathLike[str], weights: Any, config: Any = None) -> None:
@@ -165,8 +166,9 @@ def _more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def _config(path: Path, written: str) -> AttentionConfig | TransformerConfig:
-    kinds = {kind.TABLE: kind for kind in (AttentionConfig, TransformerConfig)}
+def _config(path: Path, written: str) -> Any:
+    every: tuple[Any, ...] = (AttentionConfig, AdditiveConfig, TransformerConfig)
+    kinds = {kind.TABLE: kind for kind in every}
     try:
         held = json.loads(written)
         (table,) = held

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -16,7 +15,7 @@ from attn_core.backends.torch.philox import keep
 from attn_core.language.values import Dropout, drop_threshold
 from attn_core.model.initial import initial
 from attn_core.model.parameters import Plan
-from attn_core.model.positions import LOW, TURN
+from attn_core.model.positions import LOW, TURN, wheel
 from attn_core.model.seeds import step_seed
 from attn_core.model.weights import weights_for
 
@@ -77,6 +76,11 @@ def linear(inner: int, outer: int, bias: bool, **make: Any) -> torch.nn.Module:
     return torch.nn.utils.skip_init(torch.nn.Linear, inner, outer, bias=bias, **make)
 
 
+def embedding(rows: int, width: int, **make: Any) -> torch.nn.Module:
+    """An Embedding without first values."""
+    return torch.nn.utils.skip_init(torch.nn.Embedding, rows, width, **make)
+
+
 class Norm(torch.nn.Module):
     """Layer norm or RMS norm over the last axis, in float32 at least.
 
@@ -111,24 +115,29 @@ ACTIVATIONS = {
 }
 
 
-def angles(wheel: Array, positions: Array, dtype: torch.dtype) -> Array:
+def wheel_of(base: float, channels: int, make: dict[str, Any]) -> Array | None:
+    """The words of `channels` that turn, which a cast of the module leaves alone, as integers."""
+    return torch.as_tensor(wheel(base, channels), device=make["device"]) if channels else None
+
+
+def angles(words: Array, positions: Array, dtype: torch.dtype) -> Array:
     """Radians of every channel pair, (B, T, pairs), at int positions (B, T); see model.positions.
 
     Words are held in int64, which never overflows here.
     """
-    high, low = wheel.to(torch.int64)
+    high, low = words.to(torch.int64)
     whole = positions.to(torch.int64)[..., None] * high
     wrapped = ((whole + 2**31) & 0xFFFFFFFF) - 2**31
     rest = positions[..., None].to(dtype) * low.to(dtype)
     return wrapped.to(dtype) * TURN + rest * LOW
 
 
-def rotated(x: Array, wheel: Array, positions: Array, pairs: str) -> Array:
+def rotated(x: Array, words: Array, positions: Array, pairs: str) -> Array:
     """Heads (B, T, H, D) turned by their positions (B or 1, T); the first channels turn."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    angle = angles(wheel, positions, dtype)[:, :, None]
+    angle = angles(words, positions, dtype)[:, :, None]
     cos, sin = torch.cos(angle), torch.sin(angle)
-    count = 2 * wheel.shape[1]
+    count = 2 * words.shape[1]
     part, rest = x[..., :count].to(dtype), x[..., count:]
     if pairs == "half":
         a, b = part.chunk(2, -1)
@@ -139,10 +148,10 @@ def rotated(x: Array, wheel: Array, positions: Array, pairs: str) -> Array:
     return torch.cat([part.to(x.dtype), rest], -1)
 
 
-def sinusoidal(wheel: Array, positions: Array, scale: float = 1.0) -> Array:
-    """PE of int positions (B, T), (B, T, width), float32: sines and cosines in turn."""
-    angle = angles(wheel, positions, torch.float32)
-    return torch.stack([torch.sin(angle), torch.cos(angle)], -1).flatten(-2) * scale
+def sinusoidal(words: Array, positions: Array, dtype: torch.dtype) -> Array:
+    """PE of int positions (B, T), (B, T, width): sines and cosines in turn, float32 at least."""
+    angle = angles(words, positions, torch.float64 if dtype == torch.float64 else torch.float32)
+    return torch.stack([torch.sin(angle), torch.cos(angle)], -1).flatten(-2).to(dtype)
 
 
 def weights_dropout(rate: float, seed: Any, site: int, training: bool) -> Dropout | None:
@@ -184,8 +193,3 @@ def known(x: Array) -> bool:
     if type(x) is not torch.Tensor or x.is_meta:
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def unit(width: int) -> float:
-    """What token embeddings are multiplied by, as published."""
-    return math.sqrt(width)

@@ -20,12 +20,13 @@ from attn_core.backends.torch.layer_parts import (
     made,
     rotated,
     weights_dropout,
+    wheel_of,
 )
 from attn_core.model import calls
 from attn_core.model.cache import Cache, Filling, LayerOutput, Memory, check_room, filling
 from attn_core.model.config import AttentionConfig
 from attn_core.model.parameters import parameters
-from attn_core.model.positions import offset, turned, wheel
+from attn_core.model.positions import offset, turned
 from attn_core.model.rules import joined_mask, joined_score, rules
 
 
@@ -73,7 +74,7 @@ class MultiHeadAttention(Portable):
         if c.gate:
             self.gate = linear(s.width, s.heads * s.value, c.bias, **make)
         self.out = linear(s.heads * s.value, s.out, c.out_bias, **make)
-        words = torch.as_tensor(wheel(c.rotary_base, turned(c)), device=make["device"])
+        words = wheel_of(c.rotary_base, turned(c), make)
         self.register_buffer("wheel", words, persistent=False)
         self.initialise(seed)
 
@@ -142,7 +143,7 @@ class MultiHeadAttention(Portable):
             q = self.query_norm(q)
         if c.positions == "rotary":
             if positions is None:
-                positions = _rows(q, k, kv_lengths, q_lengths, query_offset)
+                positions = starts(q, k, kv_lengths, q_lengths, query_offset) + indices(q)
             q = rotated(q, self.wheel, positions, c.rotary_pairs)
         if cache is not None and fill is not None:
             k, v = _filled(cache.key, k, fill), _filled(cache.value, v, fill)
@@ -240,15 +241,15 @@ class MultiHeadAttention(Portable):
         return filling(cache.lengths, counts, indices(query)[0], indices(cache.key)[0], size)
 
 
-def _rows(q: Array, k: Array, kv_lengths: Any, q_lengths: Any, query_offset: Any) -> Array:
-    """Where the rows of a query without a cache stand, (B or 1, Tq)."""
+def starts(q: Array, k: Array, kv_lengths: Any, q_lengths: Any, query_offset: Any) -> Array:
+    """Where row 0 of a query without a cache stands, int32 (B or 1, 1)."""
     rows, keys, device = q.shape[1], k.shape[1], q.device
     if kv_lengths is not None:
         kv_lengths = integers(kv_lengths, device).clamp(0, keys)
     if q_lengths is not None:
         q_lengths = integers(q_lengths, device).clamp(0, rows)
     start = offset(query_offset, kv_lengths, q_lengths, rows, keys)
-    return integers(start, device).reshape(-1, 1) + indices(q)
+    return integers(start, device).reshape(-1, 1)
 
 
 def _filled(held: Array, new: Array, fill: Filling) -> Array:
