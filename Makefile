@@ -6,6 +6,7 @@
 #   make fmt           format and fix what can be fixed
 #   make conformance   the conformance suite alone, eager; make test runs its compiled forms too
 #   make bench         check, then time: hours on a quiet machine; then docs/BENCHMARKS.md
+#   make gpu           on a CUDA device: judge the kernels, then time them; then docs/GPU.md
 #   make docs          the doctests of docs/
 #   make wheel         a wheel in dist/
 #   make clean         remove what was built; .venv stays
@@ -45,7 +46,7 @@ INTERPRETED := TRITON_INTERPRET=1 $(BIN)/attn-core conformance run --failures --
 # One thread per test process, since pytest-xdist already fills the machine.
 PYTEST := OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/pytest -n $(JOBS)
 
-.PHONY: demo test check fmt conformance bench docs wheel clean
+.PHONY: demo test check fmt conformance bench gpu docs wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -87,6 +88,12 @@ conformance: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/attn-core bench run --json $(RESULTS)
 	$(BIN)/attn-core bench page $(RESULTS)
+
+# It refuses where there is no CUDA device; the tests of the kernels run compiled where there is one.
+gpu: $(STAMP)
+	$(BIN)/python -c "from attn_core.benchmarks import gpu; gpu.device()"
+	$(PYTEST) -n 0 tests/kernels_only
+	rc=0; $(BIN)/attn-core bench gpu || rc=$$?; $(BIN)/attn-core bench gpu-page; exit $$rc
 
 docs: $(STAMP)
 	$(BIN)/pytest --doctest-glob='*.md' docs

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from attn_core import config
+from attn_core.cli_gpu import gpu, gpu_page, tune
 from attn_core.cli_kernels import kernels
 
 app = typer.Typer(help="One attention with one meaning.", no_args_is_help=True)
@@ -335,6 +336,9 @@ def explain_shapes(
 
 benches = typer.Typer(help="How fast, and how much memory?", no_args_is_help=True)
 app.add_typer(benches, name="bench")
+benches.command("gpu")(gpu)
+benches.command("gpu-page")(gpu_page)
+benches.command("tune")(tune)
 
 
 def _bench_cases(incomplete: str) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.syntax import Syntax
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from attn_core.kernels.ahead import Finding
+Finding = Any
+"""As of attn_core.kernels.ahead, which is imported when it is asked for."""
 
 kernels = typer.Typer(help="GPU kernels, looked at without a GPU.", no_args_is_help=True)
 

@@ -15,6 +15,14 @@ results     the measurements as JSON
 targets     what is promised, and whether it holds
 report      the terminal's tables; page, docs/BENCHMARKS.md and its picture
 terminal    a run as it is seen there
+
+and of a GPU, apart from the CPU's:
+
+gpu         from beginning to end: judged, checked by a sanitizer, timed; its results as JSON
+gpu_cases   the cases, and what is promised there
+gpu_calls   torch's subjects on a CUDA device
+gpu_page    docs/GPU.md
+tune        kernel configurations, measured
 """
 
 if __name__ == "benchmarks":

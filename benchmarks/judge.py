@@ -71,14 +71,16 @@ def answer(
         found |= {"query": np.zeros(picked, wide)}
         found |= {name: np.zeros(k.shape, wide) for name in ("key", "value")}
     scale, largest = r(case.width**-0.5), 0.0
+    group = q.shape[1] // k.shape[1]
     for b, h in np.ndindex(*q.shape[:2]):
+        kv = h // group
         for start in range(0, len(rows), ROWS):
             at = slice(start, start + ROWS)
             first, beyond = case.keys(rows[at], b)
             low, high = int(first.min()), int(beyond.max())
             key = np.arange(low, high)
             sees = (first[:, None] <= key) & (key < beyond[:, None])
-            mine, keys, values = r(q[b, h, rows[at]]), r(k[b, h, low:high]), r(v[b, h, low:high])
+            mine, keys, values = r(q[b, h, rows[at]]), r(k[b, kv, low:high]), r(v[b, kv, low:high])
             s = np.where(sees, r(r(mine @ keys.T) * scale), -np.inf)
             largest = max(largest, float(np.abs(s[sees]).max(initial=0.0)))
             # A row that sees nothing has no largest, and a sum of 0: its weights stay 0.
@@ -93,8 +95,8 @@ def answer(
                 ds = r(p * r(dp - r((p * dp).sum(1, keepdims=True))))
                 found["query"][b, h, at] = r(r(ds @ keys) * scale)
                 # Sums over rows are kept wide, and rounded once, when all have been added.
-                found["key"][b, h, low:high] += ds.T @ mine
-                found["value"][b, h, low:high] += p.T @ do
+                found["key"][b, kv, low:high] += ds.T @ mine
+                found["value"][b, kv, low:high] += p.T @ do
     if gradients:
         found["key"] = r(r(found["key"]) * scale)
         found["value"] = r(found["value"])

@@ -68,11 +68,12 @@ def pinned(backend: SDPBackend) -> Made:
     return made
 
 
-def flex(case: Case) -> Attend:
+def flex(case: Case, device: str = "cpu") -> Attend:
     in_words("torch-flex", case, *MASKS)
     mask = None
     if case.mask != "full":
-        mask = create_block_mask(_rule(case), None, None, case.length, case.length, device="cpu")
+        sizes = (case.length, case.length)
+        mask = create_block_mask(_rule(case), None, None, *sizes, device=device)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(query: Any, key: Any, value: Any) -> Any:

@@ -134,7 +134,7 @@ def objection(module, name, lazily):
         return None
     if within(name, "attn_core.benchmarks") and not within(module, "attn_core.benchmarks"):
         # They stand at the end of every road: only the command line leads there.
-        allowed = lazily and module == "attn_core.cli"
+        allowed = lazily and module in ("attn_core.cli", "attn_core.cli_gpu")
         return None if allowed else "nothing depends on the benchmarks"
     if within(module, "attn_core.benchmarks"):
         return benchmarks_objection(module, name, root, lazily)
@@ -158,7 +158,7 @@ def core_objection(module, name, root, lazily):
         return "backends are reached by name, through the registry"
     if within(name, "attn_core.kernels"):
         # The command line looks at them, too.
-        allowed = lazily and module == "attn_core.cli_kernels"
+        allowed = lazily and module in ("attn_core.cli_kernels", "attn_core.cli_gpu")
         return None if allowed else "kernels are reached from backends only"
     if within(name, "attn_core.conformance"):
         # The command line and the package's own door are how one gets there.
@@ -168,7 +168,10 @@ def core_objection(module, name, root, lazily):
         return "the judge shares nothing with what it judges"
     if root in ("attn_core", "numpy"):
         return None
-    if module in ("attn_core.cli", "attn_core.cli_kernels") and root in ("typer", "rich"):
+    if module in ("attn_core.cli", "attn_core.cli_gpu", "attn_core.cli_kernels") and root in (
+        "typer",
+        "rich",
+    ):
         return None
     if lazily and module == "attn_core.explain_text" and root == "rich":
         return None  # a report becomes a table where somebody prints it with rich
@@ -224,6 +227,8 @@ def conformance_objection(module, name, root, lazily):
 
 
 def benchmarks_objection(module, name, root, lazily):
+    if lazily and module == "attn_core.benchmarks.tune" and name == "attn_core.kernels.configs":
+        return None  # what it measured is written there
     if within(name, "attn_core.backends") or within(name, "attn_core.kernels"):
         return "benchmarks reach frameworks through the verbs, by name"
     calls = ".benchmarks." in name and name.split(".")[2].endswith("_calls")
@@ -243,7 +248,7 @@ def benchmarks_objection(module, name, root, lazily):
     return "benchmarks reach a framework only in its own calls"
 
 
-CALLS = {"torch_calls": "torch", "jax_calls": "jax", "tf_calls": "tensorflow"}
+CALLS = {"torch_calls": "torch", "gpu_calls": "torch", "jax_calls": "jax", "tf_calls": "tensorflow"}
 
 
 def test_import_direction():
@@ -305,6 +310,8 @@ def test_import_direction_by_name():
         ("attn_core.cli", "from attn_core.benchmarks import runner"),
         ("attn_core.conformance.report", "from attn_core.benchmarks import cases"),
         ("attn_core.benchmarks.worker", "def f():\n    import torch"),
+        ("attn_core.benchmarks.gpu", "from attn_core.benchmarks import gpu_calls"),
+        ("attn_core.benchmarks.gpu", "def f():\n    from attn_core.kernels import configs"),
         ("attn_core.benchmarks.torch_calls", "import jax"),
         ("attn_core.benchmarks.torch_calls", "import attn_core.backends.torch"),
         ("attn_core.benchmarks.onnx_calls", "import onnxruntime"),

@@ -1,0 +1,126 @@
+"""`attn-core bench gpu`, `bench gpu-page` and `bench tune`: what needs a GPU, and says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+PAGE = Path("docs/GPU.md")
+RESULTS = Path("benchmarks/results")
+
+
+def _refuse(error: Exception) -> typer.Exit:
+    Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
+    return typer.Exit(2)
+
+
+def gpu(
+    stage: Annotated[
+        list[str] | None, typer.Option(help="conformance, sanitizer or bench; all by default.")
+    ] = None,
+    case: Annotated[list[str] | None, typer.Option(help="Case, or a part of its name.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of turns.")] = 5,
+    json: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Where to write; benchmarks/results/<gpu>.json."),
+    ] = None,
+) -> None:
+    """Judge the kernels on this machine's GPU, then time them; exit 1 on a wrong answer."""
+    from attn_core.benchmarks import gpu as gpus
+    from attn_core.benchmarks import results
+
+    unknown = sorted(set(stage or ()) - set(gpus.STAGES))
+    if unknown:
+        known = ", ".join(gpus.STAGES)
+        raise _refuse(ValueError(f"`--stage` must be one of {known}. Got {', '.join(unknown)}."))
+    try:
+        machine = gpus.device()
+    except gpus.NoGpu as error:
+        raise _refuse(error) from error
+    console = Console()
+    environment = {**results.environment(1), "commit": results.commit(), "date": results.now()}
+    environment["ptxas"] = _ptxas(machine.facts()["architecture"])
+    whole, path = gpus.run(
+        machine,
+        json,
+        stages=stage or gpus.STAGES,
+        only=case or (),
+        pace=gpus.PACE._replace(rounds=rounds),
+        environment=environment,
+        say=lambda words: console.print(words, markup=False, soft_wrap=True),
+    )
+    console.print(f"written: {path}", markup=False, soft_wrap=True)
+    raise typer.Exit(1 if gpus.failed(whole) else 0)
+
+
+def _ptxas(architecture: str) -> str:
+    from attn_core.kernels import hazards
+
+    found = hazards.assembler(architecture)
+    version = "unknown" if found.version is None else ".".join(map(str, found.version))
+    said = f"ptxas of CUDA {version}"
+    return f"{said} (a known hazard)" if hazards.hazard(architecture) else said
+
+
+def gpu_page(
+    source: Annotated[
+        list[Path] | None, typer.Argument(help="What `bench gpu` wrote; all that is there.")
+    ] = None,
+    to: Annotated[Path, typer.Option(help="The page.")] = PAGE,
+) -> None:
+    """Write the page of GPUs, from what was measured and from nothing else."""
+    from json import loads
+
+    from attn_core.benchmarks import gpu_page as pages
+
+    try:
+        found = [
+            loads(path.read_text("utf-8")) for path in source or sorted(RESULTS.glob("*.json"))
+        ]
+        runs = [whole for whole in found if "gpu" in whole]
+        if source and len(runs) < len(found):
+            raise ValueError("each file must be of `attn-core bench gpu`. Got another.")
+        to.write_text(pages.page(runs), "utf-8")
+    except (ValueError, OSError) as error:
+        raise _refuse(error) from error
+    Console().print(f"{to}: {len(runs)} GPUs", markup=False, soft_wrap=True)
+
+
+def tune(
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="forward, d_keys or d_query; all by default.")
+    ] = None,
+    width: Annotated[list[int] | None, typer.Option(help="64, 128 or 256.")] = None,
+    dry: Annotated[bool, typer.Option("--dry", help="Measure, and write nothing.")] = False,
+) -> None:
+    """Measure kernel configurations on this machine's GPU, and keep the fastest for yourself."""
+    from attn_core.benchmarks import gpu as gpus
+    from attn_core.benchmarks import tune as tuning
+
+    for name, given, known in (
+        ("--kernel", kernel or (), tuning.KERNELS),
+        ("--width", width or (), tuning.WIDTHS),
+    ):
+        odd = [word for word in given if word not in known]
+        if odd:
+            words = ", ".join(map(str, known))
+            raise _refuse(ValueError(f"`{name}` must be one of {words}. Got {odd[0]}."))
+    try:
+        machine = gpus.device()
+    except gpus.NoGpu as error:
+        raise _refuse(error) from error
+    console = Console()
+    won, tried = tuning.tune(
+        machine,
+        kernels=kernel or tuning.KERNELS,
+        widths=width or tuning.WIDTHS,
+        say=lambda words: console.print(words, markup=False, soft_wrap=True),
+    )
+    failed = sum(bool(each.problem) for each in tried)
+    console.print(f"{len(tried)} tried, {failed} did not answer, {len(won)} won")
+    if won and not dry:
+        console.print(f"written: {tuning.keep(won)}", markup=False, soft_wrap=True)
+    raise typer.Exit(0 if won else 1)
