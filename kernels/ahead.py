@@ -45,6 +45,9 @@ SHARED = {
 }
 """Bytes of shared memory that one program may have."""
 
+_LEAST = 16
+"""Registers below which there is no kernel, whatever the compiler says: it gave up in silence."""
+
 _SERIALIZED = re.compile(r"\bC751[0-5]\b")
 
 
@@ -102,6 +105,8 @@ class Finding(NamedTuple):
         if self.spills:
             unit = "registers" if self.job.target.startswith("gfx") else "bytes"
             found.append(f"{self.spills} {unit} spilled")
+        if self.registers is not None and self.registers < _LEAST:
+            found.append(f"{self.registers} registers: nothing came of it")
         if self.serialized:
             found.append(f"wgmma serialized ({', '.join(self.serialized)})")
         most = SHARED.get(self.job.target)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from triton import cdiv, next_power_of_2
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import attn_core
 import attn_core.kernels.interpreter
@@ -43,7 +44,13 @@ def operands_of(arrays: Any) -> tuple[tuple[Any, ...], tuple[tuple[int, bool], .
 
 
 def launched(
-    given: dict[str, Any], *, rows: int, keys: int, pack: int, splits: int
+    given: dict[str, Any],
+    *,
+    rows: int,
+    keys: int,
+    pack: int,
+    splits: int,
+    descriptors: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """out, lse and whether each row sees a key; `rows` are those of one head in a tile."""
     _, p, x, _ = stated({**given, "return_lse": True})
@@ -97,10 +104,16 @@ def launched(
     numbers = (p.scale, drop_threshold(p.rate) if p.rate else 0, 1 / (1 - p.rate))
     packs = heads if pack == 1 else kv_heads
     pads = {name: max(16, next_power_of_2(n)) for name, n in (("PAD", width), ("PAD_V", v_width))}
+    read = (k, v)
+    if descriptors:
+        read = tuple(
+            TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, keys, wide])
+            for t, wide in ((k, pads["PAD"]), (v, pads["PAD_V"]))
+        )
     one = tuple(0 if len(n) == 1 else 1 for n in lengths)
     with np.errstate(all="ignore"):  # the interpreter computes with NumPy
         kernels.forward[(tiles * batch * packs * splits,)](
-            *(q, k, v, parts, part_m, part_l, alive, bias, sinks, *lengths, seed, *schedule),
+            *(q, *read, parts, part_m, part_l, alive, bias, sinks, *lengths, seed, *schedule),
             *(mask_operands, score_operands, *numbers),
             *(q.stride(), k.stride(), v.stride(), parts.stride(), tuple(strides)),
             *(one, tuple(maps), heads, group, q_len, k_len, tiles, schedule.order.shape[-1]),
@@ -111,7 +124,7 @@ def launched(
             KV_LENGTHS=True, Q_LENGTHS=True, DROPOUT=bool(p.rate),
             LATE=x.bias is None and p.score is None and p.scale > 0,
             RUN=p.mask is None or full_tiles_are_neighbours(p.mask, "k"),
-            DESCRIPTORS=False, PRECISION="ieee",
+            DESCRIPTORS=descriptors, PRECISION="ieee",
         )  # fmt: skip
         if splits > 1:
             tall = 16
@@ -243,6 +256,21 @@ def compare(given: dict[str, Any], way: str, tolerance: float) -> None:
     unseen = unseen.transpose(1, 2) if given.get("layout") == "BTHD" else unseen
     if not given.get("dropout"):
         assert torch.equal(alive == 0, unseen)
+
+
+@pytest.mark.parametrize("layout", ["BHTD", "BTHD"])
+@pytest.mark.parametrize("name", ["plain", "window", "lengths", "everything"])
+def test_tensor_descriptors_read_the_same(name: str, layout: str) -> None:
+    """Tiles that reach over the ends of keys and of widths: bit for bit what pointers read."""
+    given = question(3, 3, **completed(CASES[name], 3, 3))
+    if layout == "BTHD":
+        turned = {n: given[n].transpose(1, 2).contiguous() for n in ("query", "key", "value")}
+        given = {**given, **turned, "layout": "BTHD"}
+    shape = {"rows": 16, "keys": 32, "pack": 1, "splits": 1}
+    for a, b in zip(
+        launched(given, **shape, descriptors=True), launched(given, **shape), strict=True
+    ):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("way", WAYS)
