@@ -42,7 +42,7 @@ def test_what_does_not_fit_is_told() -> None:
         [
             causal._replace(config=Config(128, 128, 4, 2)),
             causal._replace(target="gfx942", config=Config(128, 128, 8, 2)),
-            causal._replace(config=Config(8, 128, 4, 2)),
+            causal._replace(config=Config(48, 128, 4, 2)),
         ],
         processes=2,
     )
