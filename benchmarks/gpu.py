@@ -212,8 +212,10 @@ def _case(machine: Any, timer: Any, case: GpuCase, direction: str, pace: Pace) -
             reason = f"{type(error).__name__}: {str(error)[:300]}"
             told[subject] = plain._replace(status="error", problem=reason)
     samples: dict[str, list[float]] = {subject: [] for subject in ready}
-    for _, subject in timing.turns(list(ready), pace.rounds):
-        samples[subject].append(timer.sample(ready[subject], pace.repeats))
+    for turn in timing.turns(list(ready), pace.rounds):
+        milliseconds = timer.sample(ready[turn.name], pace.repeats)
+        if turn.counted:
+            samples[turn.name].append(milliseconds)
     return [m._replace(samples=tuple(samples.get(s, ()))) for s, m in told.items()]
 
 
