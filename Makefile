@@ -60,6 +60,11 @@ test: $(STAMP)
 		rc=0; $(PYTEST) tests/$${name}_only || rc=$$?; \
 		if [ $$rc -eq 5 ]; then echo "no tests there"; elif [ $$rc -ne 0 ]; then exit $$rc; fi; \
 	done
+# Keras comes with TensorFlow; where it is there, it also runs on each of the others.
+	@set -e; if [ -n "$(filter tf,$(FRAMEWORKS))" ]; then for name in $(patsubst tf,tensorflow,$(FRAMEWORKS)); do \
+		echo "== tests/keras_only, KERAS_BACKEND=$$name"; \
+		KERAS_BACKEND=$$name $(PYTEST) tests/keras_only; \
+	done; fi
 	$(BIN)/attn-core conformance run --form all --failures $(SUBJECTS) $(NATIVE)
 ifneq ($(filter torch,$(FRAMEWORKS)),)
 	@if $(BIN)/python -c "import triton" 2>/dev/null; then \

@@ -9,7 +9,7 @@ same. `docs/SPEC.md` says what every option means. Importing this package import
 
 from typing import Any
 
-from attn_core import backends, config, masks, scores
+from attn_core import backends, compat, config, masks, scores
 from attn_core.api import attention, weights
 from attn_core.config import use
 from attn_core.explained import Report, explain
@@ -40,6 +40,7 @@ __all__ = [
     "backends",
     "build",
     "cast",
+    "compat",
     "config",
     "exp",
     "explain",

@@ -219,26 +219,30 @@ def broadcast(name: str, shape: tuple[Any, ...], full: tuple[Any, ...]) -> tuple
 
 
 def documents_mask(
-    dtype: str, query_dtype: str, shape: tuple[Any, ...], full: tuple[Any, ...]
+    dtype: str,
+    query_dtype: str,
+    shape: tuple[Any, ...],
+    full: tuple[Any, ...],
+    name: str = "mask",
 ) -> None:
-    """The mask of the documents' function, in the words of that function.
+    """The mask of the documents' function and of torch's, in the words of that function.
 
     It goes on as mask or bias of `attention`, whose messages would name an argument that the
     caller never gave. `full` is (..., Tq, Tk); unknown sizes are None.
     """
     if dtype != "bool" and "float" not in dtype:
         raise TypeError(
-            "`mask` must be boolean (True = attend) or floating point (added to the scores). "
-            f"Got {dtype}; where 0 hides, write `mask != 0`."
+            f"`{name}` must be boolean (True = attend) or floating point (added to the scores). "
+            f"Got {dtype}; where 0 hides, write `{name} != 0`."
         )
     if dtype == "float64" and query_dtype != "float64":
         raise TypeError(
-            f"`mask` must not be wider than float32 where q is {query_dtype}. Got float64: cast "
-            "it first, nothing is narrowed silently."
+            f"`{name}` must not be wider than float32 where the query is {query_dtype}. "
+            "Got float64: cast it first, nothing is narrowed silently."
         )
     pairs = zip(shape[::-1], full[::-1], strict=False)
     wrong = any(None not in (a, b) and a != 1 and a != b for a, b in pairs)
     if len(shape) > len(full) or wrong:
         raise ValueError(
-            f"`mask` must broadcast to (..., Tq, Tk) = {show(full)}. Got {show(shape)}."
+            f"`{name}` must broadcast to (..., Tq, Tk) = {show(full)}. Got {show(shape)}."
         )

@@ -20,6 +20,8 @@ PACKAGES = {
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "jaxlib", "flax", "triton"}
 PEERS = {"transformers"}
 OWN = {"numpy": set(), "torch": {"torch"}, "tf": {"tensorflow", "keras"}, "jax": {"jax", "flax"}}
+# A room for Keras on any of its backends, so it imports keras and none of them.
+ROOMS = OWN | {"keras": {"keras"}}
 MODULE = {"numpy": "numpy", "torch": "torch", "tf": "tensorflow", "jax": "jax"}
 
 
@@ -40,6 +42,58 @@ def installed(backend):
     return pytest.mark.skipif(
         importlib.util.find_spec(MODULE[backend]) is None, reason=f"{MODULE[backend]} is missing"
     )
+
+
+# The doors of attn_core.compat, and the room that each leads into.
+DOORS = {
+    "torch": "torch",
+    "transformers": "torch",
+    "jax": "jax",
+    "flax": "jax",
+    "keras": "keras",
+}
+# Where Keras runs, and what it is then allowed to bring.
+KERAS = {"tensorflow": "tf", "jax": "jax", "torch": "torch"}
+
+
+@pytest.mark.parametrize(
+    "runs_on", [pytest.param(name, marks=installed(short)) for name, short in KERAS.items()]
+)
+@pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="keras is missing")
+def test_the_room_for_keras_loads_no_more_than_keras(runs_on):
+    setting = f"import os; os.environ['KERAS_BACKEND'] = {runs_on!r}\n"
+    alone = loaded_by(f"{setting}import keras; keras.ops.ones(3)") & FRAMEWORKS
+    ours = loaded_by(
+        f"{setting}from attn_core.compat.keras import dot_product_attention\n"
+        "import numpy as np\n"
+        "x = np.ones((1, 3, 2, 4), 'float32')\n"
+        "dot_product_attention(x, x, x, is_causal=True)"
+    )
+    assert not (ours & FRAMEWORKS) - alone - {"triton"}
+    assert "keras" in ours
+
+
+def test_the_doors_of_compat_load_nothing_until_they_are_opened():
+    code = """
+import attn_core
+from attn_core import compat
+compat.from_hf_window(4) & compat.from_jax_window(3)
+"""
+    assert not loaded_by(code) & (FRAMEWORKS | PEERS)
+
+
+@installed("torch")
+def test_opening_the_door_to_torch_loads_torch_alone():
+    opened = loaded_by("from attn_core import compat; compat.torch.scaled_dot_product_attention")
+    assert "torch" in opened
+    assert not opened & ({"tensorflow", "jax", "flax", "keras"} | PEERS)
+
+
+@installed("jax")
+def test_opening_the_door_to_jax_loads_no_flax():
+    opened = loaded_by("from attn_core.compat.jax import dot_product_attention")
+    assert "jax" in opened
+    assert not opened & {"tensorflow", "torch", "flax", "keras"}
 
 
 each_backend = pytest.mark.parametrize(
@@ -150,6 +204,15 @@ def objection(module, name, lazily):
 
 
 def core_objection(module, name, root, lazily):
+    if within(name, "attn_core.compat"):
+        if not within(module, "attn_core.compat"):
+            allowed = module == "attn_core" and name == "attn_core.compat"
+            return None if allowed else "the drop-ins stand on the rest, and nothing on them"
+        if name.split(".")[2:3] in [[door] for door in DOORS] and not lazily:
+            return "a door of attn_core.compat is opened when it is spoken of"
+    door = module.removeprefix("attn_core.compat.")
+    if door in DOORS and within(name, f"attn_core.backends.{DOORS[door]}"):
+        return None  # a thin door, which leads into one room
     if within(name, "attn_core.backends"):
         if module == "attn_core.registry":
             return None if lazily else "the registry loads a backend when it is named, not before"
@@ -203,11 +266,14 @@ def backend_objection(module, name, root, lazily):
     if root == "ml_dtypes":
         # JAX and TensorFlow bring it; elsewhere NumPy's bfloat16 is optional.
         return None if lazily or own in ("tf", "jax") else "ml_dtypes is imported inside functions"
-    if own and root in OWN[own]:
+    if own and root in ROOMS[own]:
         # flax is an extra of jax: layers may need it, calls may not.
-        at_top = root == "flax" and not lazily and not module.endswith(".layers")
+        may = module.endswith((".layers", ".compat_flax"))
+        at_top = root == "flax" and not lazily and not may
         return "flax is imported inside functions, or in layers" if at_top else None
-    return f"a backend imports attn_core and its own framework, {sorted(OWN[own]) if own else []}"
+    if root == "transformers" and module.endswith(".torch.compat_transformers"):
+        return None  # its own file, which only its own door opens
+    return f"a backend imports attn_core and its own framework, {sorted(ROOMS[own]) if own else []}"
 
 
 def conformance_objection(module, name, root, lazily):
@@ -300,6 +366,14 @@ def test_import_direction_by_name():
         ("attn_core.backends.jax", "from flax import nnx"),
         ("attn_core.cli_kernels", "from attn_core.kernels import ahead"),
         ("attn_core.explained", "def f():\n    from attn_core.kernels import configs"),
+        ("attn_core.backends.keras.compat", "import tensorflow as tf"),
+        ("attn_core.backends.keras.compat", "from attn_core.backends.jax import compat"),
+        ("attn_core.backends.torch.compat", "import transformers"),
+        ("attn_core.compat", "from attn_core.compat import torch"),
+        ("attn_core.compat.torch", "import torch"),
+        ("attn_core.compat.torch", "from attn_core.backends.jax.compat import f"),
+        ("attn_core.compat.conventions", "def f():\n    import attn_core.backends.torch"),
+        ("attn_core.api", "from attn_core.compat import conventions"),
         ("attn_core.kernels.forward", "import torch"),
         ("attn_core.kernels.forward", "from attn_core import spec"),
         ("attn_core.conformance.subjects", "def f():\n    import tensorflow as tf"),
@@ -340,6 +414,12 @@ def test_import_direction_catches(module, source):
             "attn_core.backends.torch.triton_forward",
             "import triton\nfrom attn_core.backends.torch import triton_call",
         ),
+        ("attn_core", "from attn_core import compat"),
+        ("attn_core.backends.jax.compat", "from attn_core.compat.conventions import f"),
+        ("attn_core.backends.keras.compat", "import keras"),
+        ("attn_core.backends.torch.compat_transformers", "import transformers"),
+        ("attn_core.compat", "def f():\n    import attn_core.compat.torch as door"),
+        ("attn_core.compat.flax", "from attn_core.backends.jax.compat_flax import f"),
         ("attn_core.kernels.forward", "import triton.language as tl"),
         ("attn_core.cli_kernels", "def f():\n    from attn_core.kernels import ahead"),
         ("attn_core.conformance.peers", "def f():\n    from transformers import masking_utils"),

@@ -1,0 +1,8 @@
+"""Flax' `dot_product_attention`, for `attention_fn=` of linen and nnx. See docs/COMPAT.md."""
+
+from attn_core.compat.opening import opening
+
+with opening("flax", "flax", "'attn-core[jax]'"):
+    from attn_core.backends.jax.compat_flax import dot_product_attention
+
+__all__ = ["dot_product_attention"]

@@ -1,0 +1,8 @@
+"""`torch.nn.functional.scaled_dot_product_attention`, computed here. See docs/COMPAT.md."""
+
+from attn_core.compat.opening import opening
+
+with opening("torch", "torch", "'attn-core[torch]'"):
+    from attn_core.backends.torch.compat import scaled_dot_product_attention
+
+__all__ = ["scaled_dot_product_attention"]

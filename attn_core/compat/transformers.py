@@ -1,0 +1,12 @@
+"""An attention function to register with transformers. See docs/COMPAT.md."""
+
+from attn_core.compat.opening import opening
+
+with opening("transformers", "transformers", "'attn-core[torch,peers]'"):
+    from attn_core.backends.torch.compat_transformers import (
+        attention_forward,
+        attention_mask,
+        register,
+    )
+
+__all__ = ["attention_forward", "attention_mask", "register"]

@@ -1,0 +1,119 @@
+"""Other libraries' masks and windows in our terms, on NumPy, against brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from support import entries, seen
+
+import attn_core
+from attn_core import compat, masks
+
+SHAPE = (2, 4, 6, 6)
+
+
+@pytest.mark.parametrize("width", [1, 3, 6, 20])
+def test_hf_window_counts_the_position_itself(width):
+    found = seen(masks.causal() & compat.from_hf_window(width), SHAPE)
+    assert found[0, 0, 5].sum() == min(width, 6)
+    np.testing.assert_array_equal(found, entries(lambda b, h, q, k, i: q - width < k <= q, SHAPE))
+
+
+@pytest.mark.parametrize(("given", "left", "right"), [(2, 2, 2), ((3, 0), 3, 0), ((-1, 2), -1, 2)])
+def test_jax_window_counts_neighbours_of_both_sides(given, left, right):
+    found = seen(compat.from_jax_window(given), SHAPE)
+    np.testing.assert_array_equal(
+        found, entries(lambda b, h, q, k, i: q - left <= k <= q + right, SHAPE)
+    )
+
+
+@pytest.mark.parametrize("given", [(2, 1), (-1, 1), (2, -1), (0, 0)])
+def test_flash_window_is_unbounded_at_minus_one(given):
+    left, right = [99 if side < 0 else side for side in given]
+    found = seen(compat.from_flash_window(given), SHAPE)
+    np.testing.assert_array_equal(
+        found, entries(lambda b, h, q, k, i: q - left <= k <= q + right, SHAPE)
+    )
+
+
+def test_flash_window_without_bounds_is_no_mask():
+    assert compat.from_flash_window((-1, -1)) is None
+
+
+def test_masks_are_turned_over_or_not():
+    hidden = np.random.default_rng(0).random((2, 4, 6, 6)) < 0.5
+    np.testing.assert_array_equal(compat.from_transformer_engine_mask(hidden), ~hidden)
+    np.testing.assert_array_equal(compat.from_keras_mask(hidden), hidden)
+    np.testing.assert_array_equal(compat.from_keras_mask(hidden[:, 0])[:, 0], hidden[:, 0])
+    tokens = np.array([[1, 1, 1, 0], [1, 0, 0, 0]])
+    np.testing.assert_array_equal(compat.from_hf_mask(tokens)[:, 0, 0], tokens == 1)
+    found = compat.from_torch_mha_mask(hidden.reshape(8, 6, 6), hidden[:, 0, 0], heads=4)
+    assert set(found) == {"mask"}
+    np.testing.assert_array_equal(found["mask"], ~hidden & ~hidden[:, :1, :1])
+
+
+def test_added_and_boolean_masks_of_multihead_attention_stand_apart():
+    rng = np.random.default_rng(0)
+    query = rng.standard_normal((2, 4, 6, 8))
+    added, padding = rng.standard_normal((6, 6)), np.zeros((2, 6), bool)
+    padding[1, 3:] = True
+    kwargs = compat.from_torch_mha_mask(added, padding, heads=4)
+    found = attn_core.attention(query, query, query, **kwargs)
+    want = attn_core.attention(query, query, query, bias=added, kv_lengths=[6, 3])
+    np.testing.assert_allclose(found, want)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: compat.from_hf_window(0), ValueError, "must be at least 1"),
+        (lambda: compat.from_hf_window(2.0), TypeError, "`sliding_window` must be an integer"),
+        (lambda: compat.from_jax_window((1, 2, 3)), ValueError, "an int or"),
+        (lambda: compat.from_jax_window(True), TypeError, "must be an integer. Got a bool"),
+        (lambda: compat.from_flash_window((1,)), ValueError, "must be .left, right."),
+        (lambda: compat.from_hf_mask(np.ones((2, 3, 4), int)), ValueError, "must be .B, Tk."),
+        (lambda: compat.from_hf_mask(np.ones((2, 3))), TypeError, "added to the scores is `bias=`"),
+        (lambda: compat.from_keras_mask(np.ones((2, 3))), ValueError, "must be .B, Tq, Tk."),
+        (
+            lambda: compat.from_transformer_engine_mask(np.ones((2, 3))),
+            TypeError,
+            "must be boolean",
+        ),
+        (
+            lambda: compat.from_torch_mha_mask(np.ones((6, 6, 6), bool), heads=4),
+            ValueError,
+            "must be .N . heads, L, S.",
+        ),
+        (
+            lambda: compat.from_torch_mha_mask(np.ones((6, 6), int), heads=4),
+            TypeError,
+            "`attn_mask` must be boolean .True = masked.",
+        ),
+        (
+            lambda: compat.from_torch_mha_mask(key_padding_mask=np.ones((1, 1, 6)), heads=4),
+            ValueError,
+            "`key_padding_mask` must be",
+        ),
+    ],
+)
+def test_errors(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_a_door_that_is_not_there():
+    with pytest.raises(AttributeError, match=r"attn_core\.compat has torch, jax, keras, flax"):
+        compat.tensorflow  # noqa: B018
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    import sys
+
+    from attn_core.compat.opening import opening
+
+    monkeypatch.setitem(sys.modules, "flax", None)
+    with (
+        pytest.raises(ImportError, match=r"compat\.flax needs flax, which is not installed"),
+        opening("flax", "flax", "'attn-core[jax]'"),
+    ):
+        import flax  # noqa: F401
