@@ -4,5 +4,9 @@ from attn_core.compat.opening import opening
 
 with opening("keras", "keras", "keras"):
     from attn_core.backends.keras.compat import dot_product_attention
+    from attn_core.backends.keras.compat_weights import (
+        from_group_query_attention,
+        from_multi_head_attention,
+    )
 
-__all__ = ["dot_product_attention"]
+__all__ = ["dot_product_attention", "from_group_query_attention", "from_multi_head_attention"]

@@ -4,5 +4,6 @@ from attn_core.compat.opening import opening
 
 with opening("torch", "torch", "'attn-core[torch]'"):
     from attn_core.backends.torch.compat import scaled_dot_product_attention
+    from attn_core.backends.torch.compat_weights import from_multihead_attention
 
-__all__ = ["scaled_dot_product_attention"]
+__all__ = ["from_multihead_attention", "scaled_dot_product_attention"]

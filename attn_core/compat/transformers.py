@@ -8,5 +8,6 @@ with opening("transformers", "transformers", "'attn-core[torch,peers]'"):
         attention_mask,
         register,
     )
+    from attn_core.backends.torch.compat_weights import from_attention
 
-__all__ = ["attention_forward", "attention_mask", "register"]
+__all__ = ["attention_forward", "attention_mask", "from_attention", "register"]

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import compat_cases as cases
+import compat_docs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -258,3 +259,10 @@ X = jnp.zeros((2, 8, 4, 8))
 def test_errors_are_in_our_words(arguments, error, words):
     with pytest.raises(error, match=words.replace("(", r"\(")):
         ours(**{"query": X, "key": X, "value": X, **arguments})
+
+
+def test_the_page_as_written():
+    for code in compat_docs.blocks("jax"):
+        held: dict[str, Any] = {}
+        exec(code, held)
+        assert held["out"].shape == (2, 5, 4, 8)

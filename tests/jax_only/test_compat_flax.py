@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import compat_cases as cases
+import compat_docs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -273,3 +274,10 @@ Q = jnp.zeros((2, 5, 4, 8))
 def test_errors_are_in_our_words(arguments, error, words):
     with pytest.raises(error, match=words):
         ours(**{"query": Q, "key": Q, "value": Q, **arguments})
+
+
+def test_the_page_as_written():
+    for code in compat_docs.blocks("flax"):
+        held: dict[str, Any] = {}
+        exec(code, held)
+        assert held["layer"].attention_fn is held["module"].attention_fn is ours

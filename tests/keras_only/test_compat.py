@@ -9,6 +9,7 @@ import inspect
 from typing import Any
 
 import compat_cases as cases
+import compat_docs
 import keras
 import numpy as np
 import pytest
@@ -283,3 +284,10 @@ def test_errors_are_in_our_words(arguments, error, words):
 def test_masks_of_the_language_stay_with_attention():
     with pytest.raises((TypeError, ValueError)):
         ours(X, X, X, mask=masks.causal())
+
+
+def test_the_page_as_written():
+    for code in compat_docs.blocks("keras"):
+        held: dict[str, Any] = {}
+        exec(code, held)
+        assert held["model"].output.shape == (None, 5, 4, 8)

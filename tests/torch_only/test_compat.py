@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import compat_cases as cases
+import compat_docs
 import numpy as np
 import pytest
 import torch
@@ -294,3 +295,10 @@ def test_masks_of_multihead_attention(which, added, rank):
     kwargs = compat.from_torch_mha_mask(**given, heads=4)
     out = layer.out_proj(attn_core.attention(q, k, v, layout="BTHD", **kwargs).flatten(2))
     torch.testing.assert_close(out, want)
+
+
+def test_the_page_as_written():
+    for code in compat_docs.blocks("torch"):
+        held: dict[str, Any] = {}
+        exec(code, held)
+        assert held.get("out", held.get("weights")) is not None

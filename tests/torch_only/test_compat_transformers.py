@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import compat_docs
 import numpy as np
 import pytest
 import torch
@@ -320,3 +321,10 @@ def test_the_flag_chooses_the_implementation():
     ids = tokens(3, 11)
     with torch.no_grad(), attn_core.use(impl="chunked"):
         assert_same(answer(ours(ids)), answer(eager(ids)))
+
+
+def test_the_page_as_written():
+    for code in compat_docs.blocks("transformers"):
+        held: dict[str, Any] = {}
+        exec(code, held)
+        assert held["model"].config._attn_implementation == "attn_core"

@@ -1,0 +1,91 @@
+"""Weights of Flax' layers, in the plain float64 layer."""
+
+from __future__ import annotations
+
+import compat_layers as layers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+from attn_core.compat.flax import from_linen_attention, from_nnx_attention
+
+X, Y, Z = layers.draw(0, 2, 5, 12), layers.draw(1, 2, 7, 10), layers.draw(2, 2, 7, 6)
+RAGGED = np.array([7, 4])
+SEEN = (np.arange(7) < RAGGED[:, None])[:, None, None, :]
+LINEN = {
+    "plain": {},
+    "other widths": {"qkv_features": 16, "out_features": 10},
+    "no bias": {"use_bias": False},
+}
+
+
+def redrawn(params: dict) -> dict:
+    """Biases start at 0, where none of them could be lost."""
+    leaves, tree = jax.tree_util.tree_flatten(params)
+    drawn = [jnp.asarray(layers.draw(n, *x.shape) * 0.4) for n, x in enumerate(leaves)]
+    return jax.tree_util.tree_unflatten(tree, drawn)
+
+
+@pytest.mark.parametrize("options", LINEN.values(), ids=LINEN)
+def test_linen(options, tmp_path):
+    module = linen.MultiHeadDotProductAttention(4, dropout_rate=0.25, deterministic=True, **options)
+    variables = redrawn(module.init(jax.random.key(0), X, Y, Z))
+    found = from_linen_attention(module, variables)
+    assert found.config.dropout == 0.25
+    its = module.apply(variables, X, Y, Z, mask=SEEN)
+    shares = layers.used(found, {"its": its}, X, Y, Z, kv_lengths=RAGGED)
+    assert layers.within(shares), shares
+    layers.written(found, tmp_path / "x.safetensors")
+    assert from_linen_attention(module, variables["params"]).config == found.config
+
+
+def test_linen_causal():
+    module = linen.MultiHeadDotProductAttention(4)
+    variables = redrawn(module.init(jax.random.key(0), X))
+    its = module.apply(variables, X, mask=linen.make_causal_mask(X[..., 0]))
+    found = from_linen_attention(module, variables, causal=True)
+    assert layers.within(layers.used(found, {"its": its}, X))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("options", [{}, {"use_bias": False, "out_features": 10}])
+def test_nnx(kv_heads, options):
+    module = nnx.MultiHeadAttention(
+        *(4, 12, 16),
+        num_kv_heads=kv_heads,
+        in_kv_features=10,
+        decode=False,
+        rngs=nnx.Rngs(0),
+        **options,
+    )
+    nnx.update(module, redrawn(nnx.state(module, nnx.Param)))
+    found = from_nnx_attention(module)
+    assert found.config.sizes.kv_heads == kv_heads
+    its = module(X, Y, mask=SEEN)
+    shares = layers.used(found, {"its": its}, X, Y, kv_lengths=RAGGED)
+    assert layers.within(shares), shares
+    its = module(X, Y, is_causal=True)
+    causal = from_nnx_attention(module, causal=True)
+    assert layers.within(layers.used(causal, {"its": its}, X, Y))
+
+
+def test_what_no_config_says_is_refused():
+    module = nnx.MultiHeadAttention(4, 12, decode=False, normalize_qk=True, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"`normalize_qk` of flax\.nnx' layer must be left out"):
+        from_nnx_attention(module)
+    module = linen.MultiHeadDotProductAttention(4, normalize_qk=True)
+    variables = module.init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match=r"`normalize_qk` of flax\.linen's layer"):
+        from_linen_attention(module, variables)
+    module = linen.MultiHeadDotProductAttention(4, qk_attn_weights_einsum_cls=lambda: jnp.einsum)
+    with pytest.raises(ValueError, match=r"`qk_attn_weights_einsum_cls` of flax\.linen's layer"):
+        from_linen_attention(module, {})
+    plain = linen.MultiHeadDotProductAttention(4)
+    with pytest.raises(ValueError, match="`params` must hold 'query'"):
+        from_linen_attention(plain, {"dense": {}})
+    with pytest.raises(TypeError, match=r"`module` must be a flax\.nnx\.MultiHeadAttention"):
+        from_nnx_attention(plain)
+    with pytest.raises(TypeError, match=r"must be a flax\.linen\.MultiHeadDotProductAttention"):
+        from_linen_attention(linen.Dense(3), {})
