@@ -124,10 +124,16 @@ def refusals(problem: Problem, impl: str) -> list[str]:
 
 
 def ranked(problem: Problem) -> tuple[str, ...]:
-    """Kernels first on a GPU, and last where they can only be interpreted."""
-    if problem.device == "cuda":
-        return ("triton", *[name for name in IMPLEMENTATIONS if name != "triton"])
-    return IMPLEMENTATIONS
+    """The fastest first. Of our kernels, last where they can only be interpreted.
+
+    On a GPU torch's own, where it accepts: whole problems of many rows are what it is tuned for.
+    All else is our kernels', and a step of decoding, in which they share out the keys.
+    """
+    if problem.device != "cuda":
+        return IMPLEMENTATIONS
+    few = problem.q_len is not None and problem.q_len <= triton.FEW
+    first = ("triton", "native") if few else ("native", "triton")
+    return (*first, "chunked", "reference")
 
 
 def account(problem: Problem, impl: str) -> Account:

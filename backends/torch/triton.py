@@ -15,6 +15,9 @@ from attn_core.spec import AttentionOutput, Operands, Problem
 WIDEST = 256
 """Columns of query, key or value: a tile of more has no room in a multiprocessor."""
 
+FEW = 16
+"""Queries of a step of decoding at most: heads of a group are packed, and keys shared out."""
+
 _DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -20,6 +20,7 @@ import torch
 from triton import cdiv, next_power_of_2
 
 from attn_core.backends.torch import triton_launch as launcher
+from attn_core.backends.torch.triton import FEW
 from attn_core.backends.torch.chunked_parts import Ask
 from attn_core.backends.torch.triton_call import (
     Call,
@@ -34,9 +35,6 @@ from attn_core.kernels.configs import Config
 from attn_core.spec import Operands
 
 Array = Any
-
-FEW = 16
-"""Queries up to which heads are packed and keys are split."""
 
 _NORMAL = 2.0**-126
 """The least normal float32: a scale below it would be 0, and 0 times -inf NaN."""

@@ -107,7 +107,9 @@ def test_the_interpreter_must_be_chosen_before_triton_is_imported() -> None:
 
 
 def test_the_order_on_each_device() -> None:
-    assert BACKEND.ranked(ON_GPU) == ("triton", "native", "chunked", "reference")
+    many, few = (replace(ON_GPU, q_len=n) for n in (17, 16))
+    assert BACKEND.ranked(many) == ("native", "triton", "chunked", "reference")
+    assert BACKEND.ranked(few) == ("triton", "native", "chunked", "reference")
     assert BACKEND.ranked(ON_CPU) == ("native", "chunked", "reference", "triton")
 
 
