@@ -20,8 +20,8 @@ import torch
 from triton import cdiv, next_power_of_2
 
 from attn_core.backends.torch import triton_launch as launcher
-from attn_core.backends.torch.triton import FEW
 from attn_core.backends.torch.chunked_parts import Ask
+from attn_core.backends.torch.triton import FEW
 from attn_core.backends.torch.triton_call import (
     Call,
     arguments,
