@@ -90,10 +90,11 @@ def _rows_of(
     row = first + tl.arange(0, M)
     there = row < q_len
     at = (b.to(tl.int64) * heads + h) * q_len + row
-    m = tl.load(statistics[0] + at, mask=there, other=0.0)
-    log_l = tl.load(statistics[1] + at, mask=there, other=float("inf"))
-    t = tl.load(statistics[2] + at, mask=there, other=0.0)
     alive = tl.load(statistics[3] + at, mask=there, other=0) != 0
+    m = tl.load(statistics[0] + at, mask=alive, other=0.0)
+    # A sink gives a row a sum where it may see no key, too.
+    log_l = tl.load(statistics[1] + at, mask=alive, other=float("inf"))
+    t = tl.load(statistics[2] + at, mask=alive, other=0.0)
     q = taken(query, strides[0], b, h, first, q_len, M, D, PAD, False, DESCRIPTORS, alive)
     g = taken(d_out, strides[1], b, h, first, q_len, M, DV, PAD_V, False, DESCRIPTORS, alive)
     return q, g, m, log_l, t

@@ -120,10 +120,20 @@ class Call:
         start = 0 if ask.offset == "given" else self.start
         grid = -(-self.q_len // rows) * -(-self.k_len // keys)
         batch = self.batch if ask.mask is not None and ask.mask.reads("b") else 1
-        sizes = (self.q_len, self.k_len, rows, keys, columns, batch, self.heads, self.kv_heads)
+        ends = self._ends(rows, keys)
+        sizes = (self.q_len, self.k_len, rows, keys, batch, self.heads, self.kv_heads)
         kept = grid <= KEPT and launcher.keeping(self.device)
         made = _static if kept else _static.__wrapped__
-        return made(ask.mask, sizes, start, self.device)
+        return made(ask.mask, sizes, start, ends, columns, self.device)
+
+    def _ends(self, rows: int, keys: int) -> tuple[bool, bool]:
+        """Whether tiles in which rows end are partial, and those in which keys end.
+
+        What lies behind the last key is not to be read. A lane behind the last row would see the
+        keys that a score or a bias hides from every row, poison among them.
+        """
+        chosen = self.ask.score is not None or self.x.bias is not None
+        return chosen and self.q_len % rows > 0, self.k_len % keys > 0
 
     @property
     def cut(self) -> bool:
@@ -145,7 +155,7 @@ class Call:
             kv_lengths=self.kv_lengths,
             q_lengths=self.q_lengths,
         )
-        return _ordered(found, self.kv_heads, self.k_len % keys > 0, columns)
+        return _ordered(found, self.kv_heads, self._ends(rows, keys), columns)
 
 
 def tiled(
@@ -192,14 +202,15 @@ def _one(n: int, device: torch.device) -> Array:
     return torch.full((1,), n, dtype=torch.int32, device=device)
 
 
-def _ordered(found: Array, kv_heads: int, ends: bool, columns: bool) -> Schedule:
+def _ordered(found: Array, kv_heads: int, ends: tuple[bool, bool], columns: bool) -> Schedule:
     if found.shape[1] > 1:
         grouped = found.unflatten(1, (kv_heads, -1))
         some = torch.where(grouped.amax(2) >= PARTIAL, PARTIAL, 0)
         found = torch.where(grouped.amin(2) == FULL, FULL, some)
-    if ends:
-        # A tile in which keys end is partial: what lies behind them is not to be read.
-        found = torch.cat([found[..., :-1], found[..., -1:].clamp(max=PARTIAL)], -1)
+    for axis, partial in zip((-2, -1), ends, strict=True):
+        if partial:
+            first, last = found.split([found.shape[axis] - 1, 1], axis)
+            found = torch.cat([first, last.clamp(max=PARTIAL)], axis)
     if columns:
         found = found.transpose(-1, -2).contiguous()
     return of_status(Tiles(found.device), found)
@@ -207,10 +218,15 @@ def _ordered(found: Array, kv_heads: int, ends: bool, columns: bool) -> Schedule
 
 @lru_cache(maxsize=64)
 def _static(
-    mask: Tree | None, sizes: tuple[Any, ...], start: int, device: torch.device
+    mask: Tree | None,
+    sizes: tuple[int, ...],
+    start: int,
+    ends: tuple[bool, bool],
+    columns: bool,
+    device: torch.device,
 ) -> Schedule:
     """A schedule that no tensor has a say in."""
-    q_len, k_len, rows, keys, columns, batch, heads, kv_heads = sizes
+    q_len, k_len, rows, keys, batch, heads, kv_heads = sizes
     found = block_grid(
         *(Tiles(device), mask),
         q_len=q_len,
@@ -221,7 +237,7 @@ def _static(
         heads=heads,
         offsets=start,
     )
-    return _ordered(found, kv_heads, k_len % keys > 0, columns)
+    return _ordered(found, kv_heads, ends, columns)
 
 
 def device_function(tree: Tree | None, operands: Sequence[Array], score: bool = False) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_calls import by_kernel, compare, draw, found, ids
+from kernel_calls import DEVICE, by_kernel, compare, draw, found, ids
 
 import attn_core
 from attn_core import Dropout, masks, scores
@@ -104,6 +104,50 @@ def test_poison_stays_where_nobody_looks() -> None:
     got = found(by_kernel, given, up, up_lse)
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
+
+
+WHOLE = 128
+"""Keys that fill their tiles: with five rows a tile of them is full, and mostly nobody's."""
+
+HIDING: dict[str, dict[str, Any]] = {
+    "a bias": {"bias": torch.where(torch.arange(WHOLE, device=DEVICE) < 9, 0.0, -torch.inf)},
+    "a score": {
+        "score": attn_core.score(lambda s, b, h, q, k: attn_core.where(k <= q + 4, s, -torch.inf)),
+        "query_offset": 0,
+    },
+}
+
+
+@pytest.mark.parametrize("place", ["key", "value"])
+@pytest.mark.parametrize("rows", [5, 20])
+@pytest.mark.parametrize("name", HIDING)
+def test_lanes_behind_the_last_row_see_nothing(name: str, rows: int, place: str) -> None:
+    given = {**HIDING[name], "query": draw(B, HQ, rows, D)}
+    given |= {"key": draw(B, HK, WHOLE, D), "value": draw(B, HK, WHOLE, D)}
+    if name == "a bias":
+        given["bias"] = given["bias"].expand(rows, WHOLE)
+    up, up_lse = draw(B, HQ, rows, D), draw(B, HQ, rows)
+    want = found(by_kernel, given, up, up_lse)
+    given[place] = given[place].clone()
+    given[place][:, :, rows + 4 :] = torch.nan
+    got = found(by_kernel, given, up, up_lse)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rows_that_a_score_leaves_to_the_sink() -> None:
+    """What hides all keys of a row is what s is: of a query of zeros it would hide none."""
+    given = {"query": draw(B, HQ, TQ, D), "key": draw(B, HK, TK, D).abs(), "value": VALUE}
+    given["query"][:, :, ::3] = -given["query"][:, :, ::3].abs()
+    score = attn_core.score(lambda s, b, h, q, k: attn_core.where(s >= 0, s, -torch.inf))
+    up, up_lse = torch.zeros(B, HQ, TQ, D, device=DEVICE), torch.ones(B, HQ, TQ, device=DEVICE)
+    asked = {**given, "score": score, "sinks": SINKS, "bias": draw(TQ, TK)}
+    out, lse, d_query, _, _, d_bias, _ = found(by_kernel, asked, up, up_lse)
+    dead = slice(None, None, 3)
+    assert (lse[:, :, dead] == SINKS[:, None]).all()
+    for found_none in (out[:, :, dead], d_query[:, :, dead], d_bias[dead]):
+        assert not found_none.any()
+    compare(asked, 3e-6)
 
 
 def test_two_runs_are_one() -> None:
