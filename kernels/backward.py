@@ -357,6 +357,7 @@ def d_bias(
         acc = tl.sum(acc, 1, keep_dims=True)
         inside = (row < q_len)[:, None] if ROWS else tl.full((1, 1), 1, tl.int1)
         k_at = tl.zeros((1,), tl.int32)
+    b0, h0 = tl.full((1, 1), b0, tl.int64), tl.full((1, 1), h0, tl.int64)
     at = into + b0 * into_strides[0] + h0 * into_strides[1]
     at += row[:, None].to(tl.int64) * into_strides[2] + k_at[None, :].to(tl.int64) * into_strides[3]
     tl.store(at, acc, mask=inside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from kernel_calls import DEVICE, by_kernel, compare, draw, found, ids
 
 import attn_core
 from attn_core import Dropout, masks, scores
+from attn_core.backends.torch import triton_call, triton_launch
 
 B, HQ, HK, TQ, TK, D = 2, 4, 2, 70, 90, 24
 """Over the ends of tiles of 64, of widths that no product takes as they are."""
@@ -148,6 +150,35 @@ def test_rows_that_a_score_leaves_to_the_sink() -> None:
     for found_none in (out[:, :, dead], d_query[:, :, dead], d_bias[dead]):
         assert not found_none.any()
     compare(asked, 3e-6)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="lays out memory that nothing stands in")
+def test_a_bias_gradient_of_more_than_two_to_the_31_entries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches stand so far apart that in 32 bits the last one would lie before the first."""
+    batches, size, step = 3, 16, 2**30
+    # A file with holes: pages that nobody writes to take no room.
+    room = torch.from_file(
+        str(tmp_path / "room"), shared=True, size=(batches + 2) * step, dtype=torch.float16
+    )
+    into = room.as_strided((batches, 1, size, size), (step, size * size, size, 1), 2 * step)
+    launch = triton_launch.launch
+
+    def far(kernel: Any, programs: int, shape: Any, *args: Any, **options: Any) -> None:
+        if kernel.__name__ == "d_bias":
+            args = (*args[:4], into, *args[5:10], triton_call.spanned(into), *args[11:])
+        launch(kernel, programs, shape, *args, **options)
+
+    monkeypatch.setattr(triton_launch, "launch", far)
+    query, key, value = (draw(batches, 1, size, D) for _ in range(3))
+    up = draw(batches, 1, size, D)
+    want = draw(batches, 1, size, size).requires_grad_()
+    bias = want.detach().requires_grad_()
+    for impl, leaf in (("triton", bias), ("reference", want)):
+        attn_core.attention(query, key, value, bias=leaf, impl=impl).backward(up)
+    torch.testing.assert_close(into.float(), want.grad, rtol=2.0**-10, atol=1e-5)
+    assert want.grad[-1].abs().max() > 1e-2
 
 
 def test_two_runs_are_one() -> None:
