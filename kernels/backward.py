@@ -59,7 +59,10 @@ def pull(
         s, allowed, found = judged(
             s, (b, h, row, k), facts, arrays, TALL, WIDE, MASK, SCORE, BIAS, MASKED
         )
-    p = tl.exp2(((s - m) - log_l) * LOG2E)
+    # Added up in another order than forward, a logit of 1e9 may exceed its row's maximum by tens,
+    # and p must not exceed 1. NaN stays what it is.
+    gap = tl.minimum((s - m) - log_l, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    p = tl.exp2(gap * LOG2E)
     if SELECTED:
         p = tl.where(allowed, p, 0.0)
     kept = p
@@ -90,11 +93,10 @@ def _rows_of(
     row = first + tl.arange(0, M)
     there = row < q_len
     at = (b.to(tl.int64) * heads + h) * q_len + row
+    m = tl.load(statistics[0] + at, mask=there, other=0.0)
+    log_l = tl.load(statistics[1] + at, mask=there, other=float("inf"))
+    t = tl.load(statistics[2] + at, mask=there, other=0.0)
     alive = tl.load(statistics[3] + at, mask=there, other=0) != 0
-    m = tl.load(statistics[0] + at, mask=alive, other=0.0)
-    # A sink gives a row a sum where it may see no key, too.
-    log_l = tl.load(statistics[1] + at, mask=alive, other=float("inf"))
-    t = tl.load(statistics[2] + at, mask=alive, other=0.0)
     q = taken(query, strides[0], b, h, first, q_len, M, D, PAD, False, DESCRIPTORS, alive)
     g = taken(d_out, strides[1], b, h, first, q_len, M, DV, PAD_V, False, DESCRIPTORS, alive)
     return q, g, m, log_l, t
@@ -125,7 +127,7 @@ def delta(
 @triton.jit
 def d_keys(
     query, key, value, d_out, d_key, d_value,
-    statistics,  # m, log l, t, alive: (B, Hq, Tq)
+    statistics,  # m, log l, t, alive: (B, Hq, Tq); of rows that may see no key log l is +inf
     arrays,  # mask operands, score operands, (bias,), its strides, (seed,)
     numbers,  # scale, threshold, keep_scale
     lengths,  # kv_lengths, q_lengths, offsets

@@ -73,7 +73,12 @@ class _Backward:
             M=shape.rows,
             LSE=up.lse is not None,
         )
-        self.statistics = (saved.m, saved.log_l, t, alive)
+        log_l = saved.log_l
+        if x.sinks is not None:
+            # A sink gives a row a sum where it may see no key, too; what it pulls is the sink's.
+            log_l = torch.where(saved.alive, log_l, torch.inf)
+            t = torch.where(saved.alive, t, 0.0)
+        self.statistics = (saved.m, log_l, t, alive)
         bias, seed = (c.bias,), (c.seed,)  # either tuples stand in a tuple, or none
         self.arrays = (arguments(x.mask), arguments(x.score), bias, c.bias_strides, seed)
         self.sizes = (c.heads, c.group, c.q_len, c.k_len)

@@ -152,6 +152,19 @@ def test_rows_that_a_score_leaves_to_the_sink() -> None:
     compare(asked, 3e-6)
 
 
+def test_weights_of_huge_logits_stay_weights() -> None:
+    """Backward, too, none exceeds 1, however logits of 1e11 round when they are made again."""
+    query, key, value = 1e5 * QUERY, 1e5 * KEY, VALUE.clone().requires_grad_()
+    up = draw(B, HQ, TQ, D)
+    leaves = [query.requires_grad_(), key.requires_grad_(), value]
+    out = attn_core.attention(*leaves, impl="triton")
+    d_query, d_key, d_value = torch.autograd.grad(out, leaves, up)
+    most = up.abs().sum(2, keepdim=True).unflatten(1, (HK, HQ // HK)).sum(2)
+    assert (d_value.abs() <= most * (1 + 1e-5)).all()
+    assert d_query.isfinite().all()
+    assert d_key.isfinite().all()
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="lays out memory that nothing stands in")
 def test_a_bias_gradient_of_more_than_two_to_the_31_entries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
