@@ -124,13 +124,17 @@ def finding() -> Finding:
     if not sys.executable or getattr(sys, "frozen", False):
         # The executable of a frozen application is that application.
         return Finding(problem="Python must have an executable to probe kernels with. Got none.")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    # "" is the folder that this process stands in, from which we may have been imported.
+    paths = os.pathsep.join(path or os.curdir for path in sys.path)
+    environment = {**os.environ, "PYTHONPATH": paths}
     code = "from attn_core.backends.torch import triton_probe; triton_probe.main()"
     try:
         ran = subprocess.run(
             [sys.executable, "-P", "-c", code],
             capture_output=True,
             text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=TIMEOUT,
             env=environment,
             stdin=subprocess.DEVNULL,

@@ -11,6 +11,7 @@ import sys
 import types
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,6 +162,31 @@ def test_a_probe_that_dies_is_a_reason(
     found = probe.problem("cuda")
     assert found.endswith(reason)
     assert probe.lines()[0].endswith(f"not used: {found}")
+
+
+def test_words_of_another_encoding_are_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_bytes(b"#!/bin/sh\nprintf 'biblioth\\350que absente\\n' >&2\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert probe.problem("cuda").endswith("Got status 3: biblioth\ufffdque absente")
+
+
+def test_the_probe_finds_what_this_process_found_where_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a notebook, or after `python -c`, the first path is "", the folder that it stands in."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} -P -c 'import beside; beside.say()'\n")
+    python.chmod(0o755)
+    saying = json.dumps({"devices": ["one"], "problem": "", "hazards": []})
+    (tmp_path / "beside.py").write_text(f"def say():\n    print({saying!r})\n")
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    assert probe.finding() == probe.Finding(("one",))
 
 
 def test_a_frozen_application_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
