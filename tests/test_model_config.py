@@ -3,12 +3,15 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 import attn_core
-from attn_core import AttentionConfig, TransformerConfig, masks
+from attn_core import AdditiveConfig, AttentionConfig, TransformerConfig, masks
+from attn_core.model import positions
 from attn_core.model.build import read_config
 from attn_core.model.config import Sizes
+from attn_core.model.parameters import parameters
 
 LAYER = {"width": 24, "heads": 6}
 MODEL = {"kind": "encoder-decoder", "width": 24, "depth": 2, "heads": 4, "vocabulary": 11}
@@ -112,6 +115,41 @@ def test_unknown_keys_are_refused_with_the_nearest(kind, held, words):
     assert words in str(caught.value)
 
 
+def test_fields_beside_their_table_are_refused():
+    held = {"attention": LAYER, "attn_core": {"backend": "jax"}}
+    assert AttentionConfig.load(held) == AttentionConfig(**LAYER)
+    with pytest.raises(ValueError, match="Got the table `attention` and 'causal' beside it"):
+        AttentionConfig.load({**held, "causal": True})
+
+
+def test_a_table_that_nobody_knows_is_refused_with_the_nearest():
+    for held in ({"transfomer": MODEL}, {"attn_core": {}, "Transformer": MODEL}):
+        with pytest.raises(ValueError, match="Did you mean 'transformer'"):
+            read_config(held)
+
+
+def test_numpys_scalars_become_pythons():
+    """int8 would overflow in heads * head_width, and bool_ is no bool."""
+    found = AttentionConfig(
+        width=np.int8(16), heads=np.int8(16), head_width=np.int8(16), causal=np.True_,
+        softcap=np.float32(30), dtype=np.str_("float32"),
+    )  # fmt: skip
+    assert found == AttentionConfig(16, 16, head_width=16, causal=True, softcap=30.0)
+    kinds = {type(x) for x in found.to_mapping().values()}
+    assert kinds == {int, bool, float, str}
+    assert parameters(found)["query.weight"].shape == (16, 256)
+    assert type(AdditiveConfig(np.int32(3)).width) is int
+    assert type(TransformerConfig(**{**MODEL, "width": np.int64(24)}).width) is int
+
+
+@pytest.mark.parametrize(("fraction", "head", "turned"), [(0.28, 50, 14), (0.14, 100, 14)])
+def test_a_fraction_of_channels_may_be_rounded(fraction, head, turned):
+    """0.28 * 50 is 14.000000000000002."""
+    assert fraction * head != turned
+    config = AttentionConfig(8, 2, head_width=head, positions="rotary", rotary_fraction=fraction)
+    assert positions.turned(config) == turned
+
+
 def test_a_field_without_a_default_must_be_there():
     with pytest.raises(TypeError, match=r"must hold 'heads'. Got none"):
         AttentionConfig.load({"width": 3})
@@ -137,6 +175,13 @@ WRONG = {
     ),
     "fraction": ({"positions": "rotary", "rotary_fraction": 1.5}, ValueError, "at most 1"),
     "base": ({"positions": "rotary", "rotary_base": 1}, ValueError, "`rotary_base` must be above"),
+    "base that nothing reads": ({"rotary_base": "x"}, TypeError, "`rotary_base` must be a number"),
+    "fraction that nothing reads": ({"rotary_fraction": 0}, ValueError, "must be above 0. Got 0"),
+    "nothing turns": (
+        {"positions": "rotary", "rotary_fraction": 1e-9},
+        ValueError,
+        "an even number of a head's channels",
+    ),
     "pairs": ({"rotary_pairs": "halves"}, ValueError, "Did you mean 'half'?"),
     "window": ({"window": -1}, ValueError, "`window` must be at least 0. Got -1"),
     "softcap": ({"softcap": 0.0}, ValueError, "`softcap` must be above 0. Got 0.0"),
@@ -150,6 +195,12 @@ WRONG = {
     "mask of a score": ({"mask": "s > k"}, ValueError, "must be a condition of integers"),
     "mask of arrays": ({"mask": "int0[q] == 1"}, ValueError, "without arrays"),
     "two masks": ({"mask": "q >= k, k > 2"}, ValueError, "must be a condition of integers"),
+    "mask of rows": ({"mask": "row >= k"}, ValueError, "positions, q, and not of rows of a call"),
+    "mask of rows, made": (
+        {"mask": attn_core.mask(lambda b, h, q, k: attn_core.row >= k)},
+        ValueError,
+        "positions, q, and not of rows of a call",
+    ),
     "mask is no text": ({"mask": "q >="}, ValueError, "in the language of masks, such as"),
     "mask is a number": ({"mask": 3}, TypeError, "`mask` must be text of the language. Got int"),
 }

@@ -12,7 +12,7 @@ import attn_core
 from attn_core import AdditiveConfig, AttentionConfig, TransformerConfig
 from attn_core.model.initial import initial
 from attn_core.model.parameters import Parameter, parameters
-from attn_core.model.weights import weights_for
+from attn_core.model.weights import checked, weights_for
 
 LAYER = AttentionConfig(width=12, heads=4, kv_heads=2, value_width=5, key_input=7, out_width=6)
 MODEL = TransformerConfig(
@@ -219,6 +219,11 @@ HEADERS = {
         "in the format 'attn-core/1', as `save_weights` writes them. Got 'attn-core/2'",
     ),
     "no version": (lambda h: h.pop("__metadata__"), "Got None"),
+    "metadata of nothing": (lambda h: h.update(__metadata__=None), "Got None"),
+    "a bottomless config": (
+        lambda h: h["__metadata__"].update(config="[" * 100000),
+        "must hold the config of its weights",
+    ),
     "no config": (lambda h: h["__metadata__"].pop("config"), "must hold the config of its weights"),
     "unknown field": (
         lambda h: h["__metadata__"].update(config='{"attention": {"width": 3, "haeds": 1}}'),
@@ -279,8 +284,84 @@ def test_what_a_layer_may_be_given(path):
 def test_nothing_is_narrowed_silently():
     plan = parameters(LAYER)
     assert weights_for(LAYER, plan, weights(LAYER, "float16"))["out.bias"].dtype == np.float16
-    with pytest.raises(TypeError, match="must not be wider than the config's dtype float32"):
+    with pytest.raises(TypeError, match="must not be wider than the layer's dtype float32"):
         weights_for(LAYER, plan, weights(LAYER, "float64"))
+
+
+def test_a_layer_that_was_cast_is_given_what_it_holds():
+    plan = parameters(LAYER)
+    wide, narrow = dict.fromkeys(plan, "float64"), dict.fromkeys(plan, "float16")
+    assert weights_for(LAYER, plan, weights(LAYER, "float64"), wide)["out.bias"].dtype == np.float64
+    with pytest.raises(TypeError, match="must not be wider than the layer's dtype float16"):
+        weights_for(LAYER, plan, weights(LAYER), narrow)
+
+
+def test_a_frameworks_own_arrays_are_refused():
+    """torch's matrices would fit where they are square, and lie the other way round."""
+
+    class Tensor:
+        shape, dtype = (12,), np.dtype("float32")
+
+        def __array__(self, dtype=None, copy=None):
+            return np.zeros(12, np.float32)
+
+    with pytest.raises(TypeError, match=r"`query.bias` must be a NumPy array.*Tensor; a framework"):
+        weights_for(LAYER, parameters(LAYER), {**weights(LAYER), "query.bias": Tensor()})
+
+
+@pytest.mark.parametrize("change", [lambda x: x.astype(">f4"), lambda x: x[::-1], lambda x: x.T])
+def test_every_array_is_one_that_any_framework_takes(change):
+    given = {"a": change(np.arange(16, dtype=np.float32).reshape(4, 4))}
+    found = checked({"a": Parameter((4, 4), "matrix")}, given, None)["a"]
+    assert found.flags.c_contiguous
+    assert found.dtype.isnative
+    assert np.array_equal(found, given["a"])
+
+
+@pytest.mark.parametrize(
+    ("ours", "files"),
+    [
+        (AttentionConfig(12, 4), AttentionConfig(12, 4, kv_heads=4, head_width=3, value_width=3)),
+        (
+            AttentionConfig(12, 4),
+            AttentionConfig(12, 4, key_input=12, value_input=12, out_width=12),
+        ),
+        (AttentionConfig(16, 4), AttentionConfig(16, 4, scale=0.5)),
+        (AttentionConfig(12, 4), AttentionConfig(12, 4, norm_epsilon=1e-5, rotary_base=100.0)),
+        (AdditiveConfig(5), AdditiveConfig(5, query_input=5, key_input=5)),
+        (
+            MODEL,
+            TransformerConfig.of(
+                MODEL,
+                depth=9,
+                encoder_depth=1,
+                kv_heads=2,
+                head_width=4,
+                final_norm=True,
+                source_vocabulary=11,
+                rotary_fraction=0.5,
+            ),
+        ),
+    ],
+)
+def test_what_is_left_out_means_what_is_written_out(ours, files, tmp_path):
+    attn_core.save_weights(tmp_path / "w", weights(files), files)
+    assert weights_for(ours, parameters(ours), tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"positions": "rotary", "head_width": 2}, "positions: None, 'rotary'; rotary_base: None"),
+        ({"scale": 0.25}, "scale: .*, 0.25"),
+        ({"qk_norm": "rms", "norm_epsilon": 1e-5}, "norm_epsilon: None, 1e-05"),
+    ],
+)
+def test_what_means_another_thing_is_told(change, words, tmp_path):
+    other = AttentionConfig(**{**LAYER.to_mapping(), **change})
+    attn_core.save_weights(tmp_path / "w", weights(other), other)
+    with pytest.raises(ValueError, match=words):
+        weights_for(LAYER, parameters(LAYER), tmp_path / "w")
 
 
 def test_weights_of_another_model(path, tmp_path):

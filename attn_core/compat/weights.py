@@ -48,7 +48,8 @@ def converted(
     given = {"dtype": dtypes.pop(), **fields, **changes}
     config = AttentionConfig.load({name: x for name, x in given.items() if x is not None})
     weights = {name: np.array(x, order="C") for name, x in held.items()}
-    return Converted(config, checked(parameters(config), weights, config.dtype))
+    plan = parameters(config)
+    return Converted(config, checked(plan, weights, dict.fromkeys(plan, config.dtype)))
 
 
 def projection(kernel: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ Source: Bahdanau, Cho and Bengio, arXiv 1409.0473.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from attn_core.config import check_impl
 from attn_core.model import fields
@@ -60,6 +60,7 @@ class AdditiveConfig(Config):
     impl: str = "auto"
 
     def __post_init__(self) -> None:
+        self.plain()
         fields.count("width", self.width)
         for name in ("query_input", "key_input"):
             if getattr(self, name) is not None:
@@ -76,6 +77,10 @@ class AdditiveConfig(Config):
         """The sizes, none left open."""
         given = (self.query_input or self.width, self.key_input or self.width)
         return AdditiveSizes(*given, self.width)
+
+    def meaning(self) -> dict[str, Any]:
+        """`to_mapping` with what was left open filled in."""
+        return {**self.to_mapping(), **self.sizes._asdict()}
 
 
 def tile(batch: int, keys: int, width: int) -> int:

@@ -66,13 +66,19 @@ def read_config(source: Any) -> Any:
             f"or a mapping. Got {type(source).__name__}."
         )
     held = dict(source) if isinstance(source, Mapping) else flag.read(Path(source))
+    known = tuple([kind.TABLE for kind in _CLASSES])
     tables = [kind for kind in _CLASSES if kind.TABLE in held]
     if len(tables) > 1:
         raise ValueError(
-            "a config must hold one of the tables "
-            f"{', '.join(kind.TABLE for kind in _CLASSES)} to be built. Got "
+            f"a config must hold one of the tables {', '.join(known)} to be built. Got "
             f"{' and '.join(kind.TABLE for kind in tables)}: load the one that is meant."
         )
     if tables:
         return tables[0].load(held)
+    for key, value in held.items():
+        close = flag.nearest(key, known)
+        if close and isinstance(value, Mapping):
+            raise ValueError(
+                f"a config must hold one of the tables {', '.join(known)}. Got {key!r}.{close}"
+            )
     return TransformerConfig.load(held) if "kind" in held else AttentionConfig.load(held)

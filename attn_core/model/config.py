@@ -27,12 +27,15 @@ import numpy as np
 
 from attn_core.config import as_mapping, check_impl, nearest, read
 from attn_core.language.text import parse, text
+from attn_core.language.tree import Tree
 from attn_core.language.values import Mask
 from attn_core.model import fields
 from attn_core.spec import DTYPES
 
 ROOMS = ("torch", "tf", "jax")
 """Backends that have layers."""
+ROTARY = ("rotary_base", "rotary_fraction", "rotary_pairs")
+"""Fields that rotary positions alone read."""
 
 
 class Sizes(NamedTuple):
@@ -76,6 +79,12 @@ class Config:
         """
         held = dict(source) if isinstance(source, Mapping) else read(Path(source))
         if cls.TABLE in held:
+            stray = [key for key, value in held.items() if not isinstance(value, Mapping)]
+            if stray and stray != [cls.TABLE]:
+                raise ValueError(
+                    f"a config must hold its fields in one place. Got the table `{cls.TABLE}` and "
+                    f"{stray[0]!r} beside it."
+                )
             held = as_mapping(held[cls.TABLE], f"`{cls.TABLE}` of a config")
         known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for key in held:
@@ -112,20 +121,33 @@ class Config:
         found = {}
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            value = value.item() if isinstance(value, np.generic) else value
             if value is not None or field.name in self.WORDS:
                 found[field.name] = "none" if value is None else value
         return found
 
+    def meaning(self) -> dict[str, Any]:
+        """`to_mapping` with what was left open filled in, without what nothing reads.
+
+        Two configs that mean the same say the same here.
+        """
+        raise NotImplementedError
+
     def differences(self, other: Any, free: tuple[str, ...]) -> list[str]:
         """The fields, but for those in `free`, in which two configs differ, as "name: a, b"."""
-        mine, theirs = self.to_mapping(), other.to_mapping()
+        mine, theirs = self.meaning(), other.meaning()
         names = [name for name in {**mine, **theirs} if name not in free]
         return [
             f"{name}: {mine.get(name)!r}, {theirs.get(name)!r}"
             for name in names
             if mine.get(name) != theirs.get(name)
         ]
+
+    def plain(self) -> None:
+        """NumPy's scalars as Python's, which do not overflow and can be written down."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):
+                self.set(field.name, value.item())
 
     def set(self, name: str, value: Any) -> None:
         """Write a field once more while the config is being made (it is frozen)."""
@@ -198,6 +220,7 @@ class AttentionConfig(Config):
     impl: str = "auto"
 
     def __post_init__(self) -> None:
+        self.plain()
         fields.count("width", self.width)
         fields.heads(self.heads, self.kv_heads)
         fields.head_width(self.width, self.heads, self.head_width)
@@ -210,8 +233,10 @@ class AttentionConfig(Config):
         fields.number("norm_epsilon", self.norm_epsilon, 0.0)
         fields.choice("positions", self.positions, (None, "rotary", "alibi"))
         fields.choice("rotary_pairs", self.rotary_pairs, ("half", "interleaved"))
+        fields.number("rotary_base", self.rotary_base, 1.0)
+        fields.number("rotary_fraction", self.rotary_fraction, 0.0)
         if self.positions == "rotary":
-            fields.rotary(self.rotary_base, self.rotary_fraction, self.sizes.head)
+            fields.rotary(self.rotary_fraction, self.sizes.head)
         if self.window is not None:
             fields.count("window", self.window, 0)
         if self.softcap is not None:
@@ -242,6 +267,23 @@ class AttentionConfig(Config):
             out=self.out_width or self.width,
         )
 
+    def meaning(self) -> dict[str, Any]:
+        """`to_mapping` with what was left open filled in, without what nothing reads."""
+        s = self.sizes
+        found = {
+            **self.to_mapping(),
+            "kv_heads": s.kv_heads,
+            "head_width": s.head,
+            "value_width": s.value,
+            "key_input": s.key_input,
+            "value_input": s.value_input,
+            "out_width": s.out,
+            "scale": s.head**-0.5 if self.scale is None else self.scale,
+        }
+        unread = [] if self.qk_norm else ["norm_epsilon"]
+        unread += [] if self.positions == "rotary" else ROTARY
+        return {name: value for name, value in found.items() if name not in unread}
+
 
 def written(mask: Any) -> str:
     """A mask without arrays as the text that the language prints."""
@@ -251,7 +293,7 @@ def written(mask: Any) -> str:
                 "`mask` of a config must look no array up; such a mask goes with the call. "
                 f"Got {mask}."
             )
-        return text(mask.tree)
+        return _lasting(mask.tree)
     if not isinstance(mask, str):
         raise TypeError(f"`mask` must be text of the language. Got {type(mask).__name__}.")
     try:
@@ -267,5 +309,15 @@ def written(mask: Any) -> str:
         raise ValueError(
             "`mask` must be a condition of integers on b, h, q and k, without arrays. "
             f"Got {mask!r}."
+        )
+    return _lasting(tree)
+
+
+def _lasting(tree: Tree) -> str:
+    """A mask's text, if it says the same of a query whichever call brings it."""
+    if tree.reads("row"):
+        raise ValueError(
+            "`mask` of a config must speak of positions, q, and not of rows of a call: step by "
+            f"step every query is row 0. Got {text(tree)!r}."
         )
     return text(tree)

@@ -75,14 +75,11 @@ def head_width(width: int, given: int, head: int | None) -> None:
         )
 
 
-def rotary(base: float, fraction: float, head: int) -> int:
-    """The even number of a head's channels that turn."""
-    number("rotary_base", base, 1.0)
-    number("rotary_fraction", fraction, 0.0)
-    turned = fraction * head
-    if fraction > 1 or turned != int(turned) or int(turned) % 2:
+def rotary(fraction: float, head: int) -> None:
+    """An even number of a head's channels turn: fraction * head, but for rounding."""
+    turned = round(fraction * head)
+    if fraction > 1 or not turned or turned % 2 or abs(turned - fraction * head) > 1e-6:
         raise ValueError(
             "`rotary_fraction` must be at most 1 and make an even number of a head's channels "
             f"turn, since they turn in pairs. Got {fraction} of head_width={head}."
         )
-    return int(turned)

@@ -43,7 +43,7 @@ def turned(config: AttentionConfig) -> int:
     """How many channels of a head turn; 0 without rotary positions."""
     if config.positions != "rotary":
         return 0
-    return int(config.rotary_fraction * config.sizes.head)
+    return round(config.rotary_fraction * config.sizes.head)
 
 
 def offset(given: Any, kv_lengths: Any, q_lengths: Any, q_len: Any, k_len: Any) -> Any:

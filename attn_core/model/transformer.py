@@ -20,11 +20,11 @@ Source: Vaswani et al., arXiv 1706.03762; norms before the sublayers, Xiong et a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from attn_core.config import check_impl
 from attn_core.model import fields
-from attn_core.model.config import ROOMS, AttentionConfig, Config
+from attn_core.model.config import ROOMS, ROTARY, AttentionConfig, Config
 from attn_core.spec import DTYPES
 
 KINDS = ("encoder", "decoder", "encoder-decoder")
@@ -111,6 +111,7 @@ class TransformerConfig(Config):
     impl: str = "auto"
 
     def __post_init__(self) -> None:
+        self.plain()
         fields.choice("kind", self.kind, KINDS)
         for name in ("width", "depth"):
             fields.count(name, getattr(self, name))
@@ -210,6 +211,23 @@ class TransformerConfig(Config):
     def ends_in_norm(self) -> bool:
         """Whether a norm ends each stack."""
         return self.norm_first if self.final_norm is None else self.final_norm
+
+    def meaning(self) -> dict[str, Any]:
+        """`to_mapping` with what was left open filled in, without what nothing reads."""
+        sizes = self.attention(self.stacks[0]).sizes
+        found = {
+            **self.to_mapping(),
+            "kv_heads": sizes.kv_heads,
+            "head_width": sizes.head,
+            "hidden": self.hidden_width,
+            "final_norm": self.ends_in_norm,
+        }
+        for stack in self.stacks:
+            found[f"{stack}_depth"] = self.blocks(stack)
+        if "encoder" in self.stacks:
+            found["source_vocabulary"] = self.tokens("encoder")
+        unread = ("depth", *(() if self.positions == "rotary" else ROTARY))
+        return {name: value for name, value in found.items() if name not in unread}
 
     def attention(self, stack: str, cross: bool = False) -> AttentionConfig:
         """The config of a stack's self-attention, or of its attention to the encoder."""

@@ -54,12 +54,10 @@ def save_weights(path: str | os.PathLike[str], weights: Any, config: Any = None)
     found = checked(plan, weights, None)
     library = _safetensors()
     metadata = {"format": VERSION, "config": json.dumps({config.TABLE: config.to_mapping()})}
-    # C order and a copy, since safetensors takes the bytes as they lie.
-    arrays = {name: np.array(found[name], order="C") for name in plan}
     whole = Path(path)
     part = whole.with_name(f"{whole.name}.part")
     try:
-        library.numpy.save_file(arrays, part, metadata)
+        library.numpy.save_file(found, part, metadata)
         os.replace(part, whole)
     finally:
         part.unlink(missing_ok=True)
@@ -80,7 +78,7 @@ def load_weights(path: str | os.PathLike[str]) -> Loaded:
     try:
         read = library.deserialize(data)
         size = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+        metadata = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
     except (library.SafetensorError, ValueError) as error:
         raise ValueError(
             f"{path} must be a complete safetensors file. Got {len(data)} bytes: {error}"
@@ -96,10 +94,15 @@ def load_weights(path: str | os.PathLike[str]) -> Loaded:
     return Loaded(checked(parameters(config), weights, None), config)
 
 
-def weights_for(config: Any, plan: Plan, source: Any) -> dict[str, np.ndarray]:
+def weights_for(
+    config: Any, plan: Plan, source: Any, held: Mapping[str, str] | None = None
+) -> dict[str, np.ndarray]:
     """The arrays of a path or a mapping, in the plan's order, found to fit a layer's config.
 
     Of a file the config must agree too, but for fields that do not change what weights mean.
+
+    held: the dtype of each parameter, where the layer's framework can change it (`layer.half()`);
+        the config's where left out. None may be given wider.
     """
     if isinstance(source, (str, os.PathLike)):
         loaded = load_weights(source)
@@ -115,13 +118,14 @@ def weights_for(config: Any, plan: Plan, source: Any) -> dict[str, np.ndarray]:
                 f"the file's): {'; '.join(apart)}."
             )
         source = loaded.weights
-    return checked(plan, source, config.dtype)
+    return checked(plan, source, held or dict.fromkeys(plan, config.dtype))
 
 
-def checked(plan: Plan, weights: Any, dtype: str | None) -> dict[str, np.ndarray]:
+def checked(plan: Plan, weights: Any, held: Mapping[str, str] | None) -> dict[str, np.ndarray]:
     """The weights in the plan's order, if they are exactly those of the plan.
 
-    With a dtype, none may be wider than it: nothing is narrowed silently.
+    With the dtypes that hold them, none may be wider: nothing is narrowed silently. They come back
+    contiguous and in the machine's byte order, as files and frameworks take them.
     """
     if not isinstance(weights, Mapping):
         raise TypeError(
@@ -140,21 +144,28 @@ def checked(plan: Plan, weights: Any, dtype: str | None) -> dict[str, np.ndarray
             f"`weights` must hold every parameter of this config. Got none called {missing[0]!r}"
             f"{_more(missing)}."
         )
-    return {name: _fitting(name, weights[name], plan[name].shape, dtype) for name in plan}
+    dtypes: Mapping[str, str | None] = held or dict.fromkeys(plan)
+    return {name: _fitting(name, weights[name], plan[name].shape, dtypes[name]) for name in plan}
 
 
-def _fitting(name: str, given: Any, shape: tuple[int, ...], dtype: str | None) -> np.ndarray:
-    array = np.asarray(given)
+def _fitting(name: str, array: Any, shape: tuple[int, ...], dtype: str | None) -> np.ndarray:
+    if not isinstance(array, np.ndarray):
+        # A framework's own arrays may lie another way round under the same name, and fit.
+        raise TypeError(
+            f"`{name}` must be a NumPy array, as `export_weights` gives it. Got "
+            f"{type(array).__module__}.{type(array).__name__}; a framework's own state dict may "
+            "hold the matrix transposed."
+        )
     if array.dtype.name not in DTYPES:
         raise TypeError(f"`{name}` must be one of {', '.join(DTYPES)}. Got {array.dtype.name}.")
     if array.shape != shape:
         raise ValueError(f"`{name}` must have shape {shape}. Got {array.shape}.")
     if dtype is not None and not _holds(dtype, array.dtype.name):
         raise TypeError(
-            f"`{name}` must not be wider than the config's dtype {dtype}. Got "
+            f"`{name}` must not be wider than the layer's dtype {dtype}. Got "
             f"{array.dtype.name}: cast it first, nothing is narrowed silently."
         )
-    return array
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
 
 
 def _holds(wide: str, narrow: str) -> bool:
@@ -173,7 +184,7 @@ def _config(path: Path, written: str) -> Any:
         held = json.loads(written)
         (table,) = held
         return kinds[table].load(held)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{path} must hold the config of its weights, one of {', '.join(kinds)}. "
             f"Got {written[:80]!r}: {error}"
