@@ -185,6 +185,8 @@ def test_a_cache_without_room():
 # --- calls -----------------------------------------------------------------------------------
 
 CONFIG = AttentionConfig(8, 2, kv_heads=1, key_input=6, value_input=5)
+DECODER = TransformerConfig("decoder", 8, 1, 2, vocabulary=5)
+BOTH = TransformerConfig("encoder-decoder", 8, 1, 2, vocabulary=5)
 Q, K, V = (2, 3, 8), (2, 4, 6), (2, 4, 5)
 
 CALLS = {
@@ -222,6 +224,21 @@ CALLS = {
         lambda: calls.check_positions(CONFIG, (3,), Q, True),
         "`positions` must be left out but for self-attention with rotary",
     ),
+    "lengths of another batch": (
+        lambda: calls.check_lengths("q_lengths", (3,), Q),
+        r"`q_lengths` must be an int or have shape \(B,\) = \(2,\). Got \(3,\)",
+    ),
+    "lengths of a source that is not given": (
+        lambda: calls.check_source(DECODER, False, None, [1]),
+        "`source_lengths` must be left out where no `source` is given",
+    ),
+    "lengths of a source that a cache holds": (
+        lambda: calls.check_source(BOTH, False, True, [1]),
+        "`source_lengths` must be left out where no `source` is given",
+    ),
+    "an empty prompt": (lambda: calls.check_prompt((2, 0), 3), r"T at least 1. Got \(2, 0\)"),
+    "a prompt of vectors": (lambda: calls.check_prompt((2, 3, 4), 3), "`prompt` must be int"),
+    "steps back": (lambda: calls.check_prompt((2, 3), -1), "`steps` must be at least 0. Got -1"),
     "value beside a memory": (
         lambda: calls.check_memory(3, None, None),
         "`value` must be left out where `key` is a Memory",
@@ -243,6 +260,10 @@ def test_right_calls_and_unknown_sizes():
     calls.check_inputs(CONFIG, (None, None, 8), (2, None, 6), (None, 7, 5))
     calls.check_kept("cache", CONFIG, (2, 9, 1, 4), (2, 9, 1, 4), Q)
     calls.check_cached((None, None, 8), (2, None, 8), 9, None, None)
+    for shape in ((), (2,)):
+        calls.check_lengths("q_lengths", shape, Q)
+    calls.check_source(BOTH, True, None, [1])
+    calls.check_prompt((None, 3), 0)
     rotary = AttentionConfig(8, 2, positions="rotary")
     calls.check_positions(rotary, (3,), Q, True)
     calls.check_positions(rotary, (2, 3), Q, True)

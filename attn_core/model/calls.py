@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from attn_core.check_arrays import fits, show
+from attn_core.model import fields
 from attn_core.model.additive import AdditiveConfig
 from attn_core.model.config import AttentionConfig
 from attn_core.model.transformer import TransformerConfig
@@ -90,6 +91,14 @@ def check_positions(config: AttentionConfig, shape: Shape, query: Shape, own: bo
         )
 
 
+def check_lengths(name: str, shape: Shape, query: Shape) -> None:
+    """One length for all, or one for each row of the batch."""
+    if len(shape) and not fits(shape, query[:1]):
+        raise ValueError(
+            f"`{name}` must be an int or have shape (B,) = {show(query[:1])}. Got {show(shape)}."
+        )
+
+
 def check_memory(value: Any, kv_lengths: Any, cache: Any) -> None:
     """What goes with a Memory: nothing that it says itself."""
     for name, given in (("value", value), ("cache", cache)):
@@ -126,11 +135,19 @@ def check_length(config: TransformerConfig, name: str, length: Any) -> None:
         )
 
 
-def check_source(config: TransformerConfig, source: bool, kept: bool | None) -> None:
+def check_source(
+    config: TransformerConfig, source: bool, kept: bool | None, lengths: Any = None
+) -> None:
     """An encoder's source: needed once in an encoder-decoder, and by nothing else.
 
     source: whether it is given. kept: whether the cache holds it; None without a cache.
+    lengths: of the source, which go with it.
     """
+    if lengths is not None and not source:
+        raise ValueError(
+            "`source_lengths` must be left out where no `source` is given: a cache that holds one "
+            f"holds its lengths. Got {type(lengths).__name__}."
+        )
     if config.kind != "encoder-decoder":
         if source:
             raise ValueError(f"`source` must be left out in a model of kind {config.kind!r}.")
@@ -142,6 +159,13 @@ def check_source(config: TransformerConfig, source: bool, kept: bool | None) -> 
             "one of `source` and a cache that holds it (`make_cache(.., source=)`) must be given "
             f"to an encoder-decoder. Got {got}."
         )
+
+
+def check_prompt(prompt: Shape, steps: Any) -> None:
+    """What generation starts from, and how far it goes."""
+    fields.count("steps", steps, 0)
+    if len(prompt) != 2 or prompt[1] == 0:
+        raise ValueError(f"`prompt` must be int tokens (B, T), T at least 1. Got {show(prompt)}.")
 
 
 def check_blocks(config: TransformerConfig, stack: str, blocks: int, size: Any) -> None:

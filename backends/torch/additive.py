@@ -96,7 +96,7 @@ class AdditiveAttention(Portable):
         q, k = self.query(query) + self.bias, self.key(key)
         value = value.to(q.dtype)
         if q_lengths is not None:
-            q_lengths = integers(q_lengths, query.device).clamp(0, rows)
+            q_lengths = integers("q_lengths", q_lengths, query.device).clamp(0, rows)
         size = tile(batch, keys, self.config.width)
 
         def part(q: Array, k: Array, value: Array, score: Array, start: int) -> Any:

@@ -47,7 +47,10 @@ class Portable(torch.nn.Module):
             ValueError, TypeError: a weight is missing, unknown, of another shape or wider dtype,
                 or the file is damaged or another model's; nothing has been set.
         """
-        self._set(weights_for(self.config, self.plan, source))
+        from attn_core.backends.torch import describe
+
+        held = {name: describe(self.get_parameter(name)).dtype for name in self.plan}
+        self._set(weights_for(self.config, self.plan, source, held))
 
     def initialise(self, seed: int) -> None:
         """First values: a function of the seed, the same in every framework."""
@@ -176,9 +179,14 @@ def hidden_dropout(
     return torch.where(kept, x * (1 / (1 - rate)), 0.0)
 
 
-def integers(given: Any, device: Any) -> Array:
+def integers(name: str, given: Any, device: Any) -> Array:
     """Host ints or a tensor as int32, on the device."""
-    return torch.as_tensor(given, device=device).to(torch.int32)
+    if isinstance(given, int) and not isinstance(given, bool):
+        return torch.full((), given, dtype=torch.int32, device=device)  # without a copy
+    found = torch.as_tensor(given, device=device)
+    if found.is_floating_point() or found.dtype == torch.bool:
+        raise TypeError(f"`{name}` must be integers. Got {str(found.dtype).split('.')[-1]}.")
+    return found.to(torch.int32)
 
 
 def indices(x: Array) -> Array:

@@ -125,9 +125,9 @@ class MultiHeadAttention(Portable):
             value = key if value is None else value
         self._check(query, key, value, memory, cache, kv_lengths, query_offset)
         if positions is not None:
-            positions = integers(positions, query.device)
+            positions = integers("positions", positions, query.device)
             calls.check_positions(c, positions.shape, query.shape, own)
-            positions = positions.reshape(-1, positions.shape[-1])
+            positions = positions if positions.dim() == 2 else positions[None]
 
         fill = None
         if cache is not None:
@@ -234,8 +234,9 @@ class MultiHeadAttention(Portable):
 
     def _filling(self, cache: Cache, query: Array, q_lengths: Any) -> Filling:
         rows, size, device = query.shape[1], cache.key.shape[1], query.device
-        counts = integers(rows if q_lengths is None else q_lengths, device).clamp(0, rows)
-        counts = counts.expand(query.shape[0])
+        counts = integers("q_lengths", rows if q_lengths is None else q_lengths, device)
+        calls.check_lengths("q_lengths", counts.shape, query.shape)
+        counts = counts.clamp(0, rows).expand(query.shape[0])
         if known(cache.lengths) and known(counts):
             check_room(cache.lengths.cpu().numpy(), counts.cpu().numpy(), size)
         return filling(cache.lengths, counts, indices(query)[0], indices(cache.key)[0], size)
@@ -245,11 +246,11 @@ def starts(q: Array, k: Array, kv_lengths: Any, q_lengths: Any, query_offset: An
     """Where row 0 of a query without a cache stands, int32 (B or 1, 1)."""
     rows, keys, device = q.shape[1], k.shape[1], q.device
     if kv_lengths is not None:
-        kv_lengths = integers(kv_lengths, device).clamp(0, keys)
+        kv_lengths = integers("kv_lengths", kv_lengths, device).clamp(0, keys)
     if q_lengths is not None:
-        q_lengths = integers(q_lengths, device).clamp(0, rows)
+        q_lengths = integers("q_lengths", q_lengths, device).clamp(0, rows)
     start = offset(query_offset, kv_lengths, q_lengths, rows, keys)
-    return integers(start, device).reshape(-1, 1)
+    return integers("query_offset", start, device).reshape(-1, 1)
 
 
 def _filled(held: Array, new: Array, fill: Filling) -> Array:

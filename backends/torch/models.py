@@ -275,7 +275,8 @@ class Transformer(Portable):
                 has been computed.
         """
         c = self.config
-        calls.check_source(c, source is not None, None if cache is None else bool(cache.memories))
+        kept = None if cache is None else bool(cache.memories)
+        calls.check_source(c, source is not None, kept, source_lengths)
         stack = c.stacks[-1]
         calls.check_read(c, stack, "given", given.shape, describe(given).dtype)
         if cache is not None:
@@ -289,14 +290,14 @@ class Transformer(Portable):
         if self.decoder is None:
             x, seen, _ = self.encoder(given, **options)
             out = self._classes(x, lengths) if c.classes is not None else x
-            kept = None
+            filled = None
         else:
             x, seen, blocks = self.decoder(given, cache=cache, memories=memories, **options)
             out = F.linear(x, self.decoder.embedding.weight) if self.head is None else self.head(x)
-            kept = None if cache is None else ModelCache(blocks, memories)
+            filled = None if cache is None else ModelCache(blocks, memories)
         if cache is None and not return_weights:
             return out
-        return ModelOutput(out, {**weights, stack: seen} if return_weights else None, kept)
+        return ModelOutput(out, {**weights, stack: seen} if return_weights else None, filled)
 
     def make_cache(
         self,
@@ -309,7 +310,8 @@ class Transformer(Portable):
     ) -> ModelCache:
         """An empty cache of `length` positions; in an encoder-decoder it holds the source."""
         c = self.config
-        calls.check_source(c, source is not None, None if c.kind != "encoder" else False)
+        kept = None if c.kind != "encoder" else False
+        calls.check_source(c, source is not None, kept, source_lengths)
         calls.check_length(c, "length", length)
         memories: tuple[Memory, ...] = ()
         if source is not None:
@@ -337,14 +339,16 @@ class Transformer(Portable):
             source, source_lengths: of an encoder-decoder.
             stop: a token after which a row goes on with that token.
 
-        Every step asks the same question of a cache of T + steps positions, so a compiled model
+        Every step asks the same question of a cache of T + steps - 1 positions: a compiled model
         (`model.compile()`) is compiled once for the prompt and once for all steps.
         """
+        calls.check_prompt(prompt.shape, steps)
         options = {"source": source, "source_lengths": source_lengths}
         batch, rows = prompt.shape
-        cache = self.make_cache(batch, rows + steps, **options)
+        cache = self.make_cache(batch, rows + max(steps - 1, 0), **options)  # the last is not read
         found = self(prompt, lengths=lengths, cache=cache)
-        last = integers(rows if lengths is None else lengths, prompt.device).expand(batch) - 1
+        last = integers("lengths", rows if lengths is None else lengths, prompt.device)
+        last = last.expand(batch) - 1
         logits = found.out[torch.arange(batch, device=prompt.device), last.to(torch.int64)]
         made = [logits.argmax(-1).to(prompt.dtype)]
         for _ in range(steps - 1):
@@ -365,7 +369,7 @@ class Transformer(Portable):
         """Logits of classes from the mean of the rows that count; 0 where none does."""
         if lengths is None:
             return self.head(x.mean(1))
-        lengths = integers(lengths, x.device).clamp(0, x.shape[1]).reshape(-1, 1)
+        lengths = integers("lengths", lengths, x.device).clamp(0, x.shape[1]).reshape(-1, 1)
         counts = indices(x) < lengths
         total = torch.where(counts[..., None], x, 0.0).sum(1)
         return self.head(total / lengths.clamp(min=1).to(x.dtype))

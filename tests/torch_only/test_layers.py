@@ -180,6 +180,24 @@ def test_a_bad_load_changes_nothing(tmp_path: Any) -> None:
     assert all(torch.equal(x, before[n]) for n, x in layer.state_dict().items())
 
 
+def test_torchs_own_state_is_refused() -> None:
+    """Its names are the plan's, and its square matrices fit: transposed."""
+    layer = MultiHeadAttention(width=8, heads=2)
+    with pytest.raises(TypeError, match=r"`query.weight` must be a NumPy array.*torch.Tensor"):
+        layer.load_weights(MultiHeadAttention(width=8, heads=2, seed=3).state_dict())
+
+
+def test_a_layer_that_was_cast_loads_what_it_gives() -> None:
+    for dtype in (torch.float64, torch.float16):
+        layer = MultiHeadAttention(width=8, heads=2, seed=1).to(dtype)
+        other = MultiHeadAttention(width=8, heads=2, seed=2).to(dtype)
+        other.load_weights(layer.export_weights())
+        assert torch.equal(other.key.weight, layer.key.weight)
+    wide = MultiHeadAttention(width=8, heads=2).export_weights()
+    with pytest.raises(TypeError, match="wider than the layer's dtype float16"):
+        other.load_weights(wide)
+
+
 def test_bfloat16_weights_go_out_and_in(tmp_path: Any) -> None:
     layer = MultiHeadAttention(width=8, heads=2, dtype="bfloat16", seed=4)
     assert layer.query.weight.dtype == torch.bfloat16
@@ -240,6 +258,16 @@ REFUSED = {
         ValueError,
         "`positions` must be left out but for self-attention with rotary",
     ),
+    "positions that are no integers": (
+        lambda: MultiHeadAttention(width=12, heads=2, positions="rotary")(X, positions=X[0, :, 0]),
+        TypeError,
+        "`positions` must be integers. Got float32",
+    ),
+    "lengths of another batch beside a cache": (
+        lambda: PLAIN(X, cache=PLAIN.make_cache(B, 9), q_lengths=[1, 2, 3]),
+        ValueError,
+        r"`q_lengths` must be an int or have shape \(B,\)",
+    ),
     "rotary without an offset": (
         lambda: MultiHeadAttention(width=12, heads=2, positions="rotary")(X, X[:, :3]),
         ValueError,
@@ -295,6 +323,16 @@ def test_steps_give_what_one_call_gives(name: str, cuts: list[int]) -> None:
         cache, start = found.cache, start + rows
     assert cache.lengths.tolist() == [ROWS] * B
     assert share(torch.cat(outs, 1), case, layer.export_weights(), inputs) <= 1
+
+
+def test_no_rows_at_all() -> None:
+    """Of positions that are given, and into a cache, which stays as it was."""
+    layer = MultiHeadAttention(width=12, heads=2, positions="rotary")
+    assert layer(X[:, :0], positions=torch.zeros(0, dtype=torch.int32)).shape == (B, 0, 12)
+    cache = layer(X, cache=layer.make_cache(B, 9), q_lengths=[3, 0]).cache
+    found = layer(X[:, :0], cache=cache)
+    assert found.out.shape == (B, 0, 12)
+    assert all(torch.equal(x, y) for x, y in zip(found.cache, cache, strict=True))
 
 
 @pytest.mark.parametrize("name", CACHED)

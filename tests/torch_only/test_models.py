@@ -130,6 +130,24 @@ REFUSED = {
     ),
     "no source": (lambda: Transformer(BOTH)(TOKENS), "one of `source` and a cache .* Got neither"),
     "a stray source": (lambda: Transformer(DECODER)(TOKENS, SOURCE), "`source` must be left out"),
+    "lengths of a source that is not given": (
+        lambda: Transformer(DECODER)(TOKENS, source_lengths=[1, 2]),
+        "`source_lengths` must be left out",
+    ),
+    "lengths of a source that the cache holds": (
+        lambda: Transformer(BOTH)(
+            TOKENS, cache=Transformer(BOTH).make_cache(B, 9, source=SOURCE), source_lengths=[1, 2]
+        ),
+        "`source_lengths` must be left out",
+    ),
+    "lengths of a source for a decoder's cache": (
+        lambda: Transformer(DECODER).make_cache(B, 9, source_lengths=[1, 2]),
+        "`source_lengths` must be left out",
+    ),
+    "an empty prompt": (
+        lambda: Transformer(DECODER).generate(TOKENS[:, :0], 2),
+        "`prompt` must be int tokens",
+    ),
     "no seed": (
         lambda: Transformer({**DECODER, "dropout": 0.1})(TOKENS),
         "`seed` must be given in training",
@@ -224,6 +242,15 @@ def test_generate_is_greedy(name: str) -> None:
 
 
 @torch.no_grad()
+def test_generate_as_far_as_positions_go() -> None:
+    """The last token is made, and not read: it needs no position."""
+    model = Transformer({**DECODER, "positions": "learned", "max_length": 8}).eval()
+    assert model.generate(TOKENS, 4).shape == (B, 4)
+    assert model.generate(TOKENS, 0).shape == (B, 0)
+    with pytest.raises(ValueError, match="must not be longer than `max_length` = 8"):
+        model.generate(TOKENS, 5)
+
+
 def test_generate_compiles_once_for_the_prompt_and_once_for_all_steps() -> None:
     torch._dynamo.reset()
     case = Case(CASES["everything"].config)
@@ -410,6 +437,8 @@ def test_additive_refuses() -> None:
         (lambda: layer(t[0], t[1], t[2][:, :3]), ValueError, "`value` must have shape"),
         (lambda: layer(*t, mask=torch.zeros(5, 7)), TypeError, "`mask` must be boolean"),
         (lambda: additive_of(causal=True)(*t), ValueError, "`query_offset` must be given"),
+        (lambda: layer(*t, q_lengths=[1.5, 2.0]), TypeError, "`q_lengths` must be integers"),
+        (lambda: layer(*t, query_offset=0.5), TypeError, "`query_offset` must be integers"),
         (lambda: additive_of(dropout=0.1)(*t), ValueError, "`seed` must be given"),
     ]:
         with pytest.raises(error, match=words):
