@@ -46,14 +46,16 @@ def register(name: str = NAME, *, return_weights: bool = False) -> str:
     """Make `attn_implementation=name` known to transformers, and its masks.
 
     Args:
-        name: under which it is known; "eager" and "sdpa" are transformers' own.
+        name: under which it is known; "eager", "sdpa" and others are transformers' own.
         return_weights: always return the weights, (B, Hq, Tq, Tk) for each layer. Without it they
             are returned where the call says `output_attentions=True`.
 
     Returns:
         `name`. Registering twice changes nothing.
     """
-    if not isinstance(name, str) or name in ("eager", "sdpa", "flex_attention") or "|" in name:
+    known = AttentionInterface().get(name)
+    theirs = known is not None and getattr(known, "func", known) is not attention_forward
+    if not isinstance(name, str) or name == "eager" or "|" in name or theirs:
         raise ValueError(
             f"`name` must be a name that transformers does not use itself. Got {name!r}."
         )

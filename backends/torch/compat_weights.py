@@ -88,7 +88,7 @@ def from_attention(module: Any, **changes: Any) -> Converted:
         ValueError: rotary positions that are scaled (`rope_type`), which no config says.
     """
     name = type(module).__name__
-    if name not in _LAYERS:
+    if name not in _LAYERS or not type(module).__module__.startswith("transformers.models."):
         raise TypeError(
             f"`module` must be one of transformers' {', '.join(_LAYERS)}. "
             f"Got {type(module).__module__}.{name}."

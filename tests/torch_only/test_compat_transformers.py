@@ -310,7 +310,9 @@ def test_what_it_cannot_honour_is_refused(name):
         attention_forward(Layer(), q, q, q, None, **{name: draw(4)})
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa", "paged|ours", None])
+@pytest.mark.parametrize(
+    "name", ["eager", "sdpa", "flash_attention_2", "flex_attention", "paged|ours", None]
+)
 def test_names_of_transformers_own_are_refused(name):
     with pytest.raises(ValueError, match="`name` must be a name that transformers does not use"):
         register(name)

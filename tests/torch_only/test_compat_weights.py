@@ -238,6 +238,15 @@ def test_scaled_rotary_positions_are_refused():
         compat.transformers.from_attention(layer)
 
 
+def test_a_layer_that_only_has_the_name_is_refused():
+    """Another library's may pair its channels otherwise."""
+    layer = transformers.AutoModel.from_config(MODELS["llama"]()).layers[0].self_attn
+    theirs = type("LlamaAttention", (type(layer),), {"__module__": "somebody.models"})
+    layer.__class__ = theirs
+    with pytest.raises(TypeError, match=r"Got somebody\.models\.LlamaAttention"):
+        compat.transformers.from_attention(layer)
+
+
 def test_dropout_comes_along():
     config = MODELS["llama"]()
     config.attention_dropout = 0.25
