@@ -67,6 +67,12 @@ def test_added_and_boolean_masks_of_multihead_attention_stand_apart():
     ("call", "error", "words"),
     [
         (lambda: compat.from_hf_window(0), ValueError, "must be at least 1"),
+        (lambda: compat.from_flash_window(3), ValueError, "`window_size` must be"),
+        (
+            lambda: compat.from_torch_mha_mask(np.ones((6, 6, 6), bool), heads=0),
+            ValueError,
+            "`heads` must be at least 1. Got 0",
+        ),
         (lambda: compat.from_hf_window(2.0), TypeError, "`sliding_window` must be an integer"),
         (lambda: compat.from_jax_window((1, 2, 3)), ValueError, "an int or"),
         (lambda: compat.from_jax_window(True), TypeError, "must be an integer. Got a bool"),

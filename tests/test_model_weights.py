@@ -256,6 +256,13 @@ def test_wrong_headers(path, name):
         attn_core.load_weights(path)
 
 
+def test_saving_leaves_other_files_alone(tmp_path):
+    (tmp_path / "w.part").write_bytes(b"somebody's")
+    attn_core.save_weights(tmp_path / "w", weights(LAYER), LAYER)
+    assert (tmp_path / "w.part").read_bytes() == b"somebody's"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_saving_the_wrong_weights_writes_nothing(tmp_path):
     (tmp_path / "w").write_bytes(b"before")
     short = weights(LAYER)

@@ -44,6 +44,8 @@ def from_torch_mha_mask(
         TypeError, ValueError: a mask is neither boolean nor float, or not of such a shape.
     """
     found: dict[str, Any] = {}
+    if _int("heads", heads) < 1:
+        raise ValueError(f"`heads` must be at least 1. Got {heads}.")
     if attn_mask is not None:
         shape = tuple(attn_mask.shape)
         if len(shape) == 3:
@@ -151,7 +153,7 @@ def from_flash_window(window_size: tuple[int, int]) -> Mask | None:
 
     None where both are unbounded. FlashAttention aligns at the end: `query_offset="end"`.
     """
-    if len(window_size) != 2:
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise ValueError(f"`window_size` must be (left, right). Got {window_size}.")
     left, right = [_int("window_size", x) for x in window_size]
     sides = [None if side < 0 else side for side in (left, right)]

@@ -59,6 +59,15 @@ def check_kept(name: str, config: AttentionConfig, key: Shape, value: Shape, que
         )
 
 
+def check_kind(name: str, given: Any, kind: type) -> None:
+    """A cache, and not the output that holds it, nor a model's for a layer's."""
+    if not isinstance(given, kind):
+        raise TypeError(
+            f"`{name}` must be a {kind.__name__}, as `make_cache` gives it. "
+            f"Got {type(given).__name__}{'' if not hasattr(given, 'cache') else ': its `.cache`'}."
+        )
+
+
 def check_cached(query: Shape, key: Shape, size: Any, kv_lengths: Any, query_offset: Any) -> None:
     """What goes with a cache: the cache itself says how long it is, and where the rows stand."""
     for name, given in (("kv_lengths", kv_lengths), ("query_offset", query_offset)):

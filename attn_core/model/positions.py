@@ -74,10 +74,3 @@ def offset(given: Any, kv_lengths: Any, q_lengths: Any, q_len: Any, k_len: Any) 
         keys = k_len if kv_lengths is None else kv_lengths
         return keys - (q_len if q_lengths is None else q_lengths)
     return given
-
-
-def sinusoidal(positions: Any, width: int, base: float = 10000.0) -> np.ndarray:
-    """PE of host positions, float64, (..., width): what models add, computed the plain way."""
-    p = np.asarray(positions, np.float64)[..., None]
-    angle = p * base ** (-2.0 * np.arange(width // 2) / width)
-    return np.stack([np.sin(angle), np.cos(angle)], -1).reshape(*p.shape[:-1], width)

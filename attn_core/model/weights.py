@@ -55,7 +55,7 @@ def save_weights(path: str | os.PathLike[str], weights: Any, config: Any = None)
     library = _safetensors()
     metadata = {"format": VERSION, "config": json.dumps({config.TABLE: config.to_mapping()})}
     whole = Path(path)
-    part = whole.with_name(f"{whole.name}.part")
+    part = whole.with_name(f"{whole.name}.{os.getpid()}.part")
     try:
         library.numpy.save_file(found, part, metadata)
         os.replace(part, whole)

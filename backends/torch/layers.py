@@ -212,6 +212,7 @@ class MultiHeadAttention(Portable):
         else:
             calls.check_inputs(c, query.shape, key.shape, value.shape)
         if cache is not None:
+            calls.check_kind("cache", cache, Cache)
             calls.check_kept("cache", c, cache.key.shape, cache.value.shape, query.shape)
             size = cache.key.shape[1]
             calls.check_cached(query.shape, key.shape, size, kv_lengths, query_offset)

@@ -275,6 +275,8 @@ class Transformer(Portable):
                 has been computed.
         """
         c = self.config
+        if cache is not None:
+            calls.check_kind("cache", cache, ModelCache)
         kept = None if cache is None else bool(cache.memories)
         calls.check_source(c, source is not None, kept, source_lengths)
         stack = c.stacks[-1]

@@ -278,6 +278,11 @@ REFUSED = {
         ValueError,
         "`cache` must be one of this layer and batch",
     ),
+    "the output that holds a cache": (
+        lambda: PLAIN(X, cache=PLAIN(X, cache=PLAIN.make_cache(B, 9))),
+        TypeError,
+        "`cache` must be a Cache, .* Got LayerOutput: its `.cache`",
+    ),
     "a small cache": (
         lambda: PLAIN(X, cache=PLAIN.make_cache(B, 4)),
         ValueError,

@@ -177,6 +177,12 @@ REFUSED = {
 }
 
 
+def test_a_layers_cache_is_none_of_a_models() -> None:
+    model = Transformer(DECODER)
+    with pytest.raises(TypeError, match=r"`cache` must be a ModelCache, .* Got Cache"):
+        model(TOKENS, cache=model.make_cache(B, 9).blocks[0])
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
     bad, words = REFUSED[name]
