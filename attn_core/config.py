@@ -170,29 +170,47 @@ def as_mapping(found: Any, what: str) -> dict[str, Any]:
 
 def read(path: Path) -> dict[str, Any]:
     """What a TOML, YAML or JSON file says, a mapping."""
-    if path.suffix == ".toml":
-        import tomllib
+    parse = _PARSERS.get(path.suffix)
+    if parse is None:
+        raise ValueError(
+            f"a config must be a .toml, .yaml, .yml or .json file or a mapping. Got {path.name}."
+        )
+    try:
+        found = parse(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be complete {path.suffix[1:].upper()}: {error}") from error
+    return as_mapping(found, f"a config such as {path}")
 
-        return tomllib.loads(path.read_text("utf-8"))
-    if path.suffix in (".yaml", ".yml"):
-        try:
-            import yaml
-        except ImportError as error:
-            raise ImportError(
-                "reading a YAML config needs PyYAML: pip install 'attn-core[yaml]'."
-            ) from error
 
-        class Loader(yaml.SafeLoader):
-            """PyYAML follows YAML 1.1, in which 1e-6 is a word; here it is a number."""
+def _toml(text: str) -> Any:
+    import tomllib
 
-        number = re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$")
-        Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
-        found = yaml.load(path.read_text("utf-8"), Loader)
-        return as_mapping(found, f"a config such as {path}")
-    if path.suffix == ".json":
-        import json
+    return tomllib.loads(text)
 
-        return as_mapping(json.loads(path.read_text("utf-8")), f"a config such as {path}")
-    raise ValueError(
-        f"a config must be a .toml, .yaml, .yml or .json file or a mapping. Got {path.name}."
-    )
+
+def _json(text: str) -> Any:
+    import json
+
+    return json.loads(text)
+
+
+def _yaml(text: str) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError(
+            "reading a YAML config needs PyYAML: pip install 'attn-core[yaml]'."
+        ) from error
+
+    class Loader(yaml.SafeLoader):
+        """PyYAML follows YAML 1.1, in which 1e-6 is a word; here it is a number."""
+
+    number = re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+_PARSERS = {".toml": _toml, ".yaml": _yaml, ".yml": _yaml, ".json": _json}

@@ -116,7 +116,7 @@ def test_unknown_keys_are_refused_with_the_nearest(kind, held, words):
 
 
 def test_fields_beside_their_table_are_refused():
-    held = {"attention": LAYER, "attn_core": {"backend": "jax"}}
+    held = {"attention": LAYER, "attn_core": {"backend": "jax"}, "title": "a"}
     assert AttentionConfig.load(held) == AttentionConfig(**LAYER)
     with pytest.raises(ValueError, match="Got the table `attention` and 'causal' beside it"):
         AttentionConfig.load({**held, "causal": True})

@@ -71,22 +71,22 @@ class Config:
         """The config that a TOML, YAML or JSON file, or a mapping, holds.
 
         The fields stand at the top, or in a table (`attention`, `additive`, `transformer`) beside
-        which other tables may stand. YAML needs the extra `attn-core[yaml]`.
+        which other things may stand. YAML needs the extra `attn-core[yaml]`.
 
         Raises:
             ValueError: an unknown key, with the nearest known one; a value out of its range.
             TypeError: a value of the wrong kind, or a field missing that has no default.
         """
         held = dict(source) if isinstance(source, Mapping) else read(Path(source))
+        known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         if cls.TABLE in held:
-            stray = [key for key, value in held.items() if not isinstance(value, Mapping)]
-            if stray and stray != [cls.TABLE]:
+            stray = [key for key in held if key in known]
+            if stray:
                 raise ValueError(
                     f"a config must hold its fields in one place. Got the table `{cls.TABLE}` and "
                     f"{stray[0]!r} beside it."
                 )
             held = as_mapping(held[cls.TABLE], f"`{cls.TABLE}` of a config")
-        known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for key in held:
             if key not in known:
                 raise ValueError(

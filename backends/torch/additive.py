@@ -20,7 +20,7 @@ from attn_core.backends.torch.layer_parts import (
 )
 from attn_core.backends.torch.layers import starts
 from attn_core.language.values import Mask
-from attn_core.model import calls
+from attn_core.model import calls, fields
 from attn_core.model.additive import AdditiveConfig, tile
 from attn_core.model.cache import LayerOutput
 from attn_core.model.parameters import parameters
@@ -51,6 +51,7 @@ class AdditiveAttention(Portable):
     ) -> None:
         super().__init__()
         self.config = c = AdditiveConfig.of(config, **options)
+        fields.count("site", site, 0)
         self.plan, self.site = parameters(c), site
         self.causal = masks.causal() if c.causal else None
         s, make = c.sizes, made(c, device)

@@ -22,7 +22,7 @@ from attn_core.backends.torch.layer_parts import (
     weights_dropout,
     wheel_of,
 )
-from attn_core.model import calls
+from attn_core.model import calls, fields
 from attn_core.model.cache import Cache, Filling, LayerOutput, Memory, check_room, filling
 from attn_core.model.config import AttentionConfig
 from attn_core.model.parameters import parameters
@@ -62,6 +62,7 @@ class MultiHeadAttention(Portable):
     ) -> None:
         super().__init__()
         self.config = c = AttentionConfig.of(config, **options)
+        fields.count("site", site, 0)
         self.plan, self.rules, self.site = parameters(c), rules(c), site
         s, make = c.sizes, made(c, device)
         self.query = linear(s.width, s.heads * s.head, c.bias, **make)

@@ -248,6 +248,11 @@ REFUSED = {
         ValueError,
         "`seed` must be given in training with dropout",
     ),
+    "a site below the first": (
+        lambda: MultiHeadAttention(width=12, heads=4, site=-1),
+        ValueError,
+        "`site` must be at least 0. Got -1",
+    ),
     "a float seed": (
         lambda: MultiHeadAttention(width=12, heads=4, dropout=0.1)(X, seed=0.5),
         TypeError,
