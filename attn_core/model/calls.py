@@ -47,6 +47,13 @@ def check_additive(config: AdditiveConfig, query: Shape, key: Shape, value: Shap
         )
 
 
+def check_rows(mask: Any, rows: Any) -> None:
+    """A mask array that is cut into tiles of rows: one row for each query, or one for all."""
+    given = tuple(getattr(mask, "shape", ()))
+    if len(given) in (2, 4) and not fits(given[-2:-1], (rows,)) and given[-2] != 1:
+        raise ValueError(f"`mask` must broadcast to (B, 1, Tq, Tk) with Tq = {rows}. Got {given}.")
+
+
 def check_kept(name: str, config: AttentionConfig, key: Shape, value: Shape, query: Shape) -> None:
     """A Cache's or Memory's arrays, for this layer and batch."""
     s = config.sizes

@@ -88,6 +88,7 @@ class AdditiveAttention(Portable):
         value = key if value is None else value
         calls.check_additive(self.config, query.shape, key.shape, value.shape)
         batch, rows, keys = query.shape[0], query.shape[1], key.shape[1]
+        calls.check_rows(mask, rows)
         mask = joined_mask(self.causal, mask)
         reads = isinstance(mask, Mask) and mask.tree.reads("q")
         if query_offset is None and not reads:

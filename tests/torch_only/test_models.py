@@ -436,6 +436,13 @@ def test_additive_memory_is_linear() -> None:
     assert x.grad is not None
 
 
+def test_a_mask_of_other_rows_is_refused_before_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(additive, "PAIRS", 1)
+    layer, t = additive_of(), [torch.as_tensor(x) for x in (Q, K, V)]
+    with pytest.raises(ValueError, match="`mask` must broadcast to"):
+        layer(*t, mask=torch.ones(Q.shape[1] + 2, K.shape[1], dtype=torch.bool))
+
+
 def test_additive_refuses() -> None:
     layer, t = additive_of(), [torch.as_tensor(x) for x in (Q, K, V)]
     for bad, error, words in [
