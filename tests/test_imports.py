@@ -24,6 +24,8 @@ OWN = {"numpy": set(), "torch": {"torch"}, "tf": {"tensorflow", "keras"}, "jax":
 ROOMS = OWN | {"keras": {"keras"}}
 MODULE = {"numpy": "numpy", "torch": "torch", "tf": "tensorflow", "jax": "jax"}
 
+LAYERS = {"layer_parts", "layers", "additive", "models", "linen", "compat_flax"}
+"""Files of a backend that are loaded only when a layer is asked for."""
 
 # What is loaded: subprocesses ------------------------------------------------------------------
 
@@ -138,6 +140,18 @@ def test_using_a_backend_loads_no_other_framework(backend):
     )
     assert not (ours & FRAMEWORKS) - alone - {"triton"}
     assert MODULE[backend] in ours
+
+
+@installed("jax")
+def test_layers_of_jax_load_flax_and_no_other_framework():
+    alone = loaded_by("from flax import linen, nnx") & FRAMEWORKS
+    ours = loaded_by(
+        "import numpy as np, attn_core\n"
+        "layer = attn_core.build(attn_core.AttentionConfig(8, 2, backend='jax'))\n"
+        "layer(np.ones((1, 2, 8), 'float32'))"
+    )
+    assert ours & FRAMEWORKS == alone
+    assert "flax" in alone
 
 
 def test_a_backend_is_found_by_attribute():
@@ -268,8 +282,8 @@ def backend_objection(module, name, root, lazily):
         return None if lazily or own in ("tf", "jax") else "ml_dtypes is imported inside functions"
     if own and root in ROOMS[own]:
         # flax is an extra of jax: layers may need it, calls may not.
-        may = module.endswith((".layers", ".compat_flax"))
-        at_top = root == "flax" and not lazily and not may
+        layers = module.rpartition(".")[2] in LAYERS
+        at_top = root == "flax" and not lazily and not layers
         return "flax is imported inside functions, or in layers" if at_top else None
     if root == "transformers" and module.endswith(".torch.compat_transformers"):
         return None  # its own file, which only its own door opens

@@ -23,7 +23,7 @@ from attn_core.language.operands import Table
 from attn_core.language.values import Dropout, Mask, Score, seed_array
 from attn_core.spec import Account, AttentionOutput, Facts, Operands, Plan, Problem, as_output
 
-__all__ = ["scaled_dot_product_attention"]
+__all__ = ["MultiHeadAttention", "scaled_dot_product_attention"]
 
 NAME = "jax"
 IMPLEMENTATIONS = ("chunked", "native", "reference")
@@ -38,6 +38,15 @@ _HANDLERS = {
 }
 _REFUSALS = {"chunked": chunked.refusals, "native": native.refusals, "reference": lambda p: []}
 _pytrees.register()
+
+
+def __getattr__(name: str) -> Any:
+    """Layers, which are imported when they are first spoken of."""
+    if name == "MultiHeadAttention":
+        from attn_core.backends.jax import layers
+
+        return layers.MultiHeadAttention
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def owns(x: Any) -> bool:

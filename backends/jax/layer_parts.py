@@ -1,0 +1,237 @@
+"""What layers and models of JAX are made of: projections, norms, angles, what is dropped."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from os import PathLike
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attn_core.backends.jax import philox
+from attn_core.backends.jax.arrays import DTYPES, from_host, is_wide, x64
+from attn_core.language.values import Dropout, drop_threshold
+from attn_core.model import parameters as plans
+from attn_core.model import positions as places
+from attn_core.model import rules as laws
+from attn_core.model.initial import initial
+from attn_core.model.parameters import Plan
+from attn_core.model.positions import LOW, TURN
+from attn_core.model.seeds import step_seed
+from attn_core.model.weights import weights_for
+
+Array = Any
+
+# Made once for each config and held here, not in the modules: their state is their weights alone,
+# and what is static in them hashes.
+parameters = functools.lru_cache(plans.parameters)
+rules = functools.lru_cache(laws.rules)
+wheel = functools.lru_cache(places.wheel)
+
+
+class Portable(nnx.Module):
+    """A module whose weights are those of a plan, named as there, matrices (in, out).
+
+    They alone are its state, so two modules of one config share a trace.
+    """
+
+    config: Any
+
+    @property
+    def plan(self) -> Plan:
+        """Name -> Parameter."""
+        return parameters(self.config)
+
+    def export_weights(self) -> dict[str, np.ndarray]:
+        """The weights under their neutral names, matrices (in, out): copies, NumPy."""
+        from attn_core.backends.jax import to_numpy
+
+        return {name: to_numpy(self.get_parameter(name)[...]) for name in self.plan}
+
+    def load_weights(self, source: str | PathLike[str] | Mapping[str, Any]) -> None:
+        """Set every weight, from a file of any framework or a mapping of neutral names to arrays.
+
+        Raises:
+            ValueError, TypeError: a weight is missing, unknown, of another shape or wider dtype,
+                or the file is damaged or another model's; nothing has been set.
+        """
+        self._set(weights_for(self.config, self.plan, source))
+
+    def initialise(self, seed: int) -> None:
+        """First values: a function of the seed, the same in every framework."""
+        self._set(initial(self.plan, seed))
+
+    def get_parameter(self, name: str) -> nnx.Param:
+        """The nnx.Param of that name."""
+        found = self
+        for word in name.split("."):
+            found = found[int(word)] if word.isdigit() else getattr(found, word)
+        return found
+
+    def _set(self, weights: dict[str, np.ndarray]) -> None:
+        dtype = jnp.dtype(DTYPES[self.config.dtype])
+        for name in self.plan:
+            parameter, x = self.get_parameter(name), np.asarray(weights[name]).astype(dtype)
+            put(parameter, beside(parameter[...], from_host(x)))
+
+
+def beside(held: Array, x: Array) -> Array:
+    """x on the devices on which somebody has placed the array that it replaces."""
+    if isinstance(held, jax.Array) and known(held) and held.committed:
+        return jax.device_put(x, held.sharding)
+    return x
+
+
+def put(parameter: nnx.Param, x: Array) -> None:
+    """Give a parameter another value."""
+    if hasattr(parameter, "set_value"):
+        parameter.set_value(x)
+    else:
+        parameter.value = x  # before Flax 0.12
+
+
+def made(config: Any) -> dict[str, Any]:
+    """Keyword arguments with which a parameter of a config is made."""
+    return {"dtype": DTYPES[config.dtype]}
+
+
+class Linear(nnx.Module):
+    """y = x W + b in the dtype to which x and W promote, as nnx.Linear computes; W (in, out)."""
+
+    def __init__(self, inner: int, outer: int, bias: bool, dtype: Any) -> None:
+        self.weight = blank((inner, outer), dtype)
+        self.bias = blank((outer,), dtype) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = x @ self.weight[...]
+        return y if self.bias is None else y + self.bias[...]
+
+
+def blank(shape: tuple[int, ...], dtype: Any) -> nnx.Param:
+    """A parameter that is yet to be given its values."""
+    with x64(dtype is jnp.float64):
+        return nnx.Param(jnp.zeros(shape, dtype))
+
+
+class Norm(nnx.Module):
+    """Layer norm or RMS norm over the last axis, in float32 at least.
+
+    layer   (x - mean) / sqrt(variance + epsilon) * scale + bias
+    rms     x / sqrt(mean(x**2) + epsilon) * scale
+    """
+
+    def __init__(self, width: int, kind: str, bias: bool, epsilon: float, **make: Any) -> None:
+        self.kind, self.epsilon = kind, epsilon
+        self.scale = blank((width,), **make)
+        self.bias = blank((width,), **make) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+        if self.kind == "layer":
+            wide = wide - wide.mean(-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + self.epsilon)
+        wide = wide * self.scale[...].astype(wide.dtype)
+        if self.bias is not None:
+            wide = wide + self.bias[...].astype(wide.dtype)
+        return wide.astype(x.dtype)
+
+
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+def angles(words: np.ndarray, positions: Array, dtype: Any) -> Array:
+    """Radians of every channel pair, (B, T, pairs), at int positions (B, T); see model.positions.
+
+    Words are int32, whose products wrap.
+    """
+    high, low = words
+    wrapped = positions[..., None] * high
+    rest = positions[..., None].astype(dtype) * low.astype(dtype)
+    return wrapped.astype(dtype) * TURN + rest * LOW
+
+
+def rotated(x: Array, words: np.ndarray, positions: Array, pairs: str) -> Array:
+    """Heads (B, T, H, D) turned by their positions (B or 1, T); the first channels turn."""
+    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    angle = angles(words, positions, dtype)[:, :, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    count = 2 * words.shape[1]
+    part, rest = x[..., :count].astype(dtype), x[..., count:]
+    if pairs == "half":
+        a, b = jnp.split(part, 2, -1)
+        part = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+    else:
+        a, b = part[..., 0::2], part[..., 1::2]
+        part = jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(part.shape)
+    return jnp.concatenate([part.astype(x.dtype), rest], -1)
+
+
+def sinusoidal(words: np.ndarray, positions: Array, dtype: Any) -> Array:
+    """PE of int positions (B, T), (B, T, width): sines and cosines in turn, float32 at least."""
+    angle = angles(words, positions, jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    both = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1)
+    return both.reshape(*both.shape[:-2], 2 * words.shape[1]).astype(dtype)
+
+
+def weights_dropout(rate: float, seed: Any, site: int, training: bool) -> Dropout | None:
+    """The dropout of attention weights at a site; None in evaluation."""
+    if not training or not rate:
+        return None
+    seed = step_seed(seed)
+    if isinstance(seed, jax.Array):
+        # Low word the step, high word the site.
+        low, _ = philox.words(seed)
+        return Dropout(rate, jnp.stack([low, jnp.full((), site, jnp.uint32)]))
+    return Dropout(rate, (seed, site))
+
+
+def hidden_dropout(
+    x: Array, rate: float, seed: Any, site: int, positions: Array, training: bool
+) -> Array:
+    """x (B, T, C) with entries dropped by position and channel; x itself in evaluation."""
+    drop = weights_dropout(rate, seed, site, training)
+    if drop is None:
+        return x
+    kept = philox.keep(drop_threshold(rate), drop.seed, x.shape[0], 1, positions, x.shape[2])[:, 0]
+    return jnp.where(kept, x * (1 / (1 - rate)), 0.0)
+
+
+def integers(given: Any) -> Array:
+    """Host ints or an array as int32."""
+    return jnp.asarray(given).astype(jnp.int32)
+
+
+def indices(x: Array) -> Array:
+    """The indices of the rows of x (B, T, ..), int32 (1, T)."""
+    return jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+
+
+def shape(x: Array) -> tuple[int | None, ...]:
+    """A shape in which a size that jax.export has not told is None."""
+    return tuple([n if isinstance(n, int) else None for n in x.shape])
+
+
+def known(x: Array) -> bool:
+    """Whether the values of an array can be read: nothing traces or transforms it."""
+    return not isinstance(x, jax.core.Tracer)
+
+
+def widened(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A module's method, under x64 where weights or arguments are of float64."""
+
+    @functools.wraps(method)
+    def run(self: Portable, *args: Any, **kwargs: Any) -> Any:
+        given = jax.tree_util.tree_leaves((args, kwargs))
+        with x64(self.config.dtype == "float64" or any(is_wide(x) for x in given)):
+            return method(self, *args, **kwargs)
+
+    return run

@@ -1,0 +1,149 @@
+"""The same layers as flax.linen modules: params in the plan's names, {"query": {"weight": ..}, ..}.
+
+    layer = MultiHeadAttention(AttentionConfig(width=64, heads=4))
+    variables = layer.init(jax.random.key(0), x)          or layer.load_weights("layer.safetensors")
+    y = layer.apply(variables, x)
+
+The computation is the flax.nnx module's, around which these are made for the time of a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from os import PathLike
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx, traverse_util
+
+from attn_core.backends.jax import layers
+from attn_core.backends.jax.arrays import DTYPES, x64
+from attn_core.backends.jax.layer_parts import parameters, put
+from attn_core.model.cache import Cache, Memory
+from attn_core.model.config import AttentionConfig
+from attn_core.model.initial import initial
+from attn_core.model.parameters import Plan
+from attn_core.model.weights import weights_for
+
+Array = Any
+
+# The distributions of model.initial, drawn from a key of JAX.
+_DRAWN = {
+    "matrix": jax.nn.initializers.glorot_uniform(),
+    "table": jax.nn.initializers.variance_scaling(1.0, "fan_out", "uniform"),
+    "bias": jax.nn.initializers.zeros,
+    "scale": jax.nn.initializers.ones,
+}
+
+
+class Wrapped(linen.Module):
+    """What a linen module of a config can do beside the call."""
+
+    @property
+    def settings(self) -> Any:
+        """The config, read."""
+        raise NotImplementedError
+
+    def export_weights(self, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The params among `variables` under their neutral names, matrices (in, out), NumPy."""
+        plan, held = parameters(self.settings), traverse_util.flatten_dict(variables["params"])
+        return {name: np.array(held[tuple(name.split("."))]) for name in plan}
+
+    def load_weights(self, source: str | PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
+        """Variables from a file of any framework, or a mapping of neutral names to arrays.
+
+        Raises:
+            ValueError, TypeError: as those of the nnx module.
+        """
+        config = self.settings
+        return {"params": _nested(config, weights_for(config, parameters(config), source))}
+
+    def _held(self) -> dict[str, Any]:
+        """The params, which `init` makes: portable first values of `seed`, or the key's own."""
+        config = self.settings
+        plan, found = parameters(config), {}
+        for top in dict.fromkeys(name.partition(".")[0] for name in plan):
+            part = {n: p for n, p in plan.items() if n.partition(".")[0] == top}
+            found[top] = self.param(top, partial(_first, config, part, self.seed))
+        return {".".join(path): x for path, x in traverse_util.flatten_dict(found).items()}
+
+
+class MultiHeadAttention(Wrapped):
+    """Multi-head attention over (B, T, width): backends/jax/layers.py in linen.
+
+    Attributes:
+        config: AttentionConfig, a path or a mapping.
+        seed: of the first values that `init` gives, the same numbers in every framework; left out,
+            the key that `init` is given decides, Xavier uniform too.
+        site: the number of this layer's stream of dropout, 0 on its own.
+        deterministic: whether nothing is dropped; here, or in the call, where there is dropout.
+    """
+
+    config: Any
+    seed: int | None = None
+    site: int = 0
+    deterministic: bool | None = None
+
+    def setup(self) -> None:
+        self.held = self._held()
+
+    @property
+    def settings(self) -> AttentionConfig:
+        """The config, read."""
+        return AttentionConfig.of(self.config)
+
+    def __call__(self, *inputs: Any, deterministic: bool | None = None, **options: Any) -> Any:
+        """The nnx module's call, whose arguments these are."""
+        if self.settings.dropout:
+            deterministic = linen.merge_param("deterministic", self.deterministic, deterministic)
+        return self._layer(bool(deterministic))(*inputs, **options)
+
+    def make_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
+        """An empty Cache, as the nnx module's; it takes no params."""
+        return _blank(layers.MultiHeadAttention, self.settings, self.site).make_cache(
+            batch, length, dtype
+        )
+
+    def memory(self, key: Array, value: Array | None = None, lengths: Any = None) -> Memory:
+        """A source projected once: `layer.apply(variables, source, method="memory")`."""
+        return self._layer(True).memory(key, value, lengths)
+
+    def _layer(self, deterministic: bool) -> layers.MultiHeadAttention:
+        layer = _blank(layers.MultiHeadAttention, self.settings, self.site)
+        for name, x in self.held.items():
+            put(layer.get_parameter(name), x)
+        layer.set_attributes(deterministic=deterministic)
+        return layer
+
+
+def _blank(kind: type, config: Any, site: int) -> Any:
+    """A module of nnx whose parameters have shapes and no values yet."""
+    definition, state = _abstract(kind, config, site)
+    return nnx.merge(definition, jax.tree.map(lambda x: x, state))  # a copy, of the trace at hand
+
+
+@lru_cache
+def _abstract(kind: type, config: Any, site: int) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(partial(kind, config, site=site)))
+
+
+def _first(config: Any, plan: Plan, seed: int | None, key: Array) -> dict[str, Any]:
+    """First values of the parameters of a plan under one name, (query.weight, query.bias)."""
+    if seed is not None:
+        made = initial(plan, seed)
+    else:
+        keys = jax.random.split(key, len(plan))
+        made = {n: _DRAWN[p.kind](k, p.shape) for k, (n, p) in zip(keys, plan.items(), strict=True)}
+    (held,) = _nested(config, made).values()
+    return held
+
+
+def _nested(config: Any, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays of the config's dtype, by the words of their names."""
+    dtype = jnp.dtype(DTYPES[config.dtype])
+    with x64(config.dtype == "float64"):
+        made = {tuple(name.split(".")): jnp.asarray(x, dtype) for name, x in weights.items()}
+    return traverse_util.unflatten_dict(made)
