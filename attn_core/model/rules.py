@@ -56,10 +56,18 @@ def joined_mask(own: Mask | None, given: Any) -> Any:
     return given & own
 
 
-def at_rows(mask: Mask, start: int) -> Mask:
-    """The mask of a tile of rows: row 0 of the tile is row `start` of the whole."""
+def at_rows(mask: Mask, start: Any, rows: int = 0) -> Mask:
+    """The mask of a tile of rows: row 0 of the tile is row `start` of the whole.
+
+    start is an int, or an int scalar array between 0 and `rows`.
+    """
     tape = Tape()
-    row = tape.apply("add", tape.index("row"), tape.const(start))
+    if isinstance(start, int):
+        first = tape.const(start)
+    else:
+        first = tape.apply("maximum", tape.lookup(start, "int", ()), tape.const(0))
+        first = tape.apply("minimum", first, tape.const(rows))
+    row = tape.apply("add", tape.index("row"), first)
     return Mask(*tape.finish(tape.replay(mask.tree, mask.arrays, {"row": row})))
 
 

@@ -23,7 +23,12 @@ from attn_core.language.operands import Table
 from attn_core.language.values import Dropout, Mask, Score, seed_array
 from attn_core.spec import Account, AttentionOutput, Facts, Operands, Plan, Problem, as_output
 
-__all__ = ["MultiHeadAttention", "scaled_dot_product_attention"]
+__all__ = [
+    "AdditiveAttention",
+    "MultiHeadAttention",
+    "Transformer",
+    "scaled_dot_product_attention",
+]
 
 NAME = "jax"
 IMPLEMENTATIONS = ("chunked", "native", "reference")
@@ -46,6 +51,14 @@ def __getattr__(name: str) -> Any:
         from attn_core.backends.jax import layers
 
         return layers.MultiHeadAttention
+    if name == "AdditiveAttention":
+        from attn_core.backends.jax import additive
+
+        return additive.AdditiveAttention
+    if name == "Transformer":
+        from attn_core.backends.jax import models
+
+        return models.Transformer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -69,7 +69,7 @@ class Portable(nnx.Module):
         """The nnx.Param of that name."""
         found = self
         for word in name.split("."):
-            found = found[int(word)] if word.isdigit() else getattr(found, word)
+            found = getattr(found, word)
         return found
 
     def _set(self, weights: dict[str, np.ndarray]) -> None:
@@ -115,6 +115,17 @@ def blank(shape: tuple[int, ...], dtype: Any) -> nnx.Param:
     """A parameter that is yet to be given its values."""
     with x64(dtype is jnp.float64):
         return nnx.Param(jnp.zeros(shape, dtype))
+
+
+class Embedding(nnx.Module):
+    """Rows of a table, by int index; where there is no such row, NaN: nobody can be told when."""
+
+    def __init__(self, rows: int, width: int, **make: Any) -> None:
+        self.weight = blank((rows, width), **make)
+
+    def __call__(self, index: Array) -> Array:
+        rows = self.weight.shape[0]
+        return jnp.take(self.weight[...], jnp.where(index < 0, rows, index), 0, mode="fill")
 
 
 class Norm(nnx.Module):

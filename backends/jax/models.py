@@ -1,0 +1,373 @@
+"""The Transformer for JAX, in its three kinds.
+
+Modules are named so that `nnx.state()` has the plan's names: `encoder.0.attention.query.weight`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from os import PathLike
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attn_core.backends.jax.layer_parts import (
+    ACTIVATIONS,
+    Array,
+    Embedding,
+    Linear,
+    Norm,
+    Portable,
+    hidden_dropout,
+    indices,
+    integers,
+    made,
+    shape,
+    sinusoidal,
+    wheel,
+    widened,
+)
+from attn_core.backends.jax.layers import MultiHeadAttention
+from attn_core.model import calls
+from attn_core.model.cache import BlockWeights, Cache, LayerOutput, Memory, ModelCache, ModelOutput
+from attn_core.model.seeds import sites
+from attn_core.model.transformer import TransformerConfig
+
+Given = str | PathLike[str] | dict[str, Any] | None
+
+
+def model_norm(config: TransformerConfig, **make: Any) -> Norm:
+    """A norm of the residual stream; that of kind "rms" has no bias."""
+    bias = config.bias and config.norm == "layer"
+    return Norm(config.width, config.norm, bias, config.norm_epsilon, **make)
+
+
+class FeedForward(nnx.Module):
+    """activation(x W1 + b1) W2 + b2; gated: (activation(x Wg + bg) * (x W1 + b1)) W2 + b2."""
+
+    def __init__(self, config: TransformerConfig, **make: Any) -> None:
+        width, hidden, bias = config.width, config.hidden_width, config.bias
+        self.activation = config.activation
+        self.input = Linear(width, hidden, bias, **make)
+        self.gate = Linear(width, hidden, bias, **make) if config.gated_hidden else None
+        self.output = Linear(hidden, width, bias, **make)
+
+    def __call__(self, x: Array) -> Array:
+        active = ACTIVATIONS[self.activation]
+        if self.gate is None:
+            return self.output(active(self.input(x)))
+        return self.output(active(self.gate(x)) * self.input(x))
+
+
+class Block(nnx.Module):
+    """Self-attention, attention to an encoder where there is one, feed-forward; x flows on."""
+
+    cross: Any
+    cross_norm: Any
+
+    def __init__(self, config: TransformerConfig, stack: str, number: int) -> None:
+        self.config, make = config, made(config)
+        self.name, self.deterministic = f"{stack}.{number}", False
+        place = sites(config)
+
+        def attend(name: str) -> MultiHeadAttention:
+            inner = config.attention(stack, cross=name == "cross")
+            site = place[f"{stack}.{number}.{name}.weights"]
+            return MultiHeadAttention(inner, site=site)
+
+        def norm() -> Norm:
+            return model_norm(config, **make)
+
+        self.attention, self.attention_norm = attend("attention"), norm()
+        self.cross = attend("cross") if config.crosses(stack) else None
+        self.cross_norm = norm() if config.crosses(stack) else None
+        self.feed, self.feed_norm = FeedForward(config, **make), norm()
+
+    def __call__(
+        self,
+        x: Array,
+        at: Array,
+        *,
+        mask: Any,
+        lengths: Any,
+        seed: Any,
+        cache: Cache | None,
+        memory: Memory | None,
+        return_weights: bool,
+    ) -> tuple[Array, BlockWeights, Cache | None]:
+        """x, (B, T, width), whose rows stand at `at` (B or 1, T)."""
+        options = {"seed": seed, "q_lengths": lengths, "return_weights": return_weights}
+
+        def itself(y: Array) -> Any:
+            keys = None if cache is not None else lengths
+            return self.attention(y, mask=mask, kv_lengths=keys, cache=cache, **options)
+
+        x, mine = self._flow(x, itself, "attention", self.attention_norm, at, seed)
+        crossed = LayerOutput(None)
+        if self.cross is not None:
+
+            def source(y: Array) -> Any:
+                return self.cross(y, memory, **options)
+
+            x, crossed = self._flow(x, source, "cross", self.cross_norm, at, seed)
+        x, _ = self._flow(x, self.feed, "feed", self.feed_norm, at, seed)
+        return x, BlockWeights(mine.weights, crossed.weights), mine.cache
+
+    def _flow(
+        self, x: Array, sublayer: Any, name: str, norm: Any, at: Array, seed: Any
+    ) -> tuple[Array, LayerOutput]:
+        """x with a sublayer's output added, and what else the sublayer returned."""
+        c = self.config
+        found = sublayer(norm(x) if c.norm_first else x)
+        found = found if isinstance(found, LayerOutput) else LayerOutput(found)
+        site = sites(c)[f"{self.name}.{name}"]
+        x = x + hidden_dropout(found.out, c.dropout, seed, site, at, not self.deterministic)
+        return (x if c.norm_first else norm(x)), found
+
+
+class Stack(nnx.Module):
+    """An encoder or a decoder: embedding and positions, blocks named by number, a norm."""
+
+    input: Any
+    embedding: Any
+    positions: Any
+    norm: Any
+
+    def __init__(self, config: TransformerConfig, stack: str) -> None:
+        self.config, make = config, made(config)
+        self.site, self.deterministic = sites(config)[f"{stack}.embedding"], False
+        tokens, width = config.tokens(stack), config.width
+        told, learned = tokens is not None, config.positions == "learned"
+        self.input = None if told else Linear(config.inputs or 0, width, config.bias, **make)
+        self.embedding = Embedding(tokens or 0, width, **make) if told else None
+        self.positions = Embedding(config.max_length or 0, width, **make) if learned else None
+        self.count = config.blocks(stack)
+        for number in range(self.count):
+            setattr(self, str(number), Block(config, stack, number))
+        self.norm = model_norm(config, **make) if config.ends_in_norm else None
+
+    @property
+    def blocks(self) -> list[Any]:
+        """The blocks in order."""
+        return [getattr(self, str(number)) for number in range(self.count)]
+
+    def __call__(
+        self,
+        given: Array,
+        *,
+        mask: Any = None,
+        lengths: Any = None,
+        seed: Any = None,
+        cache: ModelCache | None = None,
+        memories: tuple[Memory, ...] = (),
+        return_weights: bool = False,
+    ) -> tuple[Array, Any, tuple[Cache, ...]]:
+        """Vectors (B, T, width) of tokens (B, T), or of vectors; weights and caches of blocks."""
+        c, at = self.config, indices(given)
+        if cache is not None:
+            at = cache.blocks[0].lengths[:, None] + at
+        if self.embedding is not None:
+            x = self.embedding(given)
+            x = x * math.sqrt(c.width) if c.scale_embedding else x
+        else:
+            x = self.input(given)
+        if self.positions is not None:
+            x = x + self.positions(at.clip(0, (c.max_length or 1) - 1))
+        elif c.positions == "sinusoidal":
+            x = x + sinusoidal(wheel(10000.0, c.width), at, x.dtype)
+        x = hidden_dropout(x, c.dropout, seed, self.site, at, not self.deterministic)
+        weights, caches = [], []
+        for number, block in enumerate(self.blocks):
+            x, seen, kept = block(
+                x,
+                at,
+                mask=mask,
+                lengths=lengths,
+                seed=seed,
+                cache=None if cache is None else cache.blocks[number],
+                memory=memories[number] if memories else None,
+                return_weights=return_weights,
+            )
+            weights.append(seen)
+            caches.append(kept)
+        x = x if self.norm is None else self.norm(x)
+        return x, tuple(weights), tuple(caches) if cache is not None else ()
+
+
+class Transformer(Portable):
+    """The Transformer of a TransformerConfig: encoder, decoder or encoder-decoder.
+
+    Args:
+        config: TransformerConfig, a path or a mapping; its fields may also be given by name.
+        seed: of the first values: the same numbers in every framework.
+
+    Training is what nnx.Module.train() and .eval() set; a new model trains.
+
+    Source: Vaswani et al., arXiv 1706.03762.
+    """
+
+    encoder: Any
+    decoder: Any
+    head: Any
+
+    def __init__(
+        self, config: TransformerConfig | Given = None, *, seed: int = 0, **options: Any
+    ) -> None:
+        self.config = c = TransformerConfig.of(config, **options)
+        self.encoder = Stack(c, "encoder") if "encoder" in c.stacks else None
+        self.decoder = Stack(c, "decoder") if "decoder" in c.stacks else None
+        head = self.plan.get("head.weight")
+        self.head = (
+            None if head is None else Linear(head.shape[0], head.shape[1], c.bias, **made(c))
+        )
+        self.initialise(seed)
+
+    @widened
+    def __call__(
+        self,
+        given: Array,
+        source: Array | None = None,
+        *,
+        mask: Any = None,
+        lengths: Any = None,
+        source_lengths: Any = None,
+        seed: Any = None,
+        cache: ModelCache | None = None,
+        return_weights: bool = False,
+    ) -> Any:
+        """Logits or vectors, or ModelOutput(out, weights, cache) when an extra is asked for.
+
+        Args:
+            given: int tokens (B, T); of an encoder with `inputs`, vectors (B, T, inputs).
+            source: of an encoder-decoder, what the encoder reads.
+            mask: as in `attn_core.attention`, in the self-attention of what reads `given`.
+            lengths, source_lengths: int (B,): what lies beyond is padding, seen by nobody.
+            seed: of a training step, an int or an integer scalar; read with dropout in training.
+            cache: what earlier calls left (`make_cache`): tokens stand after those.
+            return_weights: also the attention weights of every block.
+
+        Returns:
+            (B, T, vocabulary); of an encoder (B, T, width), or (B, classes).
+
+        Raises:
+            TypeError, ValueError: an argument is not of its form, or the cache is full; nothing
+                has been computed.
+        """
+        c = self.config
+        calls.check_source(c, source is not None, None if cache is None else bool(cache.memories))
+        stack = c.stacks[-1]
+        calls.check_read(c, stack, "given", shape(given), given.dtype.name)
+        if cache is not None:
+            calls.check_blocks(c, stack, len(cache.blocks), shape(cache.blocks[0].key)[1])
+        options = {"seed": seed, "return_weights": return_weights}
+        memories, weights = () if cache is None else cache.memories, {}
+        if source is not None:
+            encoded, seen = self._encode(source, source_lengths, options)
+            memories, weights["encoder"] = self._memories(encoded, source_lengths), seen
+        options |= {"mask": mask, "lengths": lengths}
+        if self.decoder is None:
+            x, seen, _ = self.encoder(given, **options)
+            out = self._classes(x, lengths) if c.classes is not None else x
+            kept = None
+        else:
+            x, seen, blocks = self.decoder(given, cache=cache, memories=memories, **options)
+            out = x @ self.decoder.embedding.weight[...].T if self.head is None else self.head(x)
+            kept = None if cache is None else ModelCache(blocks, memories)
+        if cache is None and not return_weights:
+            return out
+        return ModelOutput(out, {**weights, stack: seen} if return_weights else None, kept)
+
+    @widened
+    def make_cache(
+        self,
+        batch: int,
+        length: int,
+        *,
+        source: Array | None = None,
+        source_lengths: Any = None,
+        dtype: Any = None,
+    ) -> ModelCache:
+        """An empty cache of `length` positions; in an encoder-decoder it holds the source."""
+        c = self.config
+        calls.check_source(c, source is not None, None if c.kind != "encoder" else False)
+        calls.check_length(c, "length", length)
+        memories: tuple[Memory, ...] = ()
+        if source is not None:
+            encoded, _ = self._encode(source, source_lengths, {})
+            memories = self._memories(encoded, source_lengths)
+        blocks = [b.attention.make_cache(batch, length, dtype) for b in self.decoder.blocks]
+        return ModelCache(tuple(blocks), memories)
+
+    @widened
+    def generate(
+        self,
+        prompt: Array,
+        steps: int,
+        *,
+        source: Array | None = None,
+        lengths: Any = None,
+        source_lengths: Any = None,
+        stop: int | None = None,
+    ) -> Array:
+        """The likeliest next token, `steps` times: int (B, steps).
+
+        Args:
+            prompt: int tokens (B, T), of which the first lengths[b] count; one at least.
+            steps: how many tokens are made for every row.
+            source, source_lengths: of an encoder-decoder.
+            stop: a token after which a row goes on with that token.
+
+        All of it is one compiled program for each shape of prompt and source and each number of
+        steps: the prompt fills a cache of T + steps positions, and a loop on the device, whose
+        body is compiled once, makes the tokens.
+        """
+        definition, state = nnx.split(self)
+        told = {"source": source, "lengths": lengths, "source_lengths": source_lengths}
+        told = {name: None if x is None else jnp.asarray(x) for name, x in told.items()}
+        return _generated(definition, steps, stop, state, jnp.asarray(prompt), told)
+
+    def _encode(self, source: Array, lengths: Any, options: dict[str, Any]) -> tuple[Array, Any]:
+        calls.check_read(self.config, "encoder", "source", shape(source), source.dtype.name)
+        x, seen, _ = self.encoder(source, lengths=lengths, **options)
+        return x, seen
+
+    def _memories(self, encoded: Array, lengths: Any) -> tuple[Memory, ...]:
+        return tuple([b.cross.memory(encoded, lengths=lengths) for b in self.decoder.blocks])
+
+    def _classes(self, x: Array, lengths: Any) -> Array:
+        """Logits of classes from the mean of the rows that count; 0 where none does."""
+        if lengths is None:
+            return self.head(x.mean(1))
+        lengths = integers(lengths).clip(0, x.shape[1]).reshape(-1, 1)
+        counts = indices(x) < lengths
+        total = jnp.where(counts[..., None], x, 0.0).sum(1)
+        return self.head(total / lengths.clip(1).astype(x.dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generated(
+    definition: Any, steps: int, stop: int | None, state: Any, prompt: Array, told: dict[str, Any]
+) -> Array:
+    """The loop of `generate`."""
+    model, lengths = nnx.merge(definition, state), told.pop("lengths")
+    batch, rows = prompt.shape
+    cache = model.make_cache(batch, rows + steps, **told)
+    found = model(prompt, lengths=lengths, cache=cache)
+    last = jnp.broadcast_to(integers(rows if lengths is None else lengths), (batch,)) - 1
+    logits = jnp.take_along_axis(found.out, last[:, None, None], 1)[:, 0]
+    first = logits.argmax(-1).astype(prompt.dtype)
+
+    def step(held: Any, _: Any) -> Any:
+        token, blocks = held
+        # The memories never change: they are read from outside the loop.
+        found = model(token[:, None], cache=ModelCache(blocks, cache.memories))
+        following = found.out[:, 0].argmax(-1).astype(prompt.dtype)
+        if stop is not None:
+            following = jnp.where(token == stop, token, following)
+        return (following, found.cache.blocks), token
+
+    held, made = jax.lax.scan(step, (first, found.cache.blocks), length=max(steps - 1, 0))
+    return jnp.concatenate([made, held[0][None]]).T[:, :steps]
