@@ -86,6 +86,7 @@ class AdditiveAttention(Portable):
         value = key if value is None else value
         calls.check_additive(self.config, shape(query), shape(key), shape(value))
         batch, rows, keys = query.shape[0], query.shape[1], key.shape[1]
+        calls.check_rows(mask, shape(query)[1])
         mask = joined_mask(masks.causal() if self.config.causal else None, mask)
         reads = isinstance(mask, Mask) and mask.tree.reads("q")
         if query_offset is None and not reads:

@@ -423,6 +423,7 @@ def test_additive_refuses() -> None:
         (lambda: layer(t[1], t[1]), ValueError, r"`query` must have shape \(B, T, 6\)"),
         (lambda: layer(t[0], t[1], t[2][:, :3]), ValueError, "`value` must have shape"),
         (lambda: layer(*t, mask=jnp.zeros((5, 7))), TypeError, "`mask` must be boolean"),
+        (lambda: layer(*t, mask=jnp.ones((6, 7), bool)), ValueError, "with Tq = 5. Got"),
         (lambda: additive_of(causal=True)(*t), ValueError, "`query_offset` must be given"),
         (lambda: additive_of(dropout=0.1)(*t), ValueError, "`seed` must be given"),
     ]:
