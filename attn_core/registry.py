@@ -12,6 +12,8 @@ A backend is a module `attn_core.backends.<name>` with these verbs, in this orde
     vjp(arguments, cotangents)      outputs and gradients, for conformance
     from_numpy(x), to_numpy(x)
     take(x, index, axis)            entries of an axis, by host ints
+    known(x)                        can the values of x be read now, or does something trace them
+    keep(threshold, seed, ..)       what dropout keeps, for layers that drop hidden entries
 
 and two facts: IMPLEMENTATIONS, the names it has, and tracing(), whether the framework
 is tracing Python itself right now. To add one, write that module and add a loader below.

@@ -19,6 +19,7 @@ from attn_core.backends.jax import accounts, chunked, native, reference
 from attn_core.backends.jax import pytrees as _pytrees
 from attn_core.backends.jax.arrays import from_host, is_wide, x64
 from attn_core.backends.jax.documents import scaled_dot_product_attention
+from attn_core.backends.jax.philox import keep
 from attn_core.language.operands import Table
 from attn_core.language.values import Dropout, Mask, Score, seed_array
 from attn_core.spec import Account, AttentionOutput, Facts, Operands, Plan, Problem, as_output
@@ -27,6 +28,7 @@ __all__ = [
     "AdditiveAttention",
     "MultiHeadAttention",
     "Transformer",
+    "keep",
     "scaled_dot_product_attention",
 ]
 
@@ -169,6 +171,11 @@ def from_numpy(x: Any) -> Any:
 
 def to_numpy(x: Any) -> Any:
     return np.array(x)
+
+
+def known(x: Any) -> bool:
+    """Whether the values of an array can be read: nothing traces or transforms it."""
+    return not isinstance(x, jax.core.Tracer)
 
 
 def take(x: Any, index: Sequence[int], axis: int) -> Any:

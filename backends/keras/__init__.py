@@ -6,3 +6,23 @@ KERAS_BACKEND=jax or torch none is loaded.
 """
 
 from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["MultiHeadAttention"]
+
+
+def __getattr__(name: str) -> Any:
+    """Layers, which are imported when they are first spoken of."""
+    if name == "MultiHeadAttention":
+        from attn_core.backends.keras import layers
+
+        return layers.MultiHeadAttention
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def backend() -> str:
+    """What Keras runs on in this process: "tensorflow", "jax" or "torch"."""
+    import keras
+
+    return str(keras.backend.backend())

@@ -13,11 +13,12 @@ import attn_core
 from attn_core.api import attention
 from attn_core.backends.tf import accounts, chunked, reference
 from attn_core.backends.tf.documents import scaled_dot_product_attention
+from attn_core.backends.tf.philox import keep
 from attn_core.language.operands import Table
 from attn_core.language.values import Score
 from attn_core.spec import Account, AttentionOutput, Facts, Operands, Plan, Problem, as_output
 
-__all__ = ["scaled_dot_product_attention"]
+__all__ = ["MultiHeadAttention", "keep", "scaled_dot_product_attention"]
 
 NAME = "tf"
 IMPLEMENTATIONS = ("chunked", "reference")
@@ -40,6 +41,26 @@ def _leave_alone(functions: list[Any]) -> None:
 for _module in (attn_core, attn_core.masks, attn_core.scores):
     _leave_alone([getattr(_module, name) for name in _module.__all__])
 _leave_alone([scaled_dot_product_attention])
+
+
+def __getattr__(name: str) -> Any:
+    """Layers, which are those of Keras and imported when they are first spoken of.
+
+    Raises:
+        ImportError: Keras runs on another framework in this process, and so would the layers.
+    """
+    if name != "MultiHeadAttention":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from attn_core.backends import keras as room
+
+    runs_on = room.backend()
+    if runs_on != "tensorflow":
+        raise ImportError(
+            "layers of backend 'tf' must find Keras running on TensorFlow. Got "
+            f"KERAS_BACKEND={runs_on}: set it to tensorflow before Keras is imported, or take "
+            f"attn_core.backends.keras.{name}, which computes there."
+        )
+    return getattr(room, name)
 
 
 def owns(x: Any) -> bool:
@@ -174,6 +195,11 @@ def from_numpy(x: Any) -> Any:
 
 def to_numpy(x: Any) -> Any:
     return np.asarray(x.numpy())
+
+
+def known(x: Any) -> bool:
+    """Whether the values of a tensor can be read: it is no part of a graph."""
+    return hasattr(x, "numpy")
 
 
 def take(x: Any, index: Sequence[int], axis: int) -> Any:

@@ -15,6 +15,8 @@ from attn_core.backends.torch import accounts, chunked, native, reference, trito
 from attn_core.backends.torch import pytrees as _pytrees
 from attn_core.backends.torch.arrays import DTYPES
 from attn_core.backends.torch.documents import scaled_dot_product_attention
+from attn_core.backends.torch.layer_parts import known
+from attn_core.backends.torch.philox import keep
 from attn_core.backends.torch.tiles import constant
 from attn_core.check_positions import range_problem
 from attn_core.language.operands import Table
@@ -25,6 +27,8 @@ __all__ = [
     "AdditiveAttention",
     "MultiHeadAttention",
     "Transformer",
+    "keep",
+    "known",
     "scaled_dot_product_attention",
 ]
 
