@@ -1,0 +1,178 @@
+"""One training run, three frameworks: the loss curves lie on each other.
+
+    python examples/same_run.py                                  torch, TensorFlow and JAX
+    python examples/same_run.py --backend torch --backend jax
+
+The encoder of examples/digits.py, dropout on, trained with SGD and momentum from the same seed in
+each framework, in a process of its own. At half time each writes a checkpoint, which the next
+framework continues. Printed is the largest relative departure of any loss from the first
+framework's; beside it, so that the figure can be judged, that of a run of the first framework
+in which one weight starts one unit in the last place higher. Exit status 1 means that the curves
+departed by more than is allowed. out/same_run.png shows the curves over each other, and departures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import digits
+import numpy as np
+import training
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from training.optimisers import Momentum
+
+FRAMEWORKS = ("torch", "tf", "jax")
+CONFIG = dataclasses.replace(digits.CONFIG, width=32, hidden=64)
+STEPS, BATCH, RATE, SEED = 300, 32, 0.05, 0
+NUDGED = "encoder.0.feed.input.weight"
+ALLOWED = 1e-4
+"""Relative, at every step, in float32 on one CPU."""
+
+
+def work(backend: str, steps: int, folder: Path, start: str, nudge: bool) -> None:
+    """One framework in this process alone; `start` is a checkpoint to continue, or "".
+
+    It writes losses.npy, and the checkpoints `half` and `end`, into the folder.
+    """
+    trainer = training.trainer(CONFIG, Momentum(), backend, SEED)
+    if start:
+        trainer.load(training.Checkpoint.read(Path(start)))
+    if nudge:
+        first = trainer.export()
+        w = first.weights[NUDGED]
+        w[0, 0] = np.nextafter(w[0, 0], np.float32(np.inf))
+        trainer.load(first)
+    patches, shown = digits.digits(SEED)
+    batches = digits.batches(patches, shown, BATCH, SEED)
+    for _ in range(trainer.steps):
+        next(batches)  # what earlier steps have seen
+    losses = []
+    for end, name in ((steps // 2, "half"), (steps, "end")):
+        if trainer.steps < end:
+            losses += training.run(
+                trainer, batches, end - trainer.steps, lambda step: RATE, backend
+            )
+            trainer.export().save(folder / name, CONFIG)
+    np.save(folder / "losses.npy", losses)
+
+
+def started(console: Console, *words: object) -> None:
+    """Run a worker to its end, or exit with what it said."""
+    command = [sys.executable, __file__, *[str(word) for word in words]]
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ}
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=quiet)
+    if done.returncode:
+        console.print(done.stderr.strip(), markup=False, highlight=False)
+        raise typer.Exit(1)
+
+
+def departure(losses: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """|a - b| / |b| at every step."""
+    return np.abs(losses - others) / np.abs(others)
+
+
+def draw(curves: dict[str, np.ndarray], nudged: np.ndarray, path: Path) -> None:
+    """Losses over each other, and below how far each departs from the first."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 7), sharex=True)
+    first, *others = curves
+    for width, (name, losses) in zip((5.0, 2.5, 1.0), curves.items(), strict=False):
+        above.plot(losses, label=name, linewidth=width, alpha=0.7)
+    above.set_ylabel("loss")
+    above.legend()
+    for name in others:
+        below.plot(departure(curves[name], curves[first]), label=f"{name} from {first}")
+    below.plot(nudged, "k:", label=f"{first}, one weight one ulp higher")
+    below.axhline(ALLOWED, color="red", linewidth=0.8, label="allowed")
+    below.set_yscale("symlog", linthresh=1e-9)
+    below.set_ylabel("relative departure")
+    below.set_xlabel("step")
+    below.legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main(
+    backend: Annotated[
+        list[str] | None, typer.Option(help="torch, tf or jax; may be repeated. All by default.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Of training.")] = STEPS,
+    out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("out"),
+    worker: Annotated[tuple[str, int, Path, str, bool] | None, typer.Option(hidden=True)] = None,
+    probe: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Train in every framework, continue each other's checkpoints, and compare."""
+    console = Console()
+    if worker is not None:
+        work(*worker)
+        return
+    if probe is not None:
+        training.trainer(CONFIG, Momentum(), probe)
+        return
+    names = backend or list(FRAMEWORKS)
+    for name in track(names, "looking for models", console=Console(stderr=True), transient=True):
+        started(console, "--probe", name)
+    first = names[0]
+    with tempfile.TemporaryDirectory() as made:
+        folders = {name: Path(made) / name for name in names}
+        runs = [(name, folders[name], "", False) for name in names]
+        runs.append((first, Path(made) / "nudged", "", True))
+        for i, name in enumerate(names):
+            following = names[(i + 1) % len(names)]
+            folder = Path(made) / f"{following}-after-{name}"
+            runs.append((following, folder, str(folders[name] / "half"), False))
+        for name, folder, start, nudge in track(runs, "training", console=Console(stderr=True)):
+            folder.mkdir()
+            started(console, "--worker", name, steps, folder, start, nudge)
+        curves = {name: np.load(folders[name] / "losses.npy") for name in names}
+        nudged = departure(np.load(Path(made) / "nudged" / "losses.npy"), curves[first])
+        table = Table(
+            title=f"{steps} steps, loss {curves[first][0]:.3f} to {curves[first][-1]:.3f}"
+        )
+        table.add_column("run")
+        table.add_column("largest relative departure", justify="right")
+        worst = 0.0
+        for name in names[1:]:
+            found = departure(curves[name], curves[first]).max()
+            worst = max(worst, found)
+            table.add_row(f"{name} from {first}", f"{found:.1e}")
+        for name, folder, start, _ in runs[len(names) + 1 :]:
+            before = Path(start).parent.name
+            found = departure(np.load(folder / "losses.npy"), curves[before][steps // 2 :]).max()
+            worst = max(worst, found)
+            table.add_row(f"{before}, continued in {name} at step {steps // 2}", f"{found:.1e}")
+        table.add_row(f"{first}, one weight one ulp higher", f"{nudged.max():.1e}")
+    draw(curves, nudged, out / "same_run.png")
+    console.print(table)
+    reached = np.flatnonzero(nudged >= max(worst, np.finfo(float).tiny))
+    if len(reached):
+        word = f"departs by as much at step {reached[0]}"
+    else:
+        word = "never departs by as much"
+    agree = worst <= ALLOWED
+    console.print(
+        f"{'the same run' if agree else 'NOT THE SAME'}: worst {worst:.1e}, allowed {ALLOWED:.0e}; "
+        f"one ulp in one weight {word}\npicture: {out / 'same_run.png'}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    raise typer.Exit(0 if agree else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
