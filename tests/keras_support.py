@@ -89,7 +89,11 @@ def gradients(layer: Any, leaves: list[Any], pull: np.ndarray, **options: Any) -
 
 def _dense(x: Any) -> Any:
     """TensorFlow's gradient of a table that is looked up in is a list of slices."""
-    return keras.ops.convert_to_tensor(x)
+    if not hasattr(x, "indices") or BACKEND != "tensorflow":
+        return x
+    import tensorflow as tf
+
+    return tf.convert_to_tensor(x)
 
 
 class Traced:

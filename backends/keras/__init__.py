@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["MultiHeadAttention"]
+__all__ = ["MultiHeadAttention", "Transformer"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from attn_core.backends.keras import layers
 
         return layers.MultiHeadAttention
+    if name == "Transformer":
+        from attn_core.backends.keras import models
+
+        return models.Transformer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

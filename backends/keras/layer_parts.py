@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -222,10 +223,13 @@ def mean(x: Array) -> Array:
     return ops.sum(x, -1, keepdims=True) / x.shape[-1]
 
 
+# TensorFlow's gelu has its constants in float32, whatever the dtype.
 ACTIVATIONS = {
     "relu": ops.relu,
-    "gelu": lambda x: ops.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: ops.gelu(x, approximate=True),
+    "gelu": lambda x: x * 0.5 * (1.0 + ops.erf(x * math.sqrt(0.5))),
+    "gelu_tanh": lambda x: (
+        x * 0.5 * (1.0 + ops.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+    ),
     "silu": ops.silu,
 }
 
