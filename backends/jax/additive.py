@@ -97,7 +97,7 @@ class AdditiveAttention(Portable):
         q, k = self.query(query) + self.bias[...], self.key(key)
         value = value.astype(q.dtype)
         if q_lengths is not None:
-            q_lengths = integers(q_lengths).clip(0, rows)
+            q_lengths = integers("q_lengths", q_lengths).clip(0, rows)
         told = isinstance(rows, int) and isinstance(keys, int) and isinstance(batch, int)
         size = tile(batch, keys, self.config.width) if told else rows
 

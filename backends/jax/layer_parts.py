@@ -216,9 +216,12 @@ def hidden_dropout(
     return jnp.where(kept, x * (1 / (1 - rate)), 0.0)
 
 
-def integers(given: Any) -> Array:
+def integers(name: str, given: Any) -> Array:
     """Host ints or an array as int32."""
-    return jnp.asarray(given).astype(jnp.int32)
+    found = jnp.asarray(given)
+    if not jnp.issubdtype(found.dtype, jnp.integer):
+        raise TypeError(f"`{name}` must be integers. Got {found.dtype.name}.")
+    return found.astype(jnp.int32)
 
 
 def indices(x: Array) -> Array:

@@ -126,9 +126,9 @@ class MultiHeadAttention(Portable):
             value = key if value is None else value
         self._check(query, key, value, memory, cache, kv_lengths, query_offset)
         if positions is not None:
-            positions = integers(positions)
+            positions = integers("positions", positions)
             calls.check_positions(c, shape(positions), shape(query), own)
-            positions = positions.reshape(-1, positions.shape[-1])
+            positions = positions if positions.ndim == 2 else positions[None]
         if own and query_offset is None and shape(query)[1] is None:
             query_offset = 0  # one array's rows are as many as its rows, told or not
 
@@ -229,6 +229,7 @@ class MultiHeadAttention(Portable):
         else:
             calls.check_inputs(c, shape(query), shape(key), shape(value))
         if cache is not None:
+            calls.check_kind("cache", cache, Cache)
             held = shape(cache.key), shape(cache.value)
             calls.check_kept("cache", c, *held, shape(query))
             size = held[0][1]
@@ -253,10 +254,12 @@ class MultiHeadAttention(Portable):
     def _filling(self, cache: Cache, query: Array, q_lengths: Any) -> Filling:
         rows, size = query.shape[1], cache.key.shape[1]
         told = rows if q_lengths is None else q_lengths
+        given = integers("q_lengths", told)
+        calls.check_lengths("q_lengths", shape(given), shape(query))
         if known(cache.lengths) and known(told) and isinstance(rows, int):
             counts = np.broadcast_to(np.clip(told, 0, rows), query.shape[:1])
             check_room(np.asarray(cache.lengths), counts, size)
-        counts = jnp.broadcast_to(integers(told).clip(0, rows), query.shape[:1])
+        counts = jnp.broadcast_to(given.clip(0, rows), query.shape[:1])
         return filling(cache.lengths, counts, indices(query)[0], indices(cache.key)[0], size)
 
 
@@ -264,11 +267,11 @@ def starts(q: Array, k: Array, kv_lengths: Any, q_lengths: Any, query_offset: An
     """Where row 0 of a query without a cache stands, int32 (B or 1, 1)."""
     rows, keys = q.shape[1], k.shape[1]
     if kv_lengths is not None:
-        kv_lengths = integers(kv_lengths).clip(0, keys)
+        kv_lengths = integers("kv_lengths", kv_lengths).clip(0, keys)
     if q_lengths is not None:
-        q_lengths = integers(q_lengths).clip(0, rows)
+        q_lengths = integers("q_lengths", q_lengths).clip(0, rows)
     start = offset(query_offset, kv_lengths, q_lengths, rows, keys)
-    return integers(start).reshape(-1, 1)
+    return integers("query_offset", start).reshape(-1, 1)
 
 
 def _filled(held: Array, new: Array, fill: Filling) -> Array:

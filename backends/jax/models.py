@@ -257,7 +257,10 @@ class Transformer(Portable):
                 has been computed.
         """
         c = self.config
-        calls.check_source(c, source is not None, None if cache is None else bool(cache.memories))
+        if cache is not None:
+            calls.check_kind("cache", cache, ModelCache)
+        kept = None if cache is None else bool(cache.memories)
+        calls.check_source(c, source is not None, kept, source_lengths)
         stack = c.stacks[-1]
         calls.check_read(c, stack, "given", shape(given), given.dtype.name)
         if cache is not None:
@@ -271,14 +274,14 @@ class Transformer(Portable):
         if self.decoder is None:
             x, seen, _ = self.encoder(given, **options)
             out = self._classes(x, lengths) if c.classes is not None else x
-            kept = None
+            filled = None
         else:
             x, seen, blocks = self.decoder(given, cache=cache, memories=memories, **options)
             out = x @ self.decoder.embedding.weight[...].T if self.head is None else self.head(x)
-            kept = None if cache is None else ModelCache(blocks, memories)
+            filled = None if cache is None else ModelCache(blocks, memories)
         if cache is None and not return_weights:
             return out
-        return ModelOutput(out, {**weights, stack: seen} if return_weights else None, kept)
+        return ModelOutput(out, {**weights, stack: seen} if return_weights else None, filled)
 
     @widened
     def make_cache(
@@ -292,7 +295,8 @@ class Transformer(Portable):
     ) -> ModelCache:
         """An empty cache of `length` positions; in an encoder-decoder it holds the source."""
         c = self.config
-        calls.check_source(c, source is not None, None if c.kind != "encoder" else False)
+        kept = None if c.kind != "encoder" else False
+        calls.check_source(c, source is not None, kept, source_lengths)
         calls.check_length(c, "length", length)
         memories: tuple[Memory, ...] = ()
         if source is not None:
@@ -321,9 +325,10 @@ class Transformer(Portable):
             stop: a token after which a row goes on with that token.
 
         All of it is one compiled program for each shape of prompt and source and each number of
-        steps: the prompt fills a cache of T + steps positions, and a loop on the device, whose
+        steps: the prompt fills a cache of T + steps - 1 positions, and a loop on the device, whose
         body is compiled once, makes the tokens.
         """
+        calls.check_prompt(jnp.shape(prompt), steps)
         definition, state = nnx.split(self)
         told = {"source": source, "lengths": lengths, "source_lengths": source_lengths}
         told = {name: None if x is None else jnp.asarray(x) for name, x in told.items()}
@@ -341,7 +346,7 @@ class Transformer(Portable):
         """Logits of classes from the mean of the rows that count; 0 where none does."""
         if lengths is None:
             return self.head(x.mean(1))
-        lengths = integers(lengths).clip(0, x.shape[1]).reshape(-1, 1)
+        lengths = integers("lengths", lengths).clip(0, x.shape[1]).reshape(-1, 1)
         counts = indices(x) < lengths
         total = jnp.where(counts[..., None], x, 0.0).sum(1)
         return self.head(total / lengths.clip(1).astype(x.dtype))
@@ -354,9 +359,10 @@ def _generated(
     """The loop of `generate`."""
     model, lengths = nnx.merge(definition, state), told.pop("lengths")
     batch, rows = prompt.shape
-    cache = model.make_cache(batch, rows + steps, **told)
+    cache = model.make_cache(batch, rows + max(steps - 1, 0), **told)  # the last is not read
     found = model(prompt, lengths=lengths, cache=cache)
-    last = jnp.broadcast_to(integers(rows if lengths is None else lengths), (batch,)) - 1
+    last = integers("lengths", rows if lengths is None else lengths)
+    last = jnp.broadcast_to(last, (batch,)) - 1
     logits = jnp.take_along_axis(found.out, last[:, None, None], 1)[:, 0]
     first = logits.argmax(-1).astype(prompt.dtype)
 

@@ -262,6 +262,21 @@ REFUSED = {
         TypeError,
         "`mask` must be boolean, True = attend. Got float32",
     ),
+    "positions that are no integers": (
+        lambda: MultiHeadAttention(width=12, heads=2, positions="rotary")(X, positions=X[0, :, 0]),
+        TypeError,
+        "`positions` must be integers. Got float32",
+    ),
+    "lengths of another batch beside a cache": (
+        lambda: PLAIN(X, cache=PLAIN.make_cache(B, 9), q_lengths=[1, 2, 3]),
+        ValueError,
+        r"`q_lengths` must be an int or have shape \(B,\)",
+    ),
+    "the output that holds a cache": (
+        lambda: PLAIN(X, cache=PLAIN(X, cache=PLAIN.make_cache(B, 9))),
+        TypeError,
+        "`cache` must be a Cache, .* Got LayerOutput: its `.cache`",
+    ),
     "a mask of rank 3": (lambda: CAUSAL(X, mask=X[:, :, :5] > 0), ValueError, "rank 2"),
     "a mask of another size": (
         lambda: CAUSAL(X, mask=X[0, :4, :4] > 0),

@@ -149,6 +149,18 @@ REFUSED = {
     ),
     "no source": (lambda: Transformer(BOTH)(TOKENS), "one of `source` and a cache .* Got neither"),
     "a stray source": (lambda: Transformer(DECODER)(TOKENS, SOURCE), "`source` must be left out"),
+    "lengths of a source that is not given": (
+        lambda: Transformer(DECODER)(TOKENS, source_lengths=jnp.array([1, 2])),
+        "`source_lengths` must be left out",
+    ),
+    "lengths of a source for a decoder's cache": (
+        lambda: Transformer(DECODER).make_cache(B, 9, source_lengths=jnp.array([1, 2])),
+        "`source_lengths` must be left out",
+    ),
+    "an empty prompt": (
+        lambda: Transformer(DECODER).generate(TOKENS[:, :0], 2),
+        "`prompt` must be int tokens",
+    ),
     "no seed": (
         lambda: Transformer({**DECODER, "dropout": 0.1})(TOKENS),
         "`seed` must be given in training",
@@ -183,6 +195,20 @@ def test_refused(name: str) -> None:
     bad, words = REFUSED[name]
     with pytest.raises(ValueError, match=words):
         bad()
+
+
+def test_a_layers_cache_is_none_of_a_models() -> None:
+    model = Transformer(DECODER)
+    with pytest.raises(TypeError, match=r"`cache` must be a ModelCache, .* Got Cache"):
+        model(TOKENS, cache=model.make_cache(B, 9).blocks[0])
+
+
+def test_generate_as_far_as_positions_go() -> None:
+    """The last token is made, and not read: it needs no position."""
+    model = Transformer({**DECODER, "positions": "learned", "max_length": 7})
+    assert model.generate(TOKENS, 3).shape == (B, 3)
+    with pytest.raises(ValueError, match="must not be longer than `max_length` = 7"):
+        model.generate(TOKENS, 4)
 
 
 def test_a_token_beyond_the_table_is_loud() -> None:
