@@ -40,7 +40,7 @@ def attend(p: Problem, x: Operands) -> AttentionOutput:
         given = getattr(x, name)
         if given is not None and given.shape.rank == 0:
             x = x._replace(**{name: given[None]})
-    _agree(p, x)
+    x = _agreed(p, x)
     leaves = tf.nest.flatten(x)
     present = [i for i, leaf in enumerate(leaves) if leaf is not None]
 
@@ -157,8 +157,12 @@ def _compiled(kind: Problem) -> tuple[Callable[..., Rows], Callable[..., Operand
     return compiled(forward), compiled(backward)
 
 
-def _agree(p: Problem, x: Operands) -> None:
-    """What `check` could not hold against unknown sizes; tiles are filled up, and would hide it."""
+def _agreed(p: Problem, x: Operands) -> Operands:
+    """What `check` could not hold against unknown sizes; tiles are filled up, and would hide it.
+
+    The arrays are read after these checks: a graph runs what does not wait for them first, and an
+    error about a slice says nothing.
+    """
     axis = 2 if p.layout == "BHTD" else 1
     batch, q_len = sizes(x.query)[0], sizes(x.query)[axis]
     k_len = sizes(x.key)[axis]
@@ -173,8 +177,18 @@ def _agree(p: Problem, x: Operands) -> None:
     if x.bias is not None:
         axes = zip(("B", "Hq", "Tq", "Tk"), sizes(x.bias), full, strict=True)
         wanted += [(f"bias's {name}", size, most, True) for name, size, most in axes]
+    checks = []
     for name, size, most, one in wanted:
         if isinstance(size, int) and (isinstance(most, int) or (one and size == 1)):
             continue
         fits = tf.equal(size, most) | (tf.equal(size, 1) if one else False)
-        tf.debugging.Assert(fits, [f"{name} must fit", size, most])
+        checks.append(tf.debugging.Assert(fits, [f"{name} must fit", size, most]))
+    checks = [check for check in checks if check is not None]
+    if not checks:
+        return x
+    with tf.control_dependencies(checks):
+        return x._replace(
+            key=tf.identity(x.key),
+            value=tf.identity(x.value),
+            bias=None if x.bias is None else tf.identity(x.bias),
+        )

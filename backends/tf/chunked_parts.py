@@ -160,7 +160,8 @@ def rows_at(
     if p.layout == "BHTD":
         whole = isinstance(count, int) and count * block == x.shape[2]
         size = [g.batches, heads_in, block, last]
-        if whole and g.batches == heads_in == 1:
+        alone = isinstance(g.batches, int) and isinstance(heads_in, int)
+        if whole and alone and g.batches == heads_in == 1:
             # The rows lie one after the other: such a slice of whole rows is no copy.
             _, across, length, _ = sizes(x)
             first = (batch * across + head) * length + at * block
