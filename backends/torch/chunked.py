@@ -122,7 +122,7 @@ def _backward_op(ask: str, scale: float, wanted: Sequence[bool], *given: Any) ->
 
 
 def _forward(ask: Ask, scale: float, given: Sequence[Any]) -> tuple[Array, ...]:
-    x = operands_of(ask, given)
+    x = operands_of(ask, _beside(given))
     with _without_autocast(given[0]):
         if ask.kernel == "triton":
             from attn_core.backends.torch import triton_forward
@@ -145,7 +145,7 @@ def _backward(
     out, lse, weights = upstream
     # A compiler may hand over zeros, of no shape, for what was never returned.
     up = Upstream(out, lse if ask.lse else None, weights if ask.weights else None)
-    x = operands_of(ask, given)
+    x = operands_of(ask, _beside(given))
     axis = ask.layout.index("H")
     group = x.query.shape[axis] // x.key.shape[axis]
     kernel = ask.kernel and sums_wide(group, str(x.query.dtype).removeprefix("torch."))
@@ -159,6 +159,19 @@ def _backward(
             if found is not None:
                 return found
         return backward(Work(ask, scale, x), Saved(*saved), up, wanted)
+
+
+def _beside(given: Sequence[Any]) -> list[Any]:
+    """Everything on the device of query: single numbers may have come from the host.
+
+    torch's own operations take such a number along as an argument; so does adding it to 0, which
+    waits for nothing. Kernels and look-ups need it on the device.
+    """
+    device = given[0].device
+    return [
+        x if x is None or x.device == device else torch.zeros((), dtype=x.dtype, device=device) + x
+        for x in given
+    ]
 
 
 def _without_autocast(x: Array) -> Any:

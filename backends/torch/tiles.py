@@ -71,7 +71,8 @@ class Tiles:
         return torch.bitwise_right_shift(x, count)
 
     def take(self, x: Array, index: Array) -> Array:
-        return x.reshape(-1)[index]
+        # An index without an axis would be read on the host, which waits for the device.
+        return x.reshape(-1)[index.reshape(-1)].reshape(index.shape)
 
     def concat(self, parts: Sequence[Array], axis: int) -> Array:
         return torch.cat(list(parts), axis)

@@ -321,6 +321,11 @@ CAPTURED: dict[str, Any] = {
         {"query_offset": "ints"},
     ),
     "a table of tiles": (masks.blocks(torch.ones(3, 3, dtype=torch.bool), 300), None, {}),
+    "a limit": (
+        attn_core.mask(lambda b, h, q, k: q - k <= attn_core.operand(torch.tensor(9))[()]),
+        None,
+        {"query_offset": "ints"},
+    ),
     "a score, dropout": (None, scores.relative_bias(draw(16, 4)), {"seed": "words"}),
     "one query": (masks.causal(), None, {"rows": 1, "kv_lengths": "ints"}),
 }
@@ -371,6 +376,32 @@ def test_nothing_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(AssertionError, match="host"):
             torch.as_tensor(5, device=device)
     assert set(kernels) >= {"forward", "delta", "d_keys", "d_query"}
+
+
+@interpreted
+def test_single_numbers_of_the_host_come_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seed, an offset, a length or an operand may be a tensor on the CPU: no kernel reads one."""
+    places: set[str] = set()
+
+    def look(x: Any) -> None:
+        if isinstance(x, torch.Tensor):
+            places.add(x.device.type)
+        for y in x if isinstance(x, (tuple, list)) else ():
+            look(y)
+
+    monkeypatch.setattr(triton_launch, "launch", lambda kernel, n, shape, *args, **more: look(args))
+    monkeypatch.setattr(triton_launch, "keeping", lambda device: False)
+    limit, cap = torch.tensor(9), torch.tensor(2.0)
+    mask = attn_core.mask(lambda b, h, q, k: q - k <= attn_core.operand(limit)[()])
+    score = scores.softcap(cap)
+    arrays = [torch.empty(2, 4, 90, 16, device="meta") for _ in range(3)]
+    ask = Ask("BHTD", "given", 0.3, mask.tree, score.tree, 1, False, False, "triton")
+    numbers = [torch.tensor(n) for n in (80, 70, 5, 2**40)]
+    given = [*arrays, None, None, *numbers, limit, cap]
+    out, _, _, *saved = chunked._forward(ask, 0.25, given)
+    wanted = [True, True, True, False, False, True]
+    chunked._backward(ask, 0.25, wanted, given, (out, *saved), (out, None, None))
+    assert places == {"meta"}
 
 
 def test_a_schedule_of_sizes_alone_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
