@@ -45,7 +45,7 @@ def pull(
     MASKED: tl.constexpr,
     TURNED: tl.constexpr,
 ):
-    """(p', dz, ds, where keys are seen, the derivative's results), each (M, N)."""
+    """(p' not yet rescaled, dz, ds, where keys are seen, the derivative's results), (M, N)."""
     TALL: tl.constexpr = N if TURNED else M
     WIDE: tl.constexpr = M if TURNED else N
     m, log_l, t = rows
@@ -72,7 +72,7 @@ def pull(
         keep = kept_of(arrays[4][0], b, heads, q, first, threshold, M, N)
         if TURNED:
             keep = tl.trans(keep)
-        kept = tl.where(keep, p * keep_scale, 0.0)
+        kept = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     dz = p * (dp - t)
     if SELECTED:
@@ -182,6 +182,8 @@ def d_keys(
                 dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     put(dk * numbers[0], d_key, strides[4], b, kv_head, tile * N, k_len, N, D, PAD)
+    if DROPOUT:
+        dv = dv * numbers[2]
     put(dv, d_value, strides[5], b, kv_head, tile * N, k_len, N, DV, PAD_V)
 
 

@@ -160,7 +160,7 @@ def forward(
             total = total * fade + tl.sum(p, 1)
             if DROPOUT:
                 kept = kept_of(seed, b, h, row + facts[0], j * N, threshold, M, N)
-                p = tl.where(kept, p * keep_scale, 0.0)
+                p = tl.where(kept, p, 0.0)
             v = taken(
                 value, v_strides, b, kv_head, j * N, k_len, N, DV, PAD_V, MASKED == 0, DESCRIPTORS
             )
@@ -171,6 +171,9 @@ def forward(
             m = top
     if LATE:
         m = m * scale
+    if DROPOUT:
+        # Here, in float32: beside p it may be more than 16 bits hold.
+        acc = acc * keep_scale
 
     if SPLITS > 1:
         at = (b.to(tl.int64) * heads + h) * SPLITS * q_len + split * q_len + row

@@ -152,6 +152,21 @@ def test_rows_that_a_score_leaves_to_the_sink() -> None:
     compare(asked, 3e-6)
 
 
+def test_what_dropout_leaves_may_be_rescaled_beyond_half_precision() -> None:
+    """By 1 / (1 - rate) = 1e5, of values so small that the results are ordinary."""
+    value = torch.full((1, 1, 1, D), 0.01, device=DEVICE).half().requires_grad_()
+    query, key = draw(1, 1, 64, D).half(), torch.zeros(1, 1, 1, D, device=DEVICE).half()
+    # Somewhere among these 64 queries one is kept; most of such tiles keep none.
+    options = {"dropout": Dropout(0.99999, 3), "query_offset": 179887 // 64 * 64}
+    found = []
+    for impl in ("triton", "reference"):
+        out = attn_core.attention(query, key, value, **options, impl=impl)
+        found.append((out, *torch.autograd.grad(out, value, torch.full_like(out, 0.01))))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=2.0**-9, atol=0)
+        assert want.max() > 100
+
+
 def test_weights_of_huge_logits_stay_weights() -> None:
     """Backward, too, none exceeds 1, however logits of 1e11 round when they are made again."""
     query, key, value = 1e5 * QUERY, 1e5 * KEY, VALUE.clone().requires_grad_()
