@@ -1,0 +1,31 @@
+"""docs/SWITCH.md and docs/WEIGHTS.md as written, in torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pages
+import pytest
+
+import attn_core
+
+
+def test_the_page_on_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTN_CORE_BACKEND", "torch")
+    held = pages.run("SWITCH.md", "any", "any, layers")
+    assert type(held["model"]).__module__ == "attn_core.backends.torch.models"
+
+
+def test_the_pages_toml_is_a_flag(tmp_path: Path) -> None:
+    _, _, rest = (pages.DOCS / "SWITCH.md").read_text("utf-8").partition("```toml\n")
+    (tmp_path / "config.toml").write_text(rest.partition("```")[0])
+    attn_core.config.load(tmp_path / "config.toml")
+    try:
+        assert attn_core.config.get("backend") == "jax"
+    finally:
+        attn_core.config.set(backend=None)
+
+
+def test_the_page_on_weights() -> None:
+    held = pages.run("WEIGHTS.md", "torch")
+    assert held["layer"].config == held["converted"].config
