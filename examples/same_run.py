@@ -31,8 +31,10 @@ from rich.table import Table
 from training.optimisers import Momentum
 
 FRAMEWORKS = ("torch", "tf", "jax")
-CONFIG = dataclasses.replace(digits.CONFIG, width=32, hidden=64)
-STEPS, BATCH, RATE, SEED = 300, 32, 0.05, 0
+# A smooth activation and a quiet rate: under relu, or at five times the rate, one ulp in one weight
+# grows to percents of the loss within these steps, and no two frameworks could be told apart.
+CONFIG = dataclasses.replace(digits.CONFIG, width=32, hidden=64, activation="gelu")
+STEPS, BATCH, RATE, SEED = 300, 32, 0.01, 0
 NUDGED = "encoder.0.feed.input.weight"
 ALLOWED = 1e-4
 """Relative, at every step, in float32 on one CPU."""
