@@ -76,6 +76,10 @@ class Portable(keras.layers.Layer):
         """
         self._set(weights_for(self.config, self.plan, source))
 
+    def get_parameter(self, name: str) -> Any:
+        """The keras.Variable of that name."""
+        return variable(self, name)
+
     def initialise(self, seed: int) -> None:
         """First values: a function of the seed, the same in every framework."""
         self._set(initial(self.plan, seed))

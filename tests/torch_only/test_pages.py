@@ -12,7 +12,7 @@ import attn_core
 
 def test_the_page_on_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTN_CORE_BACKEND", "torch")
-    held = pages.run("SWITCH.md", "any", "any, layers")
+    held = pages.run("SWITCH.md", "any")
     assert type(held["model"]).__module__ == "attn_core.backends.torch.models"
 
 
