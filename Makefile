@@ -71,7 +71,8 @@ test: $(STAMP)
 # Keras comes with TensorFlow; where it is there, it also runs on each of the others.
 	@set -e; if [ -n "$(filter tf,$(FRAMEWORKS))" ]; then for name in $(patsubst tf,tensorflow,$(FRAMEWORKS)); do \
 		echo "== tests/keras_only, KERAS_BACKEND=$$name"; \
-		KERAS_BACKEND=$$name $(PYTEST) tests/keras_only; \
+		flags="$$XLA_FLAGS"; if [ $$name = jax ]; then flags="$$flags $(PLAIN_CODE)"; fi; \
+		XLA_FLAGS="$$flags" KERAS_BACKEND=$$name $(PYTEST) tests/keras_only; \
 	done; fi
 	$(BIN)/attn-core conformance run --failures $(SUBJECTS) $(NATIVE)
 ifneq ($(strip $(FRAMEWORKS)),)
