@@ -120,6 +120,10 @@ def test_a_subject_that_answers_nothing_is_not_green(
     assert "stranger:slow answered no case: nothing has been judged." in done.stdout
 
 
+def _hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_keeps_what_was_done(tmp_path: Path) -> None:
     stranger(tmp_path, "if query.shape[2] == 26: open('asleep', 'w').close(); time.sleep(600)")
     into = tmp_path / "report.json"
@@ -133,6 +137,8 @@ def test_ctrl_c_keeps_what_was_done(tmp_path: Path) -> None:
         text=True,
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        # A shell starts what it puts into the background deaf to Ctrl-C, and so would this be.
+        preexec_fn=_hear_ctrl_c,
     )
     try:
         while not (tmp_path / "asleep").exists():
