@@ -120,8 +120,11 @@ def test_a_subject_that_answers_nothing_is_not_green(
     assert "stranger:slow answered no case: nothing has been judged." in done.stdout
 
 
-def _hear_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# A shell starts what it puts into the background deaf to Ctrl-C, and its children inherit that.
+HEARING = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
 
 
 def test_ctrl_c_keeps_what_was_done(tmp_path: Path) -> None:
@@ -130,15 +133,13 @@ def test_ctrl_c_keeps_what_was_done(tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name("attn-core")), "conformance", "run"]
     command += ["--subject", "stranger:slow", "--case", "plain", "--case", "model-vit"]
     process = subprocess.Popen(
-        [*command, "--json", str(into)],
+        [sys.executable, "-c", HEARING, *command, "--json", str(into)],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        # A shell starts what it puts into the background deaf to Ctrl-C, and so would this be.
-        preexec_fn=_hear_ctrl_c,
     )
     try:
         while not (tmp_path / "asleep").exists():
