@@ -110,7 +110,8 @@ def _verdict(c: Candidate) -> str:
 
 
 def _blocks(r: Report) -> list[tuple[str, str]]:
-    tiles = ("tiles", "none" if r.tiles is None else f"{r.tiles[0]} queries by {r.tiles[1]} keys")
+    size = "none" if r.tiles is None else f"{r.tiles[0]} queries by {r.tiles[1]} keys"
+    tiles = ("tiles", size if r.together == 1 else f"{size}, {r.together} of a row at a time")
     b = r.blocks
     if b is None:
         return [tiles, ("live blocks", UNKNOWN)]

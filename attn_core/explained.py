@@ -59,6 +59,7 @@ class Report:
         operands: the arrays that mask and score look up, as text: "mask int0: int32 (2, 7)".
         options: whatever else was given, as text.
         tiles: rows and keys of the implementation's tiles; None where it has none.
+        together: so many of them, side by side in a row, are computed as one.
         blocks: live blocks in tiles of that size, or in `explain_blocks.NOMINAL` ones where the
             implementation has none; None where they are known only when it runs.
         forward: estimated bytes of a forward pass beside arguments and results; None if unknown.
@@ -84,6 +85,7 @@ class Report:
     operands: tuple[str, ...]
     options: tuple[str, ...]
     tiles: tuple[int, int] | None
+    together: int
     blocks: Blocks | None
     forward: int | None
     backward: int | None
@@ -180,6 +182,7 @@ def explain(
         ),
         options=_options(p, x),
         tiles=None if account is None else account.tiles,
+        together=1 if account is None else account.together,
         blocks=count(backend, p, x, (account and account.tiles) or NOMINAL),
         forward=None if account is None else account.forward,
         backward=None if account is None else account.backward,

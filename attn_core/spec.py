@@ -215,6 +215,7 @@ class Account(NamedTuple):
         backward: bytes of a forward and a backward pass together.
         products: the dtype in which the two products are multiplied.
         lowered: what else a switch allows for them, and the switch: ("TF32", "... is True").
+        together: tiles of a row that are one product, where a row takes its live keys at once.
     """
 
     tiles: tuple[int, int] | None
@@ -222,3 +223,4 @@ class Account(NamedTuple):
     backward: int | None
     products: str
     lowered: tuple[str, str] | None = None
+    together: int = 1

@@ -63,7 +63,8 @@ def tiling(case: Case, backend: str) -> Tiling:
     live = 1
     if said.blocks is not None:
         live = (said.blocks.full + said.blocks.partial) // (said.blocks.batches * said.blocks.heads)
-    return Tiling(*said.tiles, live)
+    rows, keys = said.tiles
+    return Tiling(rows, keys * said.together, -(-live // said.together))
 
 
 def ours(backend: str, impl: str, case: Case, **options: Any) -> Attend:

@@ -7,7 +7,8 @@ of a part, and whatever is laid out anew.
 
 from __future__ import annotations
 
-from attn_core.backends.jax.chunked_parts import level_of, tiles_of
+from attn_core.backends.jax.chunked_parts import level_of, sizes_of
+from attn_core.backends.jax.chunked_tile import Geometry
 from attn_core.footprint import differs, sizes
 from attn_core.spec import WIDTH, Account, Problem
 
@@ -28,19 +29,26 @@ def account(p: Problem, impl: str) -> Account:
 
 
 def _chunked(p: Problem, batch: int, numbers: tuple[str, tuple[str, str] | None]) -> Account:
+    g = sizes_of(p, columns=False)
+    forward, backward = _pass(p, batch, g)[0], _pass(p, batch, sizes_of(p, columns=True))[1]
+    # Of a span, the blocks that it takes together: what is live is counted in those.
+    tiles, together = (g.block_q, g.step_k), g.block_k // g.step_k
+    return Account(tiles, forward, backward, *numbers, together)
+
+
+def _pass(p: Problem, batch: int, g: Geometry) -> tuple[int, int]:
+    """Bytes of a forward and of a backward pass that are cut up like this."""
     narrow, wide = WIDTH[p.dtype] // 8, WIDTH[p.accumulation] // 8
-    block_q, rows, block_k, columns = tiles_of(p)
-    level = level_of(p, 4 * p.group * block_q * block_k, *differs(p))
+    level = level_of(p, 4 * p.group * g.block_q * g.block_k, *differs(p))
     batches = batch if level == 0 else 1
     heads = p.kv_heads if level < 2 else 1
     n = batches * heads
-    tile = n * p.group * block_q * block_k * wide
+    tile = n * p.group * g.block_q * g.block_k * wide
     # Entries of the arrays of a part, and of all.
-    q, out = (n * p.group * rows * block_q * x for x in (p.width, p.v_width))
-    kv = n * columns * block_k * (p.width + p.v_width)
+    q, out = (n * p.group * g.q_size * x for x in (p.width, p.v_width))
+    kv = n * g.k_size * (p.width + p.v_width)
     parts = batch * p.kv_heads // n
-    padded = (rows * block_q, columns * block_k) != (p.q_len, p.k_len)
-    moved = p.layout == "BTHD" or padded
+    moved = p.layout == "BTHD" or (g.q_size, g.k_size) != (p.q_len, p.k_len)
     taken = (q + kv) * narrow if level else 0
     taken += (q + kv) * parts * narrow if moved else 0
     # On a CPU 16 bits are cut as words, which are copies; what is laid out anew is one already.
@@ -50,7 +58,7 @@ def _chunked(p: Problem, batch: int, numbers: tuple[str, tuple[str, str] | None]
     turned = 2 * (q + out) * narrow if sixteen and p.group == 1 else 0
     grads = q * wide + (kv * narrow + out * narrow if level else 0)
     backward = 4 * tile + grads + taken + as_words + turned
-    return Account((block_q, block_k), forward, backward, *numbers)
+    return forward, backward
 
 
 def _lowered(p: Problem, products: str) -> tuple[str, str] | None:

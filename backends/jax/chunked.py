@@ -21,7 +21,6 @@ from attn_core.backends.jax.chunked_parts import (
     line_of,
     over_parts,
     padded_bias,
-    scheduled,
     whole,
 )
 from attn_core.backends.jax.chunked_tile import Part, kept_back, numbers
@@ -54,7 +53,7 @@ def _attend(p: Problem, x: Operands) -> AttentionOutput:
 
 def _forward(p: Problem, x: Operands) -> tuple[AttentionOutput, Any]:
     cut = cut_up(p, x)
-    g, schedule = cut.geometry, scheduled(cut.status)
+    g, schedule = cut.geometry, cut.schedule
     filled = x if x.bias is None else x._replace(bias=padded_bias(p, g, x.bias))
 
     def turn(part: Part, _: Any, at: Any, carry: None) -> tuple[None, chunked_forward.Rows]:

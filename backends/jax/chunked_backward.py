@@ -97,8 +97,8 @@ def backward(
 ) -> Operands:
     """Gradients of the float operands; None stands for those of integers."""
     dtype = DTYPES[p.accumulation]
-    cut = cut_up(p, x)
-    g, by_columns = cut.geometry, scheduled(cut.status.swapaxes(-1, -2))
+    cut = cut_up(p, x, columns=True)
+    g, by_columns = cut.geometry, cut.schedule
     by_rows = scheduled(cut.status) if p.return_weights else None
     bias = None if x.bias is None else padded_bias(p, g, x.bias)
     filled = x._replace(bias=bias)
@@ -150,7 +150,7 @@ def _given(p: Problem, d: Array, x: Array) -> Array:
 def _rows(p: Problem, g: Geometry, x: Array, fill: Any) -> Array:
     """(B, Hk, G, T, ...) from (B, Hq, Tq, ...), filled up."""
     x = x.reshape(x.shape[0], p.kv_heads, p.group, *x.shape[2:])
-    return pad(x, 3, g.rows * g.block_q, fill)
+    return pad(x, 3, g.q_size, fill)
 
 
 def _upstream(
@@ -180,7 +180,7 @@ def _upstream(
     d_weights = None
     if cotangents.weights is not None:
         d_weights = _rows(p, g, cotangents.weights, 0.0)
-        d_weights = pad(d_weights, 4, g.columns * g.block_k)
+        d_weights = pad(d_weights, 4, g.k_size)
     turned = None
     if p.device == "cpu" and p.group == 1 and p.dtype in ("bfloat16", "float16"):
         query, up = (
@@ -197,13 +197,13 @@ def _with_weights(
 ) -> Upstream:
     """The rows' delta with sum(P * dW), which takes a pass over the tiles of its own."""
 
-    def turn(i: Array, delta: Array) -> Array:
+    def turn(line: Array, delta: Array) -> Array:
+        i = line * g.step_q
         q = _selected(query_tile(p, g, part, i), _alive(g, up, i))
         m, log_l = (tiles.cut(a, i, g.block_q, 3) for a in (up.m, up.log_l))
 
         def step(masked: bool) -> Any:
-            def body(t: Array, total: Array) -> Array:
-                j = by_rows.order[i, t]
+            def body(j: Array, total: Array) -> Array:
                 k = tiles.key_tile(p, g, part.laid.key, j)
                 left = tiles.kept_back(p)
                 z, found, *_ = tiles.logits(p, x, g, part, (i, j), q, k, masked, left=left)
@@ -214,8 +214,8 @@ def _with_weights(
 
             return body
 
-        total = over_tiles(g, by_rows, i, step, jnp.zeros(m.shape, delta.dtype))
-        return _add(delta, total, i * g.block_q, 3)
+        total = over_tiles(g, by_rows, line, g.step_k, step, jnp.zeros(m.shape, delta.dtype))
+        return _add(delta, total, i, 3)
 
     return up._replace(delta=times(g.rows, turn, up.delta))
 
@@ -233,7 +233,7 @@ def _turned(p: Problem, g: Geometry, whole: Any, which: int, i: Array, rows: Arr
 
 
 def _alive(g: Geometry, up: Upstream, i: Array) -> Array:
-    """Folded rows of tile i: whether each may see a key."""
+    """Folded rows of the tile from row i on: whether each may see a key."""
     return tiles.fold(tiles.cut(up.alive, i, g.block_q, 3))
 
 
@@ -243,8 +243,8 @@ def _selected(x: Array, alive: Array) -> Array:
 
 
 def _weight_tile(g: Geometry, up: Upstream, i: Array, j: Array) -> Array:
-    rows = jax.lax.dynamic_slice_in_dim(up.d_weights, i * g.block_q, g.block_q, 3)
-    return jax.lax.dynamic_slice_in_dim(rows, j * g.block_k, g.block_k, 4)
+    rows = jax.lax.dynamic_slice_in_dim(up.d_weights, i, g.block_q, 3)
+    return jax.lax.dynamic_slice_in_dim(rows, j, g.block_k, 4)
 
 
 def _sinks(
@@ -257,8 +257,10 @@ def _sinks(
     total: Array,
 ) -> Array:
     found = jnp.zeros(part.h.shape[1:3], total.dtype)
+    g = g._replace(block_q=g.step_q)  # every row once, where tiles of it are spans too
 
-    def turn(i: Array, found: Array) -> Array:
+    def turn(line: Array, found: Array) -> Array:
+        i = line * g.step_q
         m, log_l, delta, d_lse = (
             tiles.cut(a, i, g.block_q, 3) for a in (up.m, up.log_l, up.delta, up.d_lse)
         )
@@ -286,14 +288,14 @@ def _columns(
     def given(d: Array) -> Array:
         return tiles.words(d.astype(DTYPES[p.dtype]))
 
-    def turn(j: Array, carry: Any) -> Any:
+    def turn(line: Array, carry: Any) -> Any:
+        j = line * g.step_k
         d_query, d_keys, d_values, shared = carry
         k, v = (tiles.key_tile(p, g, a, j) for a in (part.laid.key, part.laid.value))
 
         def step(masked: bool) -> Any:
-            def body(t: Array, carry: Any) -> Any:
+            def body(i: Array, carry: Any) -> Any:
                 d_query, d_k, d_v, shared = carry
-                i = by_columns.order[j, t]
                 alive = _alive(g, up, i)
                 q = _selected(query_tile(p, g, part, i), alive)
                 z, found, slope, sites = tiles.logits(
@@ -324,18 +326,17 @@ def _columns(
                 # Rows that were scaled beforehand make d K whole already.
                 d_k = d_k + tiles.dot(p, _turned(p, g, up.turned, 0, i, q), ds, (3, 2))
                 d_q = tiles.unfold(tiles.dot(p, ds, some, (3, 2)), p.group)
-                return _add(d_query, d_q, i * g.block_q, 3), d_k, d_v, shared
+                return _add(d_query, d_q, i, 3), d_k, d_v, shared
 
             return body
 
         none = (jnp.zeros(x.swapaxes(2, 3).shape, dtype) for x in (k, v))
-        carry = over_tiles(g, by_columns, j, step, (d_query, *none, shared))
+        carry = over_tiles(g, by_columns, line, g.step_q, step, (d_query, *none, shared))
         d_query, d_k, d_v, shared = carry
         d_k, d_v = d_k.swapaxes(2, 3), d_v.swapaxes(2, 3)
         d_k = d_k if tiles.prescaled(p) else d_k * p.scale
-        start = j * g.block_k
         d_keys, d_values = (
-            jax.lax.dynamic_update_slice_in_dim(old, given(new), start, 2)
+            jax.lax.dynamic_update_slice_in_dim(old, given(new), j, 2)
             for old, new in ((d_keys, d_k), (d_values, d_v))
         )
         return d_query, d_keys, d_values, shared
@@ -396,8 +397,8 @@ def _bias(
     start = (
         part.b[0, 0, 0, 0, 0] if spans[0] and g.level >= 1 else zero,
         part.h[0, 0, 0, 0, 0] if spans[1] and g.level == 2 else zero,
-        at[0] * g.block_q if spans[2] else zero,
-        at[1] * g.block_k if spans[3] else zero,
+        at[0] if spans[2] else zero,
+        at[1] if spans[3] else zero,
     )
     old = jax.lax.dynamic_slice(total, start, d.shape)
     return jax.lax.dynamic_update_slice(total, old + d, start)

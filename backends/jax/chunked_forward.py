@@ -55,30 +55,30 @@ def forward(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule)
         empty(part.laid.key.shape[2]) if p.return_weights else None,
     )
 
-    def turn(i: Array, rows: Rows) -> Rows:
-        row = _row(p, x, g, part, by_rows, i)
+    def turn(line: Array, rows: Rows) -> Rows:
+        row = _row(p, x, g, part, by_rows, line)
         row = row._replace(out=tiles.words(row.out))
-        start = i * g.block_q
+        start = line * g.step_q
         out, m, log_l, alive = (
             jax.lax.dynamic_update_slice_in_dim(old, new, start, 3)
             for old, new in zip(rows[:4], row[:4], strict=True)
         )
         rows = Rows(out, m, log_l, alive, rows.weights)
-        return _weights(p, x, g, part, by_rows, i, row, rows) if p.return_weights else rows
+        return _weights(p, x, g, part, by_rows, line, row, rows) if p.return_weights else rows
 
     return times(g.rows, turn, rows)
 
 
-def _row(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule, i: Array) -> Rows:
+def _row(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule, line: Array) -> Rows:
     dtype = DTYPES[p.accumulation]
+    i = line * g.step_q
     scale = tiles.later(p)
     q = query_tile(p, g, part, i)
     outer = (*q.shape[:2], p.group, g.block_q)
 
     def step(masked: bool) -> Any:
-        def body(t: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def body(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             m, total, acc = carry
-            j = by_rows.order[i, t]
             k, v = (tiles.key_tile(p, g, a, j) for a in (part.laid.key, part.laid.value))
             z, found, *_ = tiles.logits(p, x, g, part, (i, j), q, k, masked, left=scale)
             hidden = z if found is None else jnp.where(found, z, -jnp.inf)
@@ -102,7 +102,7 @@ def _row(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule, i:
         jnp.zeros(outer, dtype),
         jnp.zeros((*outer, p.v_width), dtype),
     )
-    m, total, acc = over_tiles(g, by_rows, i, step, carry)
+    m, total, acc = over_tiles(g, by_rows, line, g.step_k, step, carry)
     alive = total != 0
     if x.sinks is not None:
         m = _times(m, scale)
@@ -127,28 +127,28 @@ def _weights(
     g: Geometry,
     part: Part,
     by_rows: Schedule,
-    i: Array,
+    line: Array,
     row: Rows,
     rows: Rows,
 ) -> Rows:
     """The weights of a row of tiles, once its (m, log l) are known."""
+    i = line * g.step_q
     q = query_tile(p, g, part, i)
 
     def step(masked: bool) -> Any:
-        def body(t: Array, weights: Array) -> Array:
-            j = by_rows.order[i, t]
+        def body(j: Array, weights: Array) -> Array:
             k = tiles.key_tile(p, g, part.laid.key, j)
             left = tiles.kept_back(p)
             z, found, *_ = tiles.logits(p, x, g, part, (i, j), q, k, masked, left=left)
             w = probability(p, z, found, row.m, row.log_l)
             w = tiles.words(w.astype(DTYPES[p.dtype]))
             zero = jnp.int32(0)
-            at = (zero, zero, zero, i * g.block_q, j * g.block_k)
+            at = (zero, zero, zero, i, j)
             return jax.lax.dynamic_update_slice(weights, w, at)
 
         return body
 
-    return rows._replace(weights=over_tiles(g, by_rows, i, step, rows.weights))
+    return rows._replace(weights=over_tiles(g, by_rows, line, g.step_k, step, rows.weights))
 
 
 def probability(p: Problem, z: Array, found: Array | None, m: Array, log_l: Array) -> Array:
@@ -163,7 +163,7 @@ def _times(x: Array, scale: float) -> Array:
 
 
 def query_tile(p: Problem, g: Geometry, part: Part, i: Array) -> Array:
-    """Folded rows of tile i, scaled where that may be done beforehand."""
+    """Folded rows of the tile from row i on, scaled where that may be done beforehand."""
     q = tiles.folded_tile(p, g, part.laid.query, i, part.laid.key.shape[1])
     return q * jnp.asarray(p.scale, q.dtype) if tiles.prescaled(p) else q
 
@@ -175,27 +175,40 @@ def rows_shape(p: Problem, part: Part) -> tuple[int, int, int, int]:
 
 
 def sinks_of(p: Problem, x: Operands, g: Geometry, part: Part, i: Array) -> Array:
-    """The sink of every row of tile i; padded rows have none."""
+    """The sink of every row of the tile from row i on; padded rows have none."""
     dtype = DTYPES[p.accumulation]
     sink = x.sinks.astype(dtype)[part.h[0, :, :, 0, 0]][None, :, :, None]
-    row = i * g.block_q + jnp.arange(g.block_q, dtype=jnp.int32)
+    row = i + jnp.arange(g.block_q, dtype=jnp.int32)
     valid = row < p.q_len
     if part.laid.q_lengths is not None:
         valid = valid & (row < part.laid.q_lengths[..., 0])
     return jnp.where(valid, sink, -jnp.inf)
 
 
-def over_tiles(g: Geometry, schedule: Schedule, line: Array, step: Any, carry: Any) -> Any:
-    """`step(False)` over the full tiles of a row or column, then `step(True)` over the partial."""
+def over_tiles(
+    g: Geometry, schedule: Schedule, line: Array, size: int, step: Any, carry: Any
+) -> Any:
+    """`step(False)` over the full tiles of a row or column, then `step(True)` over the partial.
+
+    Args:
+        size: `g.step_k` along a row, `g.step_q` along a column.
+        step: of whether the tile needs its mask; takes (where the tile starts, carry).
+    """
     first = jnp.int32(0)
     if g.single:
         return step(g.partial)(first, carry)
+    if g.spans:
+        return step(g.partial)(schedule.order[line, 0] * size, carry)
     full, live = schedule.full[line], schedule.live[line]
-    if g.full:
-        carry = jax.lax.fori_loop(first, full, step(False), carry)
-    if g.partial:
-        carry = jax.lax.fori_loop(full, live, step(True), carry)
-    return carry
+
+    def over(masked: bool, first: Array, beyond: Array, carry: Any) -> Any:
+        body = step(masked)
+        return jax.lax.fori_loop(
+            first, beyond, lambda t, carry: body(schedule.order[line, t] * size, carry), carry
+        )
+
+    carry = over(False, first, full, carry) if g.full else carry
+    return over(True, full, live, carry) if g.partial else carry
 
 
 def times(count: int, turn: Any, carry: Any) -> Any:

@@ -37,12 +37,21 @@ _FINE, _FINE_FROM, _FINE_SHARE = 128, 4, 2 / 3
 """Rows and keys of a finer tile, from how many of the large along the rows it is thought of, and
 the share of their entries down to which the finer ones must come.
 
-A large tile goes beyond a narrow window on all sides. Finer ones cost more for each entry, so that
-they lose where few entries are saved: full, causal and wide windows keep the large.
+A large tile goes beyond what a sparse mask allows on all sides. Finer ones cost more for each
+entry, so that they lose where few entries are saved: full, causal and wide windows keep the large.
 """
 
 _AT_ONCE = 2**23
 """Bytes of logits in one tile beyond which a turn takes fewer batches or heads."""
+
+
+_SPAN_LINE, _SPAN_STEP, _SPAN_LONGEST = 256, 128, 768
+"""Rows of a tile that takes all of their keys at once (or keys, all of their rows), the steps in
+which such a span starts and ends, and the longest.
+
+Measured on a CPU for windows: softmax needs no running maximum, and a product of this size has both
+cores, while one of 128 x 128 has one. From a window of 1024 on, large tiles are as fast.
+"""
 
 
 class Cut(NamedTuple):
@@ -50,11 +59,66 @@ class Cut(NamedTuple):
 
     Attributes:
         geometry: static sizes.
-        status: (Bm, Hm, rows, columns) of the block map over key heads, NumPy's or traced.
+        status: (Bm, Hm, rows, columns) of the block map over key heads, NumPy's or traced; None
+            where a row of tiles is a span.
+        schedule: of the rows of tiles, or of the columns.
     """
 
     geometry: Geometry
     status: Array
+    schedule: Schedule
+
+
+class Spans(NamedTuple):
+    """For every line of tiles the one run of steps that holds what is live.
+
+    Attributes:
+        line, lines: rows (or keys) of a line, and how many lines.
+        step, steps: the same of the steps across.
+        width: steps of every run.
+        starts: int32 (lines, 1), the first step of each.
+    """
+
+    line: int
+    lines: int
+    step: int
+    steps: int
+    width: int
+    starts: Array
+
+
+def spans_of(p: Problem, columns: bool) -> Spans | None:
+    """The spans of rows of tiles, or of columns; None where tiles are the better way.
+
+    For masks that are known when the call is traced, alike for batches and heads, and not where
+    the weights are asked for, which are put together tile by tile.
+    """
+    if p.return_weights or not _alike(p):
+        return None
+    lengths = _known(p.q_len), _known(p.k_len)
+    return _spans(p.mask, *lengths, _start(p), columns)
+
+
+@lru_cache(maxsize=1024)
+def _spans(mask: Tree, q_len: int, k_len: int, start: int, columns: bool) -> Spans | None:
+    along, across = (k_len, q_len) if columns else (q_len, k_len)
+    (line, lines), (step, steps) = _blocks(along, _SPAN_LINE), _blocks(across, _SPAN_STEP)
+    if lines < _FINE_FROM:
+        return None
+    size = (step, line) if columns else (line, step)
+    status = block_map(
+        mask, q_len=q_len, k_len=k_len, block_q=size[0], block_k=size[1], offsets=start
+    ).dense()[0, 0]
+    live = (status.T if columns else status) >= PARTIAL
+    some = live.any(1)
+    first = np.where(some, live.argmax(1), 0)
+    last = np.where(some, steps - live[:, ::-1].argmax(1), 1)
+    width = int((last - first).max())
+    tiles = _live(mask, q_len, k_len, start, _blocks(q_len, _ROWS)[0], _blocks(k_len, _KEYS)[0])
+    if width * step > _SPAN_LONGEST or lines * line * width * step > tiles:
+        return None
+    starts = np.minimum(first, steps - width).astype(np.int32)[:, None]
+    return Spans(line, lines, step, steps, width, starts)
 
 
 def tiles_of(p: Problem) -> tuple[int, int, int, int]:
@@ -65,12 +129,16 @@ def tiles_of(p: Problem) -> tuple[int, int, int, int]:
     """
     q_len, k_len = _known(p.q_len), _known(p.k_len)
     large = (*_blocks(q_len, _ROWS), *_blocks(k_len, _KEYS))
-    alike = p.mask is not None and not (p.mask.reads("b") or p.mask.reads("h"))
-    if not (alike and _static(p)) or large[1] < _FINE_FROM:
+    if not _alike(p) or large[1] < _FINE_FROM:
         return large
     finer = (*_blocks(q_len, _FINE), *_blocks(k_len, _FINE))
     before, after = (_live(p.mask, q_len, k_len, _start(p), t[0], t[2]) for t in (large, finer))
     return finer if after <= _FINE_SHARE * before else large
+
+
+def _alike(p: Problem) -> bool:
+    """Whether there is a mask, known when the call is traced, alike for batches and heads."""
+    return p.mask is not None and not (p.mask.reads("b") or p.mask.reads("h")) and _static(p)
 
 
 @lru_cache(maxsize=1024)
@@ -103,18 +171,37 @@ def level_of(p: Problem, tile: int, batch_map: bool, head_map: bool) -> int:
     return 2 if level < 2 and p.kv_heads > 1 and p.kv_heads * tile > 4 * _AT_ONCE else level
 
 
-def cut_up(p: Problem, x: Operands) -> Cut:
-    block_q, rows, block_k, columns = tiles_of(p)
-    status = _status(p, x, block_q, block_k)
-    if rows == columns == 1:
+def sizes_of(p: Problem, columns: bool) -> Geometry:
+    """How a pass by rows of tiles, or by columns, is cut up, all batches and heads together."""
+    s = spans_of(p, columns)
+    if s is None:
+        block_q, rows, block_k, count = tiles_of(p)
+        return Geometry(block_q, block_k, block_q, block_k, rows, count, 0, True, True)
+    long = s.width * s.step
+    if columns:
+        return Geometry(long, s.line, s.step, s.line, s.steps, s.lines, 0, False, True)
+    return Geometry(s.line, long, s.line, s.step, s.lines, s.steps, 0, False, True)
+
+
+def cut_up(p: Problem, x: Operands, columns: bool = False) -> Cut:
+    """The rows of tiles, as the forward pass goes by them, or the columns."""
+    g, spans = sizes_of(p, columns), spans_of(p, columns)
+    tile = 4 * p.group * g.block_q * g.block_k
+    if spans is not None:
+        one = np.ones((1, 1, spans.lines), np.int32)
+        schedule = Schedule(spans.starts[None, None], 0 * one, one)
+        return Cut(g._replace(level=level_of(p, tile, False, False)), None, schedule)
+    status = _status(p, x, g.block_q, g.block_k)
+    if g.single:
         # Nothing to skip: one kind of tile, straight through, compiles and runs fastest.
         whole = isinstance(status, np.ndarray) and bool((status == FULL).all())
         status = np.full((1, 1, 1, 1), FULL if whole else PARTIAL)
     full = partial = True
     if isinstance(status, np.ndarray):
         full, partial = bool((status == FULL).any()), bool((status == PARTIAL).any())
-    level = level_of(p, 4 * p.group * block_q * block_k, status.shape[0] > 1, status.shape[1] > 1)
-    return Cut(Geometry(block_q, block_k, rows, columns, level, full, partial), status)
+    level = level_of(p, tile, status.shape[0] > 1, status.shape[1] > 1)
+    schedule = scheduled(status.swapaxes(-1, -2) if columns else status)
+    return Cut(g._replace(level=level, full=full, partial=partial), status, schedule)
 
 
 def _known(size: int | None) -> int:
@@ -204,13 +291,13 @@ def rows_of(p: Problem, g: Geometry, x: Array) -> Array:
     Tiles of it are given an axis for the group, not the whole: XLA would lay that out anew.
     """
     x = x if p.layout == "BHTD" else x.swapaxes(1, 2)
-    return pad(x, 2, g.rows * g.block_q)
+    return pad(x, 2, g.q_size)
 
 
 def keys_of(p: Problem, g: Geometry, x: Array) -> Array:
     """(B, Hk, columns * block_k, X) from an array in query's layout."""
     x = x if p.layout == "BHTD" else x.swapaxes(1, 2)
-    return pad(x, 2, g.columns * g.block_k)
+    return pad(x, 2, g.k_size)
 
 
 def pad(x: Array, axis: int, size: int, fill: float = 0.0) -> Array:
@@ -225,8 +312,8 @@ def padded_bias(p: Problem, g: Geometry, bias: Array) -> Array:
     """The bias with rank 4, filled up along the axes that it spans."""
     spans = p.bias or ()
     if spans[2]:
-        bias = pad(bias, 2, g.rows * g.block_q)
-    return pad(bias, 3, g.columns * g.block_k) if spans[3] else bias
+        bias = pad(bias, 2, g.q_size)
+    return pad(bias, 3, g.k_size) if spans[3] else bias
 
 
 def whole(p: Problem, x: Array) -> Array:

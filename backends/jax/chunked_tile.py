@@ -33,7 +33,9 @@ class Geometry(NamedTuple):
 
     Attributes:
         block_q, block_k: rows and keys of a tile.
-        rows, columns: tiles along queries and keys.
+        step_q, step_k: from the start of one tile to that of the next; less than the tile's rows
+            or keys where a tile is a span, which may start anywhere in steps.
+        rows, columns: steps along queries and keys.
         level: 0, all batches and heads in one tile; 1, a loop over batches; 2, and over key heads.
         full, partial: whether there may be tiles that need no mask, and tiles that do; a loop over
             tiles that cannot be is not compiled.
@@ -41,6 +43,8 @@ class Geometry(NamedTuple):
 
     block_q: int
     block_k: int
+    step_q: int
+    step_k: int
     rows: int
     columns: int
     level: int
@@ -51,13 +55,28 @@ class Geometry(NamedTuple):
     def single(self) -> bool:
         return self.rows == self.columns == 1
 
+    @property
+    def spans(self) -> bool:
+        """Whether a line has one tile, which its schedule places."""
+        return (self.block_q, self.block_k) != (self.step_q, self.step_k)
+
+    @property
+    def q_size(self) -> int:
+        """Rows, filled up."""
+        return self.rows * self.step_q
+
+    @property
+    def k_size(self) -> int:
+        """Keys, filled up."""
+        return self.columns * self.step_k
+
 
 class Laid(NamedTuple):
     """The arrays laid out and padded to whole tiles; B' and Hk' are B and Hk before they are cut.
 
     Attributes:
-        query: (B', Hq', rows * block_q, D), as `words`.
-        key, value: (B', Hk', columns * block_k, D or Dv), as `words`.
+        query: (B', Hq', q_size, D), as `words`.
+        key, value: (B', Hk', k_size, D or Dv), as `words`.
         offset: int32 (B' or 1, 1, 1, 1, 1).
         kv_lengths, q_lengths: the same, or None.
     """
@@ -132,7 +151,7 @@ def fold(x: Array) -> Array:
 
 
 def folded_tile(p: Problem, g: Geometry, x: Array, i: Array, heads: int) -> Array:
-    """(B', Hk', G * block_q, X): tile i of words (B', Hq', T, X), for that many key heads."""
+    """(B', Hk', G * block_q, X): the tile from row i of words (B', Hq', T, X), for `heads` keys."""
     x = numbers(p, cut(x, i, g.block_q, 2))
     return x.reshape(x.shape[0], heads, -1, x.shape[3])
 
@@ -142,20 +161,20 @@ def unfold(x: Array, group: int) -> Array:
 
 
 def key_tile(p: Problem, g: Geometry, x: Array, j: Array) -> Array:
-    """(B', Hk', block_k, X): tile j of words (B', Hk', T, X)."""
+    """(B', Hk', block_k, X): the tile from key j of words (B', Hk', T, X)."""
     return numbers(p, cut(x, j, g.block_k, 2))
 
 
 def cut(x: Array, at: Array, size: int, axis: int) -> Array:
-    """Entries [at * size, (at + 1) * size) of an axis; an axis of 1 is left as it is."""
+    """Entries [at, at + size) of an axis; an axis of 1 is left as it is."""
     if x.shape[axis] == 1 and size != 1:
         return x
-    return jax.lax.dynamic_slice_in_dim(x, at * size, size, axis)
+    return jax.lax.dynamic_slice_in_dim(x, at, size, axis)
 
 
 def indices(g: Geometry, part: Part, i: Array, j: Array) -> dict[str, Array]:
-    row = (i * g.block_q + jnp.arange(g.block_q, dtype=jnp.int32))[:, None]
-    k = j * g.block_k + jnp.arange(g.block_k, dtype=jnp.int32)
+    row = (i + jnp.arange(g.block_q, dtype=jnp.int32))[:, None]
+    k = j + jnp.arange(g.block_k, dtype=jnp.int32)
     row, k = row[None, None, None], k[None, None, None, None]
     return {"b": part.b, "h": part.h, "q": row + part.laid.offset, "k": k, "row": row}
 
@@ -187,10 +206,11 @@ def logits(
     derivative: Any = None,
     left: float = 1.0,
 ) -> Logits:
-    """The tile at (i, j) from folded rows q and keys k; `masked` is whether it needs its mask.
+    """The tile from row i and key j on, of folded rows q and keys k.
 
     Args:
         q: (B', Hk', G * block_q, D), already scaled where `prescaled` says so.
+        masked: whether the tile needs its mask.
         derivative: of the score, from `duals.differentiate`, where slopes are wanted.
         left: the scale that is left to the exponential, `later` or `kept_back`.
     """
@@ -270,9 +290,8 @@ def bias_tile(p: Problem, bias: Array, g: Geometry, part: Part, i: Array, j: Arr
 def kept(p: Problem, x: Operands, g: Geometry, part: Part, i: Array, j: Array) -> Array:
     """Dropout's mask over the tile."""
     index = indices(g, part, i, j)
-    first = j * g.block_k
     b, h = part.b, part.h
-    return keep_at(drop_threshold(p.rate), x.seed, b, h, index["q"], first, g.block_k)
+    return keep_at(drop_threshold(p.rate), x.seed, b, h, index["q"], j, g.block_k)
 
 
 def seen(found: Array) -> Array:

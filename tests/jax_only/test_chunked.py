@@ -508,3 +508,113 @@ def test_finer_tiles_agree_with_the_reference(monkeypatch):
         for impl in ("chunked", "reference")
     ]
     same(*found)
+
+
+# --- Spans: all that a row of tiles sees, at once. ------------------------------------------------
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Spans of 16 rows in steps of 8 keys, and not too long for so few."""
+    sizes = {"_ROWS": 64, "_KEYS": 32, "_SPAN_LINE": 16, "_SPAN_STEP": 8, "_SPAN_LONGEST": 48}
+    for name, size in sizes.items():
+        monkeypatch.setattr(chunked_parts, name, size)
+    chunked_parts._spans.cache_clear()
+    yield
+    chunked_parts._spans.cache_clear()
+
+
+SPANNED = {
+    "window": masks.causal() & masks.window(left=3),
+    "around": masks.window(5, 6),
+    "dilated": masks.window(11, 0) & masks.dilated(3),
+    "hollow": attn_core.mask(lambda b, h, q, k: (abs(q - k) < 8) & (q // 10 != 2)),
+}
+
+
+def asked(given: Any) -> Any:
+    return resolve(given)[1].problem
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("name", SPANNED)
+@pytest.mark.parametrize("offset", ["start", "end"])
+@pytest.mark.parametrize("lengths", [(64, 64), (70, 93), (90, 61)])
+def test_spans_hold_all_that_is_live(narrow, lengths, offset, name, columns):
+    *_, x = made(0, q_len=lengths[0], k_len=lengths[1])
+    p = asked({**x, "mask": SPANNED[name], "query_offset": offset})
+    found = chunked_parts.spans_of(p, columns)
+    assert found is not None
+    shift = 0 if offset == "start" else lengths[1] - lengths[0]
+    q, k = np.arange(lengths[0])[:, None] + shift, np.arange(lengths[1])
+    near = {
+        "window": (k <= q) & (q - k <= 3),
+        "around": (q - k <= 5) & (k - q <= 6),
+        "dilated": (k <= q) & (q - k <= 11) & ((q - k) % 3 == 0),
+        "hollow": (abs(q - k) < 8) & (q // 10 != 2),
+    }[name]
+    near = near.T if columns else near
+    assert found.lines * found.line >= near.shape[0]
+    assert found.steps * found.step >= near.shape[1]
+    for line, start in enumerate(found.starts[:, 0]):
+        assert 0 <= start <= found.steps - found.width
+        left = near[line * found.line : (line + 1) * found.line].copy()
+        left[:, start * found.step : (start + found.width) * found.step] = False
+        assert not left.any()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_spans_agree_with_the_reference(narrow, seed):
+    q_len, k_len = [(64, 64), (70, 93), (90, 61)][seed % 3]
+    given, cotangents = options(seed, q_len, k_len)
+    if not isinstance(given["query_offset"], str):
+        given["query_offset"] = "end"
+    given["mask"] = list(SPANNED.values())[seed % len(SPANNED)]
+    for name in ("kv_lengths", "q_lengths"):
+        given.pop(name, None)
+    del cotangents["weights"]
+    if seed % 2:
+        given["mask"] = given["mask"] & attn_core.mask(lambda b, h, q, k: k % 7 != 3)
+        for name in ("key", "value"):
+            poisoned = np.array(given[name])
+            axis = 1 if given.get("layout") == "BTHD" else 2
+            poisoned.swapaxes(0, axis)[3::7] = np.nan
+            given[name] = backend.from_numpy(poisoned)
+    assert chunked_parts.spans_of(asked({**given, "return_lse": True}), False) is not None
+    found = [
+        backend.vjp(
+            given, cotangents, "jit", partial(attn_core.attention, impl=impl, return_lse=True)
+        )
+        for impl in ("chunked", "reference")
+    ]
+    same(*found)
+
+
+def test_spans_are_for_masks_that_are_known_and_narrow(monkeypatch):
+    monkeypatch.undo()
+    chunked_parts._spans.cache_clear()
+    x = jax.ShapeDtypeStruct((1, 2, 8192, 8), jnp.float32)
+    found = {}
+
+    def width(mask: Any, **more: Any) -> Any:
+        def traced(x: Any) -> Any:
+            p = asked({"query": x, "key": x, "value": x, "mask": mask, **more})
+            found["spans"] = [chunked_parts.spans_of(p, columns) for columns in (False, True)]
+            return x
+
+        jax.eval_shape(traced, x)
+        return [None if s is None else (s.line, s.step * s.width) for s in found["spans"]]
+
+    def window(reach):
+        return masks.causal() & masks.window(left=reach - 1)
+
+    assert width(window(256)) == [(256, 512)] * 2
+    assert width(window(1)) == [(256, 256)] * 2
+    assert width(window(512)) == [(256, 768)] * 2
+    ids = jnp.arange(8192, dtype=jnp.int32) // 100
+    by_head = attn_core.mask(lambda b, h, q, k: abs(q - k) < 100 * h)
+    for mask in (None, masks.causal(), window(1024), masks.segments(ids), by_head):
+        assert width(mask) == [None, None]
+    none = {"query_offset": jnp.int32(0)}, {"kv_lengths": 5}, {"return_weights": True}
+    for more in none:
+        assert width(window(256), **more) == [None, None]
