@@ -12,7 +12,7 @@ import pytest
 from flax import linen as flax_linen
 from flax import nnx
 from jax import export
-from layer_cases import CASES, B, Case, draw, inputs_of, judged, share, slope, weights_of
+from layer_cases import CASES, B, Case, draw, inputs_of, judged, share, slope, weights_of, without
 
 import attn_core
 from attn_core import AttentionConfig, masks
@@ -146,12 +146,11 @@ def test_every_option_changes_the_output(name: str) -> None:
     with one_by_one():
         out = call(layer, case, inputs)
     weights = layer.export_weights()
-    default = AttentionConfig(width=12, heads=case.config["heads"])
     shapes = ("kv_heads", "head_width", "value_width", "key_input", "value_input", "out_width")
     for option in case.config:
         if option in ("width", "heads", "dropout", "bias", "out_bias", *shapes):
             continue
-        config = {**case.config, option: getattr(default, option)}
+        config = without(case, option)
         made = moded(MultiHeadAttention(**config, impl="reference"), case.training)
         made.load_weights({n: weights[n] for n in made.plan})
         other = case
