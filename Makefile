@@ -51,8 +51,9 @@ PLAIN_CODE := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_pa
 # Kernels, in Triton's interpreter: what it can be trusted with, on any machine that has Triton.
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/attn-core conformance run --failures --subject torch:triton
 
-# One thread per test process, since pytest-xdist already fills the machine.
-PYTEST := OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/pytest -n $(JOBS)
+# One thread per test process, since pytest-xdist already fills the machine. Each process gets tests
+# that stand together, and find compiled what their neighbours use; who has done steals the rest.
+PYTEST := OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/pytest --dist worksteal -n $(JOBS)
 
 .PHONY: demo test test-slow check fmt conformance bench gpu docs wheel clean
 
