@@ -2,6 +2,7 @@
 #
 #   make demo          the same attention, on the same data, through every framework
 #   make test          the tests, and the conformance suite
+#   make test-slow     at full size what faster tests prove small
 #   make check         format, lint, types, who may import whom; edits nothing
 #   make fmt           format and fix what can be fixed
 #   make conformance   the conformance suite alone, eager; make test runs its compiled forms too
@@ -50,10 +51,11 @@ PLAIN_CODE := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_pa
 # Kernels, in Triton's interpreter: what it can be trusted with, on any machine that has Triton.
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/attn-core conformance run --failures --subject torch:triton
 
-# One thread per test process, since pytest-xdist already fills the machine.
-PYTEST := OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/pytest -n $(JOBS)
+# One thread per test process, since pytest-xdist already fills the machine. Each process gets tests
+# that stand together, and find compiled what their neighbours use; who has done steals the rest.
+PYTEST := OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/pytest --dist worksteal -n $(JOBS)
 
-.PHONY: demo test check fmt conformance bench gpu docs wheel clean
+.PHONY: demo test test-slow check fmt conformance bench gpu docs wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -88,6 +90,10 @@ ifneq ($(strip $(FRAMEWORKS)),)
 	$(BIN)/attn-core conformance run --tier smoke --failures \
 		$(foreach name,$(FRAMEWORKS),--subject $(name):reference)
 endif
+
+# One after the other: each starts processes of its own.
+test-slow: $(STAMP)
+	$(PYTEST) -n 0 -m slow tests
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -124,14 +124,15 @@ def run(
 
 
 def shared_out(work: Sequence[Work], jobs: int) -> list[Work]:
-    """The same work in at least `jobs` parts, where it comes in fewer; the order stays.
+    """The same work, each in `jobs` parts; the order stays.
 
-    A part is no shorter than _FEW cases: a worker spends seconds on importing its framework.
+    How long a case takes depends on the framework by a factor of a hundred: one work in one process
+    would be waited for by all the others. A part is no shorter than _FEW cases, though: a worker
+    spends seconds on importing its framework.
     """
-    parts = -(-jobs // max(len(work), 1))
     shares = []
     for each in work:
-        size = max(-(-len(each.cases) // parts), _FEW)
+        size = max(-(-len(each.cases) // jobs), _FEW)
         starts = range(0, len(each.cases), size)
         shares += [each._replace(cases=each.cases[start : start + size]) for start in starts]
     return shares

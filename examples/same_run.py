@@ -5,15 +5,17 @@
 
 The encoder of examples/digits.py, dropout on, trained with SGD and momentum from the same seed in
 each framework, in a process of its own. At half time each writes a checkpoint, which the next
-framework continues. Printed is the largest relative departure of any loss from the first
-framework's; beside it, so that the figure can be judged, that of a run of the first framework
-in which one weight starts one unit in the last place higher. Exit status 1 means that the curves
-departed by more than is allowed. out/same_run.png shows the curves over each other, and departures.
+framework continues, and the first the last's. Printed is the largest relative departure of any
+loss from the first framework's; beside it, so that the figure can be judged, that of a run of the
+first framework in which one weight starts one unit in the last place higher. Exit status 1 means
+that the curves departed by more than is allowed. out/same_run.png shows the curves over each
+other, and departures.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -40,31 +42,40 @@ ALLOWED = 1e-4
 """Relative, at every step, in float32 on one CPU."""
 
 
-def work(backend: str, steps: int, folder: Path, start: str, nudge: bool) -> None:
-    """One framework in this process alone; `start` is a checkpoint to continue, or "".
+def work(backend: str, steps: int, folder: Path, starts: list[str]) -> None:
+    """The runs of one framework, in this process alone.
 
-    It writes losses.npy, and the checkpoints `half` and `end`, into the folder.
+    A start is "seed"; "nudged", the same but for one unit in the last place; or another framework,
+    whose checkpoint is continued. Each run writes its losses, and "seed" a checkpoint at half time.
     """
     trainer = training.trainer(CONFIG, Momentum(), backend, SEED)
-    if start:
-        trainer.load(training.Checkpoint.read(Path(start)))
-    if nudge:
-        first = trainer.export()
-        w = first.weights[NUDGED]
-        w[0, 0] = np.nextafter(w[0, 0], np.float32(np.inf))
-        trainer.load(first)
+    first = trainer.export()
     patches, shown = digits.digits(SEED)
-    batches = digits.batches(patches, shown, BATCH, SEED)
-    for _ in range(trainer.steps):
-        next(batches)  # what earlier steps have seen
-    losses = []
-    for end, name in ((steps // 2, "half"), (steps, "end")):
-        if trainer.steps < end:
-            losses += training.run(
-                trainer, batches, end - trainer.steps, lambda step: RATE, backend
-            )
-            trainer.export().save(folder / name, CONFIG)
-    np.save(folder / "losses.npy", losses)
+    for start in starts:
+        begun = first
+        if start == "nudged":
+            begun = first._replace(weights={**first.weights, NUDGED: nudged(first.weights[NUDGED])})
+        elif start != "seed":
+            begun = training.Checkpoint.read(folder / f"{start}-half")
+        trainer.load(begun)
+        batches = digits.batches(patches, shown, BATCH, SEED)
+        for _ in range(trainer.steps):
+            next(batches)  # what earlier steps have seen
+        losses = []
+        for end in (steps // 2, steps):
+            if trainer.steps < end:
+                count = end - trainer.steps
+                losses += training.run(trainer, batches, count, lambda step: RATE, backend)
+            if start == "seed" and end < steps:
+                trainer.export().save(folder / f"{backend}-half", CONFIG)
+        np.save(folder / f"{backend}-{start}.npy", losses)
+
+
+def nudged(weight: np.ndarray) -> np.ndarray:
+    """A matrix whose first entry is one unit in the last place higher."""
+    moved = weight.copy()
+    moved[0, 0] = np.nextafter(moved[0, 0], np.float32(np.inf))
+    return moved
 
 
 def started(console: Console, *words: object) -> None:
@@ -82,7 +93,7 @@ def departure(losses: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.abs(losses - others) / np.abs(others)
 
 
-def draw(curves: dict[str, np.ndarray], nudged: np.ndarray, path: Path) -> None:
+def draw(curves: dict[str, np.ndarray], ulp: np.ndarray, path: Path) -> None:
     """Losses over each other, and below how far each departs from the first."""
     import matplotlib
 
@@ -97,7 +108,7 @@ def draw(curves: dict[str, np.ndarray], nudged: np.ndarray, path: Path) -> None:
     above.legend()
     for name in others:
         below.plot(departure(curves[name], curves[first]), label=f"{name} from {first}")
-    below.plot(nudged, "k:", label=f"{first}, one weight one ulp higher")
+    below.plot(ulp, "k:", label=f"{first}, one weight one ulp higher")
     below.axhline(ALLOWED, color="red", linewidth=0.8, label="allowed")
     below.set_yscale("symlog", linthresh=1e-9)
     below.set_ylabel("relative departure")
@@ -114,53 +125,54 @@ def main(
     ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Of training.")] = STEPS,
     out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("out"),
-    worker: Annotated[tuple[str, int, Path, str, bool] | None, typer.Option(hidden=True)] = None,
+    worker: Annotated[tuple[str, int, Path] | None, typer.Option(hidden=True)] = None,
+    start: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
     probe: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Train in every framework, continue each other's checkpoints, and compare."""
     console = Console()
     if worker is not None:
-        work(*worker)
+        work(*worker, starts=start or [])
         return
     if probe is not None:
         training.trainer(CONFIG, Momentum(), probe)
         return
     names = backend or list(FRAMEWORKS)
-    for name in track(names, "looking for models", console=Console(stderr=True), transient=True):
+    first, *others = names
+    # The first is looked for as it starts: nothing has been trained by then.
+    for name in track(others, "looking for models", console=Console(stderr=True), transient=True):
         started(console, "--probe", name)
-    first = names[0]
     with tempfile.TemporaryDirectory() as made:
-        folders = {name: Path(made) / name for name in names}
-        runs = [(name, folders[name], "", False) for name in names]
-        runs.append((first, Path(made) / "nudged", "", True))
-        for i, name in enumerate(names):
-            following = names[(i + 1) % len(names)]
-            folder = Path(made) / f"{following}-after-{name}"
-            runs.append((following, folder, str(folders[name] / "half"), False))
-        for name, folder, start, nudge in track(runs, "training", console=Console(stderr=True)):
-            folder.mkdir()
-            started(console, "--worker", name, steps, folder, start, nudge)
-        curves = {name: np.load(folders[name] / "losses.npy") for name in names}
-        nudged = departure(np.load(Path(made) / "nudged" / "losses.npy"), curves[first])
+        runs = [(first, ["seed"])]
+        runs += [(name, ["seed", before]) for before, name in itertools.pairwise(names)]
+        runs.append((first, ["nudged", names[-1]]))
+        for name, starts in track(runs, "training", console=Console(stderr=True)):
+            words = [word for start in starts for word in ("--start", start)]
+            started(console, "--worker", name, steps, made, *words)
+
+        def losses(name: str, start: str) -> np.ndarray:
+            return np.load(Path(made) / f"{name}-{start}.npy")
+
+        curves = {name: losses(name, "seed") for name in names}
+        ulp = departure(losses(first, "nudged"), curves[first])
         table = Table(
             title=f"{steps} steps, loss {curves[first][0]:.3f} to {curves[first][-1]:.3f}"
         )
         table.add_column("run")
         table.add_column("largest relative departure", justify="right")
         worst = 0.0
-        for name in names[1:]:
+        for name in others:
             found = departure(curves[name], curves[first]).max()
             worst = max(worst, found)
             table.add_row(f"{name} from {first}", f"{found:.1e}")
-        for name, folder, start, _ in runs[len(names) + 1 :]:
-            before = Path(start).parent.name
-            found = departure(np.load(folder / "losses.npy"), curves[before][steps // 2 :]).max()
+        for before, name in zip(names, [*others, first], strict=True):
+            found = departure(losses(name, before), curves[before][steps // 2 :]).max()
             worst = max(worst, found)
             table.add_row(f"{before}, continued in {name} at step {steps // 2}", f"{found:.1e}")
-        table.add_row(f"{first}, one weight one ulp higher", f"{nudged.max():.1e}")
-    draw(curves, nudged, out / "same_run.png")
+        table.add_row(f"{first}, one weight one ulp higher", f"{ulp.max():.1e}")
+    draw(curves, ulp, out / "same_run.png")
     console.print(table)
-    reached = np.flatnonzero(nudged >= max(worst, np.finfo(float).tiny))
+    reached = np.flatnonzero(ulp >= max(worst, np.finfo(float).tiny))
     if len(reached):
         word = f"departs by as much at step {reached[0]}"
     else:

@@ -156,6 +156,18 @@ CASES: dict[str, Case] = {
 }
 
 
+_OF = {
+    "positions": ("rotary_base", "rotary_fraction", "rotary_pairs"),
+    "qk_norm": ("norm_epsilon",),
+}
+
+
+def without(case: Case, option: str) -> dict[str, Any]:
+    """The config with an option at its default, and those too that it alone reads."""
+    gone = (option, *_OF.get(option, ()))
+    return {name: x for name, x in case.config.items() if name not in gone}
+
+
 def inputs_of(case: Case) -> list[np.ndarray]:
     return [draw(*shape, seed=number) for number, shape in enumerate(case.inputs)]
 

@@ -95,16 +95,35 @@ def test_digits_are_learnt_in_the_framework_that_the_flag_names(
     assert is_picture(tmp_path / "digits.png")
 
 
-@pytest.mark.skipif(not any(map(find_spec, MODULE.values())), reason="no framework")
-def test_a_run_is_the_same_and_continues_from_its_checkpoint(tmp_path: Path) -> None:
-    """In every framework that is installed."""
+def same_run(out: Path, *words: object) -> tuple[str, ...]:
+    """In every framework that is installed: the losses in the picture's title, first and last."""
     names = [name for name, module in MODULE.items() if find_spec(module)]
-    words = [word for name in names for word in ("--backend", name)]
-    done = run("same_run", *words, "--steps", 4, "--out", tmp_path)
+    backends = [word for name in names for word in ("--backend", name)]
+    done = run("same_run", *backends, *words, "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the same run: worst" in done.stdout
     assert done.stdout.count("continued in") == len(names)
-    assert is_picture(tmp_path / "same_run.png")
+    assert is_picture(out / "same_run.png")
+    found = re.search(r"(\d+) steps, loss ([\d.]+) to ([\d.]+)", done.stdout)
+    assert found is not None, done.stdout
+    return found.groups()
+
+
+some_framework = pytest.mark.skipif(not any(map(find_spec, MODULE.values())), reason="no framework")
+
+
+@some_framework
+def test_a_run_is_the_same_and_continues_from_its_checkpoint(tmp_path: Path) -> None:
+    assert same_run(tmp_path, "--steps", 4)[0] == "4"
+
+
+@pytest.mark.slow
+@some_framework
+def test_three_hundred_steps_are_the_same_run(tmp_path: Path) -> None:
+    """The example as it stands: to 1e-4 at every step, while the loss falls by half and more."""
+    steps, first, last = same_run(tmp_path)
+    assert steps == "300"
+    assert float(last) < float(first) / 2
 
 
 @pytest.mark.parametrize("name", ["dates", "digits", "same_run"])

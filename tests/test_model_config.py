@@ -150,6 +150,14 @@ def test_a_fraction_of_channels_may_be_rounded(fraction, head, turned):
     assert positions.turned(config) == turned
 
 
+def test_a_default_that_nothing_reads_may_be_written_out():
+    """As `to_mapping` does."""
+    config = AttentionConfig(**LAYER, rotary_base=10000, rotary_pairs="half", norm_epsilon=1e-6)
+    assert config == AttentionConfig(**LAYER)
+    held = {**MODEL, "kind": "encoder", "vocabulary": None, "inputs": 3}
+    assert TransformerConfig(**held, scale_embedding=True) == TransformerConfig(**held)
+
+
 def test_a_field_without_a_default_must_be_there():
     with pytest.raises(TypeError, match=r"must hold 'heads'. Got none"):
         AttentionConfig.load({"width": 3})
@@ -201,6 +209,26 @@ WRONG = {
         ValueError,
         "positions, q, and not of rows of a call",
     ),
+    "bases that nothing reads": (
+        {"rotary_base": 100.0},
+        ValueError,
+        "`rotary_base` must be left out where `positions` is not 'rotary'. Got 100.0 and",
+    ),
+    "fractions that nothing reads": (
+        {"positions": "alibi", "rotary_fraction": 0.5},
+        ValueError,
+        "`rotary_fraction` must be left out where `positions` is not 'rotary'",
+    ),
+    "pairs that nothing reads": (
+        {"rotary_pairs": "interleaved"},
+        ValueError,
+        "`rotary_pairs` must be left out where `positions` is not 'rotary'",
+    ),
+    "epsilon that nothing reads": (
+        {"norm_epsilon": 1e-5},
+        ValueError,
+        "`norm_epsilon` must be left out where `qk_norm` is not 'rms'. Got 1e-05 and qk_norm=None",
+    ),
     "mask is no text": ({"mask": "q >="}, ValueError, "in the language of masks, such as"),
     "mask is a number": ({"mask": 3}, TypeError, "`mask` must be text of the language. Got int"),
 }
@@ -234,6 +262,16 @@ WRONG_MODELS = {
     "depth of the other": ({"kind": "encoder", "decoder_depth": 1}, ValueError, "`decoder_depth`"),
     "learned without a length": ({"positions": "learned"}, ValueError, "`max_length` must be"),
     "length that nothing reads": ({"max_length": 9}, ValueError, "`max_length` must be given with"),
+    "base that nothing reads": (
+        {"rotary_base": 100.0},
+        ValueError,
+        "`rotary_base` must be left out where `positions` is not 'rotary'. Got 100.0 and",
+    ),
+    "scaled embeddings that are none": (
+        {"kind": "encoder", "vocabulary": None, "inputs": 3, "scale_embedding": False},
+        ValueError,
+        "`scale_embedding` must be left out where `inputs` takes the place of tokens",
+    ),
     "odd sines": ({"width": 25, "heads": 5}, ValueError, "`width` must be even with"),
     "attention_dropout": ({"attention_dropout": -0.1}, ValueError, "`attention_dropout` must be"),
     "window": ({"window": 2.5}, TypeError, "`window` must be an int"),
@@ -282,6 +320,13 @@ def test_what_a_models_attention_is():
     assert encoder.positions == decoder.positions == "rotary"
     assert encoder.dropout == 0.2
     assert TransformerConfig(**MODEL, attention_dropout=0.0).attention("encoder").dropout == 0.0
+    turned = {**MODEL, "positions": "rotary", "rotary_base": 100.0, "rotary_pairs": "interleaved"}
+    config = TransformerConfig(**turned, qk_norm="rms", norm_epsilon=1e-5)
+    encoder, cross = config.attention("encoder"), config.attention("decoder", cross=True)
+    assert (encoder.rotary_base, encoder.rotary_pairs) == (100.0, "interleaved")
+    assert (cross.rotary_base, cross.rotary_pairs) == (10000.0, "half")
+    assert encoder.norm_epsilon == cross.norm_epsilon == 1e-5
+    assert TransformerConfig(**MODEL, norm_epsilon=1e-5).attention("encoder").norm_epsilon == 1e-6
     sizes = TransformerConfig(**MODEL, encoder_depth=3, source_vocabulary=5, hidden=7)
     assert (sizes.blocks("encoder"), sizes.blocks("decoder")) == (3, 2)
     assert (sizes.tokens("encoder"), sizes.tokens("decoder")) == (5, 11)

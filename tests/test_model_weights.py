@@ -334,7 +334,6 @@ def test_every_array_is_one_that_any_framework_takes(change):
             AttentionConfig(12, 4, key_input=12, value_input=12, out_width=12),
         ),
         (AttentionConfig(16, 4), AttentionConfig(16, 4, scale=0.5)),
-        (AttentionConfig(12, 4), AttentionConfig(12, 4, norm_epsilon=1e-5, rotary_base=100.0)),
         (AdditiveConfig(5), AdditiveConfig(5, query_input=5, key_input=5)),
         (
             MODEL,
@@ -346,7 +345,6 @@ def test_every_array_is_one_that_any_framework_takes(change):
                 head_width=4,
                 final_norm=True,
                 source_vocabulary=11,
-                rotary_fraction=0.5,
             ),
         ),
     ],
@@ -359,9 +357,12 @@ def test_what_is_left_out_means_what_is_written_out(ours, files, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"positions": "rotary", "head_width": 2}, "positions: None, 'rotary'; rotary_base: None"),
+        ({"positions": "rotary", "head_width": 2}, "positions: None, 'rotary'"),
         ({"scale": 0.25}, "scale: .*, 0.25"),
-        ({"qk_norm": "rms", "norm_epsilon": 1e-5}, "norm_epsilon: None, 1e-05"),
+        (
+            {"qk_norm": "rms", "norm_epsilon": 1e-5},
+            "norm_epsilon: 1e-06, 1e-05; qk_norm: None, 'rms'",
+        ),
     ],
 )
 def test_what_means_another_thing_is_told(change, words, tmp_path):

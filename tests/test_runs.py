@@ -36,16 +36,16 @@ def stranger(folder: Path, body: str) -> None:
     (folder / "stranger.py").write_text(HANGING.format(body=body))
 
 
-def test_few_parts_are_shared_out_among_the_workers() -> None:
+def test_each_work_is_shared_out_among_the_workers() -> None:
     names = tuple(f"case-{i}" for i in range(100))
-    assert shared_out([Work("jax", "eager", names)], 2) == [
+    both = [Work("jax", "eager", names), Work("tf", "eager", names[:40])]
+    assert shared_out(both, 2) == [
         Work("jax", "eager", names[:50]),
         Work("jax", "eager", names[50:]),
+        both[1],  # what is little stays together
     ]
-    # What is little stays together, and so does what is enough for all.
-    assert len(shared_out([Work("jax", "eager", names[:40])], 8)) == 1
-    both = [Work("jax", "eager", names), Work("tf", "eager", names)]
-    assert shared_out(both, 2) == both
+    assert shared_out(both, 1) == both
+    assert [len(part.cases) for part in shared_out(both[:1], 8)] == [40, 40, 20]
     told: list[Any] = []
     verdicts = run(["numpy"], tier="smoke", jobs=2, seen=told.append)
     assert [v.case for v in verdicts] == list(plan(["numpy"], tier="smoke")[0].cases)

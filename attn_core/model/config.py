@@ -11,7 +11,8 @@ For inputs x_q (B, Tq, E), x_k (B, Tk, Ek) and x_v (B, Tk, Ev), with `heads` que
     o = o * sigmoid(x_q Wg + bg)                                gate=True
     out = o Wo + bo
 
-Every number is checked here, when the config is made, and nowhere again.
+Every number is checked here, when the config is made, and nowhere again. A field that nothing
+reads, since another one switches it off, must keep its default.
 """
 
 from __future__ import annotations
@@ -170,10 +171,11 @@ class AttentionConfig(Config):
         out_bias: of the projection of the output.
         qk_norm: None, or "rms": x / sqrt(mean(x**2) + norm_epsilon) * scale for each head's query
             and key, one scale (D,) for all heads (arXiv 2302.05442, in the form of Qwen 3).
-        norm_epsilon: of qk_norm.
+        norm_epsilon: of qk_norm, and left out without it.
         positions: None, "rotary" (arXiv 2104.09864) or "alibi" (arXiv 2108.12409).
         rotary_base, rotary_fraction: channel pair j of R = fraction * D channels turns by
-            base**(-2 j / R) radians a position; the other channels stay.
+            base**(-2 j / R) radians a position; the other channels stay. These and the next are
+            left out where positions are not "rotary".
         rotary_pairs: "half" pairs channel j with j + R / 2, "interleaved" 2 j with 2 j + 1.
         gate: multiply the heads' output by sigmoid(query's input @ Wg) (arXiv 2505.06708).
         causal: a query sees the keys up to its own position.
@@ -237,6 +239,10 @@ class AttentionConfig(Config):
         fields.number("rotary_fraction", self.rotary_fraction, 0.0)
         if self.positions == "rotary":
             fields.rotary(self.rotary_fraction, self.sizes.head)
+        else:
+            fields.unread(self, ROTARY, "positions", "rotary")
+        if self.qk_norm is None:
+            fields.unread(self, ("norm_epsilon",), "qk_norm", "rms")
         if self.window is not None:
             fields.count("window", self.window, 0)
         if self.softcap is not None:
@@ -268,9 +274,9 @@ class AttentionConfig(Config):
         )
 
     def meaning(self) -> dict[str, Any]:
-        """`to_mapping` with what was left open filled in, without what nothing reads."""
+        """`to_mapping` with what was left open filled in."""
         s = self.sizes
-        found = {
+        return {
             **self.to_mapping(),
             "kv_heads": s.kv_heads,
             "head_width": s.head,
@@ -280,9 +286,6 @@ class AttentionConfig(Config):
             "out_width": s.out,
             "scale": s.head**-0.5 if self.scale is None else self.scale,
         }
-        unread = [] if self.qk_norm else ["norm_epsilon"]
-        unread += [] if self.positions == "rotary" else ROTARY
-        return {name: value for name, value in found.items() if name not in unread}
 
 
 def written(mask: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -49,6 +50,17 @@ def choice(name: str, value: Any, known: tuple[str | None, ...]) -> None:
     words = tuple([word for word in known if word is not None])
     said = ", ".join(str(word) for word in known)
     raise ValueError(f"`{name}` must be one of {said}. Got {value!r}.{nearest(value, words)}")
+
+
+def unread(config: Any, names: tuple[str, ...], reader: str, value: Any) -> None:
+    """Fields that are read only where `reader` is `value`, which it is not: each at its default."""
+    for field in dataclasses.fields(config):
+        given = getattr(config, field.name)
+        if field.name in names and given != field.default:
+            raise ValueError(
+                f"`{field.name}` must be left out where `{reader}` is not {value!r}. "
+                f"Got {given!r} and {reader}={getattr(config, reader)!r}."
+            )
 
 
 def heads(given: int, kv: int | None) -> None:

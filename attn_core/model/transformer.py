@@ -58,7 +58,8 @@ class TransformerConfig(Config):
             in self-attention; None ("none" in a file).
         rotary_base, rotary_fraction, rotary_pairs: as in AttentionConfig.
         max_length: rows of the table of learned positions.
-        scale_embedding: multiply token embeddings by sqrt(width), as published.
+        scale_embedding: multiply token embeddings by sqrt(width), as published; left out where no
+            stack reads tokens.
         tie_embeddings: the head is the decoder's table of embeddings, transposed, without a bias.
         dropout: rate on the embeddings' sum and on each sublayer's output, in training.
         attention_dropout: rate on the attention weights; `dropout` where left out.
@@ -169,8 +170,15 @@ class TransformerConfig(Config):
                     f"`{name}` must be left out in a model of kind {self.kind!r}. "
                     f"Got {getattr(self, name)!r}."
                 )
+        if self.inputs is not None and not decodes and not self.scale_embedding:
+            raise ValueError(
+                "`scale_embedding` must be left out where `inputs` takes the place of tokens: "
+                f"there is no embedding. Got False and inputs={self.inputs}."
+            )
 
     def _check_places(self) -> None:
+        if self.positions != "rotary":
+            fields.unread(self, ROTARY, "positions", "rotary")
         if (self.positions == "learned") != (self.max_length is not None):
             raise ValueError(
                 '`max_length` must be given with positions="learned", whose table has so many '
@@ -226,13 +234,17 @@ class TransformerConfig(Config):
             found[f"{stack}_depth"] = self.blocks(stack)
         if "encoder" in self.stacks:
             found["source_vocabulary"] = self.tokens("encoder")
-        unread = ("depth", *(() if self.positions == "rotary" else ROTARY))
-        return {name: value for name, value in found.items() if name not in unread}
+        del found["depth"]  # what the stacks have, they say themselves
+        return found
 
     def attention(self, stack: str, cross: bool = False) -> AttentionConfig:
         """The config of a stack's self-attention, or of its attention to the encoder."""
         decodes = stack == "decoder"
         inside = self.positions if self.positions in ("rotary", "alibi") and not cross else None
+        read = [
+            *(ROTARY if inside == "rotary" else ()),
+            *(["norm_epsilon"] if self.qk_norm else ()),
+        ]
         window, mask = None if cross else self.window, None
         if window is not None and not decodes:
             fields.count("window", window, 0)
@@ -245,11 +257,7 @@ class TransformerConfig(Config):
             bias=self.bias,
             out_bias=self.bias,
             qk_norm=self.qk_norm,
-            norm_epsilon=self.norm_epsilon,
             positions=inside,
-            rotary_base=self.rotary_base,
-            rotary_fraction=self.rotary_fraction,
-            rotary_pairs=self.rotary_pairs,
             gate=self.gate,
             causal=decodes and not cross,
             window=window,
@@ -259,4 +267,5 @@ class TransformerConfig(Config):
             dtype=self.dtype,
             backend=self.backend,
             impl=self.impl,
+            **{name: getattr(self, name) for name in read},
         )

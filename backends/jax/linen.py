@@ -1,10 +1,12 @@
-"""The same layers as flax.linen modules: params in the plan's names, {"query": {"weight": ..}, ..}.
+"""The same layer and model as flax.linen modules, params under the words of the plan's names.
 
     layer = MultiHeadAttention(AttentionConfig(width=64, heads=4))
     variables = layer.init(jax.random.key(0), x)          or layer.load_weights("layer.safetensors")
     y = layer.apply(variables, x)
 
-The computation is the flax.nnx module's, around which these are made for the time of a call.
+    {"params": {"query": {"weight": .., "bias": ..}, "key": .., "value": .., "out": ..}}
+
+The computation is the flax.nnx module's, which is made for the time of a call.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx, traverse_util
 
-from attn_core.backends.jax import layers
+from attn_core.backends.jax import layers, models
 from attn_core.backends.jax.arrays import DTYPES, x64
 from attn_core.backends.jax.layer_parts import parameters, put
-from attn_core.model.cache import Cache, Memory
+from attn_core.model.cache import Cache, Memory, ModelCache
 from attn_core.model.config import AttentionConfig
 from attn_core.model.initial import initial
 from attn_core.model.parameters import Plan
+from attn_core.model.transformer import TransformerConfig
 from attn_core.model.weights import weights_for
 
 Array = Any
@@ -70,6 +73,19 @@ class Wrapped(linen.Module):
             found[top] = self.param(top, partial(_first, config, part, self.seed))
         return {".".join(path): x for path, x in traverse_util.flatten_dict(found).items()}
 
+    def _dropping(self, given: bool | None, *rates: float | None) -> bool:
+        """Whether the module of a call drops: it must be said where there is a rate."""
+        if not any(rates):
+            return False
+        return not linen.merge_param("deterministic", self.deterministic, given)
+
+    def _filled(self, blank: Any, training: bool = False) -> Any:
+        """A module of nnx that holds these params."""
+        for name, x in self.held.items():
+            put(blank.get_parameter(name), x)
+        (blank.train if training else blank.eval)()
+        return blank
+
 
 class MultiHeadAttention(Wrapped):
     """Multi-head attention over (B, T, width): backends/jax/layers.py in linen.
@@ -97,37 +113,91 @@ class MultiHeadAttention(Wrapped):
 
     def __call__(self, *inputs: Any, deterministic: bool | None = None, **options: Any) -> Any:
         """The nnx module's call, whose arguments these are."""
-        if self.settings.dropout:
-            deterministic = linen.merge_param("deterministic", self.deterministic, deterministic)
-        return self._layer(bool(deterministic))(*inputs, **options)
+        dropping = self._dropping(deterministic, self.settings.dropout)
+        return self._filled(self._blank(), dropping)(*inputs, **options)
 
     def make_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty Cache, as the nnx module's; it takes no params."""
-        return _blank(layers.MultiHeadAttention, self.settings, self.site).make_cache(
-            batch, length, dtype
-        )
+        return self._blank().make_cache(batch, length, dtype)
 
     def memory(self, key: Array, value: Array | None = None, lengths: Any = None) -> Memory:
         """A source projected once: `layer.apply(variables, source, method="memory")`."""
-        return self._layer(True).memory(key, value, lengths)
+        return self._filled(self._blank()).memory(key, value, lengths)
 
-    def _layer(self, deterministic: bool) -> layers.MultiHeadAttention:
-        layer = _blank(layers.MultiHeadAttention, self.settings, self.site)
-        for name, x in self.held.items():
-            put(layer.get_parameter(name), x)
-        layer.set_attributes(deterministic=deterministic)
-        return layer
+    def _blank(self) -> layers.MultiHeadAttention:
+        return _blank(layers.MultiHeadAttention, self.settings, site=self.site)
 
 
-def _blank(kind: type, config: Any, site: int) -> Any:
+class Transformer(Wrapped):
+    """The Transformer of a TransformerConfig: backends/jax/models.py in linen.
+
+        model = Transformer(TransformerConfig(kind="decoder", width=64, ...))
+        variables = model.init(jax.random.key(0), tokens)
+        logits = model.apply(variables, tokens, seed=step, deterministic=False)
+
+    The tree of params, of which each stack has its own (a block's `cross` in an encoder-decoder)::
+
+        encoder, decoder    embedding {weight}, or input {weight, bias}; positions {weight}; norm
+            "0", "1", ..    attention, cross {query, key, value, out}; feed {input, output};
+                            attention_norm, cross_norm, feed_norm {scale, bias}
+        head                {weight, bias}
+
+    `export_weights` gives it flat, under the dotted names of a weights file.
+
+    Attributes:
+        config: TransformerConfig, a path or a mapping.
+        seed, deterministic: as of MultiHeadAttention.
+    """
+
+    config: Any
+    seed: int | None = None
+    deterministic: bool | None = None
+
+    def setup(self) -> None:
+        self.held = self._held()
+
+    @property
+    def settings(self) -> TransformerConfig:
+        """The config, read."""
+        return TransformerConfig.of(self.config)
+
+    def __call__(self, *inputs: Any, deterministic: bool | None = None, **options: Any) -> Any:
+        """The nnx module's call, whose arguments these are."""
+        c = self.settings
+        dropping = self._dropping(deterministic, c.dropout, c.attention_dropout)
+        return self._filled(self._blank(), dropping)(*inputs, **options)
+
+    def make_cache(
+        self, batch: int, length: int, *, source: Array | None = None, **options: Any
+    ) -> ModelCache:
+        """An empty ModelCache, as the nnx module's, whose options these are.
+
+        It takes params where it reads a source: `model.apply(variables, 2, 9, source=x,
+        method="make_cache")`.
+        """
+        model = self._blank() if source is None else self._filled(self._blank())
+        return model.make_cache(batch, length, source=source, **options)
+
+    def generate(self, prompt: Array, steps: int, **options: Any) -> Array:
+        """The likeliest next token, as the nnx module's, whose options these are, in evaluation.
+
+        `model.apply(variables, prompt, 5, method="generate")`.
+        """
+        return self._filled(self._blank()).generate(prompt, steps, **options)
+
+    def _blank(self) -> models.Transformer:
+        return _blank(models.Transformer, self.settings)
+
+
+def _blank(kind: type, config: Any, **make: int) -> Any:
     """A module of nnx whose parameters have shapes and no values yet."""
-    definition, state = _abstract(kind, config, site)
+    definition, state = _abstract(kind, config, **make)
     return nnx.merge(definition, jax.tree.map(lambda x: x, state))  # a copy, of the trace at hand
 
 
 @lru_cache
-def _abstract(kind: type, config: Any, site: int) -> tuple[Any, Any]:
-    return nnx.split(nnx.eval_shape(partial(kind, config, site=site)))
+def _abstract(kind: type, config: Any, **make: int) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(partial(kind, config, **make)))
 
 
 def _first(config: Any, plan: Plan, seed: int | None, key: Array) -> dict[str, Any]:

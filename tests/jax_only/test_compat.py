@@ -6,10 +6,10 @@ import inspect
 from typing import Any
 
 import compat_cases as cases
-import compat_docs
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pages
 import pytest
 
 import attn_core
@@ -262,7 +262,7 @@ def test_errors_are_in_our_words(arguments, error, words):
 
 
 def test_the_page_as_written():
-    for code in compat_docs.blocks("jax"):
+    for code in pages.blocks("COMPAT.md", "jax"):
         held: dict[str, Any] = {}
         exec(code, held)
         assert held["out"].shape == (2, 5, 4, 8)

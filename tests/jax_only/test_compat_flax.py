@@ -6,10 +6,10 @@ import inspect
 from typing import Any
 
 import compat_cases as cases
-import compat_docs
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pages
 import pytest
 from flax import linen, nnx
 
@@ -277,7 +277,7 @@ def test_errors_are_in_our_words(arguments, error, words):
 
 
 def test_the_page_as_written():
-    for code in compat_docs.blocks("flax"):
+    for code in pages.blocks("COMPAT.md", "flax"):
         held: dict[str, Any] = {}
         exec(code, held)
         assert held["layer"].attention_fn is held["module"].attention_fn is ours

@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as flax_linen
 from flax import nnx
 from jax import export
-from layer_cases import CASES, B, Case, draw, inputs_of, judged, share, slope, weights_of
+from layer_cases import CASES, B, Case, draw, inputs_of, judged, share, slope, weights_of, without
 
 import attn_core
 from attn_core import AttentionConfig, masks
-from attn_core.backends.jax import MultiHeadAttention, from_numpy, linen
+from attn_core.backends.jax import MultiHeadAttention, from_numpy
 from attn_core.conformance.tolerance import CAP, EPS, JUDGE
 from attn_core.model.cache import Cache, LayerOutput
 from attn_core.model.initial import initial
@@ -146,12 +145,11 @@ def test_every_option_changes_the_output(name: str) -> None:
     with one_by_one():
         out = call(layer, case, inputs)
     weights = layer.export_weights()
-    default = AttentionConfig(width=12, heads=case.config["heads"])
     shapes = ("kv_heads", "head_width", "value_width", "key_input", "value_input", "out_width")
     for option in case.config:
         if option in ("width", "heads", "dropout", "bias", "out_bias", *shapes):
             continue
-        config = {**case.config, option: getattr(default, option)}
+        config = without(case, option)
         made = moded(MultiHeadAttention(**config, impl="reference"), case.training)
         made.load_weights({n: weights[n] for n in made.plan})
         other = case
@@ -663,69 +661,3 @@ def test_a_mask_of_a_call_crosses_jit() -> None:
         m = masks.segments(jnp.array(ids))
         assert np.allclose(step(X, mask=m), CAUSAL(X, mask=m), atol=1e-6)
     assert len(traces) == 1
-
-
-# --- linen. ---------------------------------------------------------------------------------------
-
-
-def test_linen_is_nnx() -> None:
-    case = CASES["everything"]
-    layer, inputs = layer_of(case), [jnp.asarray(x) for x in inputs_of(case)]
-    module = linen.MultiHeadAttention(AttentionConfig(**case.config))
-    variables = module.load_weights(layer.export_weights())
-    shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(layer)))
-    assert jax.tree.map(jnp.shape, variables) == {"params": shapes}
-    options = arrays(case.call)
-    found = module.apply(variables, *inputs, **options, deterministic=False)
-    assert np.array_equal(found, layer(*inputs, **options))
-    layer.eval()
-    found = module.clone(deterministic=True).apply(variables, *inputs, **options)
-    assert np.array_equal(found, layer(*inputs, **options))
-    with pytest.raises(ValueError, match="deterministic"):
-        module.apply(variables, *inputs, **options)
-    for name, x in module.export_weights(variables).items():
-        assert np.array_equal(x, layer.export_weights()[name])
-
-
-def test_linens_first_values() -> None:
-    module = linen.MultiHeadAttention({"width": 12, "heads": 4, "qk_norm": "rms"}, seed=2)
-    plan = parameters(module.settings)
-    for name, x in module.export_weights(jax.jit(module.init)(jax.random.key(0), X)).items():
-        assert np.array_equal(x, initial(plan, 2)[name])
-    drawn = module.clone(seed=None)
-    one, two = [drawn.export_weights(drawn.init(jax.random.key(k), X)) for k in (0, 1)]
-    reach = (6 / 24) ** 0.5
-    for name, (shape, kind) in plan.items():
-        assert one[name].shape == shape
-        if kind == "matrix":
-            assert not np.array_equal(one[name], two[name])
-            assert 0.8 * reach < abs(one[name]).max() <= reach
-        else:
-            assert (one[name] == (kind == "scale")).all()
-    assert not np.array_equal(one["key.weight"], one["value.weight"])
-
-
-def test_linen_within_a_model() -> None:
-    """Nested in another module, with a cache, under jit and grad."""
-
-    class Model(flax_linen.Module):
-        @flax_linen.compact
-        def __call__(self, x: Any, cache: Any = None) -> Any:
-            layer = linen.MultiHeadAttention(AttentionConfig(12, 4, causal=True), name="attend")
-            if cache is None:
-                return layer(x)
-            return layer(x, cache=cache)
-
-    variables = Model().init(jax.random.key(1), X)
-    assert set(variables["params"]["attend"]) == {"query", "key", "value", "out"}
-    whole = Model().apply(variables, X)
-    cache = linen.MultiHeadAttention(AttentionConfig(12, 4)).make_cache(B, 6)
-    found = jax.jit(Model().apply)(variables, X[:, :3], cache)
-    later = jax.jit(Model().apply)(variables, X[:, 3:], found.cache)
-    assert np.allclose(jnp.concatenate([found.out, later.out], 1), whole, atol=1e-6)
-    slopes = jax.grad(lambda v: (Model().apply(v, X) ** 2).sum())(variables)
-    assert abs(slopes["params"]["attend"]["key"]["weight"]).max() > 1e-3
-    module = linen.MultiHeadAttention(AttentionConfig(12, 4))
-    held = {"params": variables["params"]["attend"]}
-    memory = module.apply(held, X, method="memory")
-    assert np.allclose(module.apply(held, X, memory), module.apply(held, X, X), atol=1e-6)

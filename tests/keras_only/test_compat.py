@@ -9,9 +9,9 @@ import inspect
 from typing import Any
 
 import compat_cases as cases
-import compat_docs
 import keras
 import numpy as np
+import pages
 import pytest
 
 import attn_core
@@ -287,7 +287,7 @@ def test_masks_of_the_language_stay_with_attention():
 
 
 def test_the_page_as_written():
-    for code in compat_docs.blocks("keras"):
+    for code in pages.blocks("COMPAT.md", "keras"):
         held: dict[str, Any] = {}
         exec(code, held)
         assert held["model"].output.shape == (None, 5, 4, 8)

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 from keras_support import BACKEND, Traced, array, gradients, tensor, tensors, wide
-from layer_cases import CASES, B, Case, draw, inputs_of, judged, share, slope, weights_of
+from layer_cases import CASES, B, Case, draw, inputs_of, judged, share, slope, weights_of, without
 
 import attn_core
 from attn_core import AttentionConfig, masks
@@ -111,12 +111,11 @@ def test_every_option_changes_the_output(name: str) -> None:
     layer, inputs = layer_of(case), inputs_of(case)
     out = array(call(layer, case, inputs))
     weights = layer.export_weights()
-    default = AttentionConfig(width=12, heads=case.config["heads"])
     shapes = ("kv_heads", "head_width", "value_width", "key_input", "value_input", "out_width")
     for option in case.config:
         if option in ("width", "heads", "dropout", "bias", "out_bias", *shapes):
             continue
-        other = Case({**case.config, option: getattr(default, option)}, case.inputs, case.call)
+        other = Case(without(case, option), case.inputs, case.call)
         made = MultiHeadAttention(**other.config)
         made.load_weights({n: weights[n] for n in made.plan})
         if case.config.get("positions") == "rotary" and option == "positions":

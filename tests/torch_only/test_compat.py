@@ -6,8 +6,8 @@ import inspect
 from typing import Any
 
 import compat_cases as cases
-import compat_docs
 import numpy as np
+import pages
 import pytest
 import torch
 
@@ -298,7 +298,7 @@ def test_masks_of_multihead_attention(which, added, rank):
 
 
 def test_the_page_as_written():
-    for code in compat_docs.blocks("torch"):
+    for code in pages.blocks("COMPAT.md", "torch"):
         held: dict[str, Any] = {}
         exec(code, held)
         assert held.get("out", held.get("weights")) is not None

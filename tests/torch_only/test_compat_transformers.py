@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import compat_docs
 import numpy as np
+import pages
 import pytest
 import torch
 
@@ -326,7 +326,7 @@ def test_the_flag_chooses_the_implementation():
 
 
 def test_the_page_as_written():
-    for code in compat_docs.blocks("transformers"):
+    for code in pages.blocks("COMPAT.md", "transformers"):
         held: dict[str, Any] = {}
         exec(code, held)
         assert held["model"].config._attn_implementation == "attn_core"

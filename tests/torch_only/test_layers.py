@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from layer_cases import CASES, B, Case, draw, inputs_of, judged, share, slope, weights_of
+from layer_cases import CASES, B, Case, draw, inputs_of, judged, share, slope, weights_of, without
 from torch._dynamo.testing import CompileCounter
 
 import attn_core
@@ -101,18 +101,16 @@ def test_every_option_changes_the_output(name: str) -> None:
     layer, inputs = layer_of(case), inputs_of(case)
     out = call(layer, case, inputs)
     weights = layer.export_weights()
-    default = AttentionConfig(width=12, heads=case.config["heads"])
     shapes = ("kv_heads", "head_width", "value_width", "key_input", "value_input", "out_width")
     for option in case.config:
-        if option in ("width", "heads", "dropout", *shapes):
+        if option in ("width", "heads", "dropout", "bias", "out_bias", *shapes):
             continue
-        other = Case({**case.config, option: getattr(default, option)}, case.inputs, case.call)
-        if option in ("rotary_base", "norm_epsilon") or option not in ("bias", "out_bias"):
-            made = MultiHeadAttention(**other.config).train(case.training)
-            made.load_weights({n: weights[n] for n in made.plan})
-            if case.config.get("positions") == "rotary" and option == "positions":
-                other = Case(other.config, other.inputs, {**other.call, "positions": None})
-            assert (call(made, other, inputs) - out).abs().max() > 1e-3, option
+        other = Case(without(case, option), case.inputs, case.call)
+        made = MultiHeadAttention(**other.config).train(case.training)
+        made.load_weights({n: weights[n] for n in made.plan})
+        if case.config.get("positions") == "rotary" and option == "positions":
+            other = Case(other.config, other.inputs, {**other.call, "positions": None})
+        assert (call(made, other, inputs) - out).abs().max() > 1e-3, option
     for option in case.call:
         if option == "seed":
             left: dict[str, Any] = {"seed": 3}
