@@ -26,6 +26,7 @@ def small(monkeypatch):
     """Tiles of 16 by 16, and compiled anew."""
     monkeypatch.setattr(chunked_parts, "_ROWS", 16)
     monkeypatch.setattr(chunked_parts, "_KEYS", 16)
+    monkeypatch.setattr(chunked_parts, "_OPEN", 32)
     backend._HANDLERS["chunked"].clear_cache()
     yield
     backend._HANDLERS["chunked"].clear_cache()
@@ -488,7 +489,9 @@ def test_narrow_windows_have_finer_tiles(monkeypatch):
         assert tiles_for(narrow) == (128, 128)
     ids = jnp.arange(8192, dtype=jnp.int32) // 100
     by_head = attn_core.mask(lambda b, h, q, k: abs(q - k) < 100 * h)
-    wide = (None, masks.causal(), window(1024), window(4096), masks.segments(ids), by_head)
+    assert tiles_for(None) == (1024, 1024)
+    assert tiles_for(None, kv_lengths=5) == (512, 256)
+    wide = (masks.causal(), window(1024), window(4096), masks.segments(ids), by_head)
     for large in wide:
         assert tiles_for(large) == (512, 256)
     # An offset that is only known when it runs; so few rows that nothing is to be gained.
