@@ -91,9 +91,12 @@ ifneq ($(strip $(FRAMEWORKS)),)
 		$(foreach name,$(FRAMEWORKS),--subject $(name):reference)
 endif
 
-# One after the other: each starts processes of its own.
+# What stands in tests/ starts processes of its own: one after the other.
 test-slow: $(STAMP)
 	$(PYTEST) -n 0 -m slow tests
+ifneq ($(filter jax,$(FRAMEWORKS)),)
+	XLA_FLAGS="$$XLA_FLAGS $(PLAIN_CODE)" $(PYTEST) -m slow tests/jax_only
+endif
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

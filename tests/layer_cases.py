@@ -162,8 +162,8 @@ _OF = {
 }
 
 
-def without(case: Case, option: str) -> dict[str, Any]:
-    """The config with an option at its default, and those too that it alone reads."""
+def without(case: Any, option: str) -> dict[str, Any]:
+    """A case's config with an option at its default, and those too that it alone reads."""
     gone = (option, *_OF.get(option, ()))
     return {name: x for name, x in case.config.items() if name not in gone}
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import export
-from layer_cases import draw, weights_of
+from layer_cases import draw, weights_of, without
 from layer_judge import kept
 from model_cases import BOTH, CASES, DECODER, ENCODER, B, Case, inputs_of, share, slope
 
@@ -97,7 +97,7 @@ def test_every_option_changes_the_output(name: str) -> None:
     out = np.asarray(call(model, case, inputs))
     held = weights_of(model.plan)
     for option in set(case.config) - set(KINDS[case.config["kind"]]) - {"classes", "inputs"}:
-        config = {n: x for n, x in case.config.items() if n not in (option, "max_length")}
+        config = {n: x for n, x in without(case, option).items() if n != "max_length"}
         if option == "max_length":
             continue
         other = Transformer(config)

@@ -9,7 +9,7 @@ import model_judge
 import numpy as np
 import pytest
 import torch
-from layer_cases import draw, weights_of
+from layer_cases import draw, weights_of, without
 from layer_judge import kept
 from model_cases import BOTH, CASES, DECODER, ENCODER, B, Case, inputs_of, share, slope
 from torch._dynamo.testing import CompileCounter
@@ -76,7 +76,7 @@ def test_every_option_changes_the_output(name: str) -> None:
     out = call(model, case, inputs)
     plain = {"decoder": DECODER, "encoder": ENCODER, "encoder-decoder": BOTH}[case.config["kind"]]
     for option in set(case.config) - set(plain) - {"classes", "inputs", "max_length"}:
-        config = {n: x for n, x in case.config.items() if n != option}
+        config = without(case, option)
         if option == "positions":
             config.pop("max_length", None)
         other = Transformer(config).train(case.training)
