@@ -11,7 +11,19 @@ import pytest
 import torch
 from layer_cases import draw, weights_of
 from layer_judge import kept
-from model_cases import BOTH, CASES, DECODER, ENCODER, B, Case, inputs_of, share, slope
+from model_cases import (
+    BOTH,
+    CASES,
+    DECODER,
+    ENCODER,
+    TYPES,
+    B,
+    Case,
+    inputs_of,
+    share,
+    slope,
+    without,
+)
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -76,10 +88,8 @@ def test_every_option_changes_the_output(name: str) -> None:
     out = call(model, case, inputs)
     plain = {"decoder": DECODER, "encoder": ENCODER, "encoder-decoder": BOTH}[case.config["kind"]]
     for option in set(case.config) - set(plain) - {"classes", "inputs", "max_length"}:
-        config = {n: x for n, x in case.config.items() if n != option}
-        if option == "positions":
-            config.pop("max_length", None)
-        other = Transformer(config).train(case.training)
+        left = without(case, option)
+        other = Transformer(left.config).train(case.training)
         # Positions that act inside have no weights; what else lacks some is seen by the plan.
         held = weights_of(model.plan)
         if not set(other.plan) <= set(held) or any(
@@ -87,12 +97,12 @@ def test_every_option_changes_the_output(name: str) -> None:
         ):
             continue
         other.load_weights({n: held[n] for n in other.plan})
-        assert (call(other, case, inputs) - out).abs().max() > 1e-3, option
+        assert (call(other, left, inputs) - out).abs().max() > 1e-3, option
     for option in case.call:
-        left = {n: x for n, x in case.call.items() if n != option}
+        given = {n: x for n, x in case.call.items() if n != option}
         if option == "seed":
-            left["seed"] = 3
-        assert (call(model, Case(case.config, left), inputs) - out).abs().max() > 1e-3, option
+            given["seed"] = 3
+        assert (call(model, Case(case.config, given), inputs) - out).abs().max() > 1e-3, option
 
 
 def test_names_are_the_plans() -> None:
@@ -147,6 +157,16 @@ REFUSED = {
     "an empty prompt": (
         lambda: Transformer(DECODER).generate(TOKENS[:, :0], 2),
         "`prompt` must be int tokens",
+    ),
+    "types that no table holds": (
+        lambda: Transformer(ENCODER)(TOKENS, types=torch.as_tensor(TYPES)),
+        "`types` must be left out in a model without `token_types`",
+    ),
+    "types of other tokens": (
+        lambda: Transformer({**ENCODER, "token_types": 3})(
+            TOKENS, types=torch.as_tensor(TYPES)[:, 1:]
+        ),
+        r"`types` must be ints \(B, T\) = \(2, 5\), one for each token. Got int32 of \(2, 4\)",
     ),
     "no seed": (
         lambda: Transformer({**DECODER, "dropout": 0.1})(TOKENS),
