@@ -1,4 +1,4 @@
-"""An attention function to register with transformers. See docs/COMPAT.md."""
+"""Attention for transformers, to register with it; its weights in ours. See docs/COMPAT.md."""
 
 from attn_core.compat.opening import opening
 
@@ -8,6 +8,6 @@ with opening("transformers", "transformers", "'attn-core[torch,peers]'"):
         attention_mask,
         register,
     )
-    from attn_core.backends.torch.compat_weights import from_attention
+    from attn_core.backends.torch.compat_weights import from_attention, from_model
 
-__all__ = ["attention_forward", "attention_mask", "from_attention", "register"]
+__all__ = ["attention_forward", "attention_mask", "from_attention", "from_model", "register"]
