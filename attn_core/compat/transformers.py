@@ -3,11 +3,8 @@
 from attn_core.compat.opening import opening
 
 with opening("transformers", "transformers", "'attn-core[torch,peers]'"):
-    from attn_core.backends.torch.compat_transformers import (
-        attention_forward,
-        attention_mask,
-        register,
-    )
+    from attn_core.backends.torch.compat_transformers import attention_forward, register
+    from attn_core.backends.torch.compat_transformers_masks import attention_mask
     from attn_core.backends.torch.compat_weights import from_attention, from_model
 
 __all__ = ["attention_forward", "attention_mask", "from_attention", "from_model", "register"]
