@@ -84,6 +84,38 @@ CASES: dict[str, Case] = {
     "hidden dropout alone": Case(
         {**DECODER, "dropout": 0.3, "attention_dropout": 0.0}, {"seed": 5}, training=True
     ),
+    "as Gemma": Case(
+        {
+            **DECODER,
+            "kv_heads": 1,
+            "norm": "rms",
+            "norm_out": True,
+            "bias": False,
+            "positions": "rotary",
+            "activation": "gelu_tanh",
+            "gated_hidden": True,
+            "softcap": 2.0,
+            "scale": 0.6,
+            "window": 1,
+            "window_blocks": [0],
+            "logit_softcap": 1.5,
+            "tie_embeddings": True,
+        },
+        RAGGED,
+    ),
+    "as BERT": Case(
+        {
+            **ENCODER,
+            "norm_first": False,
+            "norm_embedding": True,
+            "token_types": 3,
+            "positions": "learned",
+            "max_length": 9,
+            "scale_embedding": False,
+            "classes": 3,
+        },
+        {"types": TYPES, **RAGGED},
+    ),
     "everything": Case(
         {
             **BOTH,
@@ -104,6 +136,8 @@ CASES: dict[str, Case] = {
 }
 
 
+GRADED = ["everything", "norms after", "gelu", "learned", "classes", "as Gemma", "as BERT"]
+"""Cases whose gradients are judged."""
 ALONG = {"positions": ("max_length",), "window": ("window_blocks",), "token_types": ("types",)}
 
 

@@ -13,7 +13,19 @@ from flax import nnx
 from jax import export
 from layer_cases import draw, weights_of
 from layer_judge import kept
-from model_cases import BOTH, CASES, DECODER, ENCODER, B, Case, inputs_of, share, slope, without
+from model_cases import (
+    BOTH,
+    CASES,
+    DECODER,
+    ENCODER,
+    GRADED,
+    B,
+    Case,
+    inputs_of,
+    share,
+    slope,
+    without,
+)
 
 import attn_core
 from attn_core import AdditiveConfig, masks
@@ -60,7 +72,7 @@ def test_forward(name: str) -> None:
     assert set(seen.weights) == set(model.config.stacks)
 
 
-@pytest.mark.parametrize("name", ["everything", "norms after", "gelu", "learned", "classes"])
+@pytest.mark.parametrize("name", GRADED)
 def test_gradients(name: str) -> None:
     """Of every weight, along one random direction each."""
     case = CASES[name]
@@ -87,7 +99,7 @@ def test_gradients(name: str) -> None:
 
 # What "everything" holds, other cases hold alone.
 KINDS = {"decoder": DECODER, "encoder": ENCODER, "encoder-decoder": BOTH}
-CHANGES = [name for name in CASES if name not in (*KINDS, "everything")]
+CHANGES = [name for name in CASES if name not in (*KINDS, "everything", "as Gemma", "as BERT")]
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -221,7 +233,10 @@ def test_a_token_beyond_the_table_is_loud() -> None:
 
 # --- Step by step. --------------------------------------------------------------------------------
 
-STEPPED = ["decoder", "encoder-decoder", "learned", "rotary", "alibi", "window", "everything"]
+STEPPED = [
+    *("decoder", "encoder-decoder", "learned", "rotary", "alibi", "window", "everything"),
+    "as Gemma",
+]
 
 
 @pytest.mark.parametrize("name", STEPPED)

@@ -12,7 +12,19 @@ import numpy as np
 import pytest
 from keras_support import BACKEND, Traced, array, gradients, tensor, tensors
 from layer_cases import draw, weights_of
-from model_cases import BOTH, CASES, DECODER, ENCODER, B, Case, inputs_of, share, slope, without
+from model_cases import (
+    BOTH,
+    CASES,
+    DECODER,
+    ENCODER,
+    GRADED,
+    B,
+    Case,
+    inputs_of,
+    share,
+    slope,
+    without,
+)
 
 import attn_core
 from attn_core import masks
@@ -59,7 +71,7 @@ def test_weights_of_every_block() -> None:
 
 
 @pytest.mark.skipif(BACKEND == "jax", reason="Keras' cos and sin are of float32 there")
-@pytest.mark.parametrize("name", ["everything", "norms after", "gelu", "learned", "classes"])
+@pytest.mark.parametrize("name", GRADED)
 def test_gradients(name: str) -> None:
     """Of every weight, along one random direction each."""
     case = CASES[name]
@@ -201,7 +213,7 @@ def test_refused(name: str) -> None:
 
 # --- Step by step. --------------------------------------------------------------------------------
 
-STEPPED = ["decoder", "encoder-decoder", "learned", "rotary", "alibi", "everything"]
+STEPPED = ["decoder", "encoder-decoder", "learned", "rotary", "alibi", "everything", "as Gemma"]
 STEPPED = STEPPED if BACKEND == "tensorflow" else ["everything"]
 
 

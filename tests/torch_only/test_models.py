@@ -16,6 +16,7 @@ from model_cases import (
     CASES,
     DECODER,
     ENCODER,
+    GRADED,
     TYPES,
     B,
     Case,
@@ -58,7 +59,7 @@ def test_forward(name: str) -> None:
     assert list(seen.weights) == list(model.config.stacks)
 
 
-@pytest.mark.parametrize("name", ["everything", "norms after", "gelu", "learned", "classes"])
+@pytest.mark.parametrize("name", GRADED)
 def test_gradients(name: str) -> None:
     """Of every weight, along one random direction each."""
     case = CASES[name]
@@ -212,7 +213,10 @@ def test_refused(name: str) -> None:
 
 # --- Step by step. --------------------------------------------------------------------------------
 
-STEPPED = ["decoder", "encoder-decoder", "learned", "rotary", "alibi", "window", "everything"]
+STEPPED = [
+    *("decoder", "encoder-decoder", "learned", "rotary", "alibi", "window", "everything"),
+    "as Gemma",
+]
 
 
 @pytest.mark.parametrize("name", STEPPED)
@@ -294,7 +298,7 @@ def test_generate_compiles_once_for_the_prompt_and_once_for_all_steps() -> None:
 # --- Forms. ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["everything", "dropout", "classes", "learned"])
+@pytest.mark.parametrize("name", ["everything", "dropout", "as Gemma", "as BERT", "learned"])
 def test_compiled(name: str) -> None:
     torch._dynamo.reset()
     case = CASES[name]
