@@ -17,5 +17,7 @@ torch calls them, as `impl="triton"` (`attn_core.backends.torch.triton`); no oth
 if __name__ == "kernels":
     raise ImportError(
         "`kernels` must be imported as attn_core.kernels. Got a bare import of `kernels`; "
-        "install the package (pip install -e .) instead of putting its source folder on sys.path."
+        "install the package (pip install -e .) instead of putting its source folder on sys.path. "
+        "transformers asks for another package of that name, and finds this one where the source "
+        "folder is on sys.path, as it is for `python -c` and `python -m` run there: run elsewhere."
     )

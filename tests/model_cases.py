@@ -14,6 +14,7 @@ from attn_core.model.seeds import sites
 
 B, T, S = 2, 5, 7
 SMALL = {"width": 8, "depth": 2, "heads": 2, "hidden": 12}
+TYPES = np.array([[0, 0, 1, 2, 1], [2, 1, 1, 0, 0]], np.int32)
 LENGTHS, SOURCE_LENGTHS = np.array([5, 3], np.int32), np.array([4, 7], np.int32)
 
 
@@ -62,6 +63,16 @@ CASES: dict[str, Case] = {
     "gelu": Case({**DECODER, "activation": "gelu"}),
     "gelu_tanh": Case({**DECODER, "activation": "gelu_tanh"}),
     "window": Case({**BOTH, "window": 1}),
+    "window in one block": Case({**BOTH, "window": 1, "window_blocks": [1]}),
+    "scale": Case({**BOTH, "scale": 0.9}),
+    "norms before and after": Case({**BOTH, "norm_out": True}),
+    "norms after, within and without": Case({**BOTH, "norm_first": False, "norm_out": True}),
+    "normed embedding": Case({**BOTH, "norm_embedding": True}),
+    "capped logits": Case({**DECODER, "logit_softcap": 0.5}),
+    "capped logits of a table": Case({**DECODER, "logit_softcap": 0.5, "tie_embeddings": True}),
+    "capped classes": Case({**ENCODER, "classes": 3, "logit_softcap": 0.5}),
+    "types of tokens": Case({**ENCODER, "token_types": 3}, {"types": TYPES}),
+    "types left out": Case({**ENCODER, "token_types": 3}),
     "attention's options": Case(
         {**BOTH, "kv_heads": 1, "head_width": 6, "qk_norm": "rms", "gate": True, "softcap": 2.0}
     ),
@@ -72,6 +83,38 @@ CASES: dict[str, Case] = {
     ),
     "hidden dropout alone": Case(
         {**DECODER, "dropout": 0.3, "attention_dropout": 0.0}, {"seed": 5}, training=True
+    ),
+    "as Gemma": Case(
+        {
+            **DECODER,
+            "kv_heads": 1,
+            "norm": "rms",
+            "norm_out": True,
+            "bias": False,
+            "positions": "rotary",
+            "activation": "gelu_tanh",
+            "gated_hidden": True,
+            "softcap": 2.0,
+            "scale": 0.6,
+            "window": 1,
+            "window_blocks": [0],
+            "logit_softcap": 1.5,
+            "tie_embeddings": True,
+        },
+        RAGGED,
+    ),
+    "as BERT": Case(
+        {
+            **ENCODER,
+            "norm_first": False,
+            "norm_embedding": True,
+            "token_types": 3,
+            "positions": "learned",
+            "max_length": 9,
+            "scale_embedding": False,
+            "classes": 3,
+        },
+        {"types": TYPES, **RAGGED},
     ),
     "everything": Case(
         {
@@ -91,6 +134,20 @@ CASES: dict[str, Case] = {
         training=True,
     ),
 }
+
+
+GRADED = ["everything", "norms after", "gelu", "learned", "classes", "as Gemma", "as BERT"]
+"""Cases whose gradients are judged."""
+ALONG = {"positions": ("max_length",), "window": ("window_blocks",), "token_types": ("types",)}
+
+
+def without(case: Case, option: str) -> Case:
+    """The case with an option left out, and what goes with it."""
+    gone = (option, *ALONG.get(option, ()))
+    config, call = [
+        {n: x for n, x in held.items() if n not in gone} for held in (case.config, case.call)
+    ]
+    return Case(config, call, case.training)
 
 
 def inputs_of(case: Case) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 Array = Any
 ATTENTION = (
     *("heads", "kv_heads", "head_width", "qk_norm", "norm_epsilon", "gate", "softcap"),
-    *("rotary_base", "rotary_fraction", "rotary_pairs"),
+    *("rotary_base", "rotary_fraction", "rotary_pairs", "scale"),
 )
 
 
@@ -78,6 +78,9 @@ class Judge:
         options = {n: self.options[n] for n in ATTENTION if n in self.options}
         more: dict[str, Any] = {}
         positions, window = self.get("positions"), self.get("window")
+        blocks, number = self.get("window_blocks"), int(name.split(".")[1])
+        if blocks is not None and number not in blocks:
+            window = None
         if source is None:
             if positions in ("rotary", "alibi"):
                 options["positions"] = positions
@@ -115,8 +118,18 @@ class Judge:
             y = active(y)
         return layer_judge.linear(w, "output", y.astype(self.dtype))
 
+    def capped(self, logits: Array) -> Array:
+        cap = self.get("logit_softcap")
+        return logits if cap is None else self.dtype(cap) * np.tanh(logits / self.dtype(cap))
+
     def stack(
-        self, stack: str, given: Array, lengths: Any, source: Any, source_lengths: Any
+        self,
+        stack: str,
+        given: Array,
+        lengths: Any,
+        source: Any,
+        source_lengths: Any,
+        types: Any = None,
     ) -> Array:
         w, width = self.within(stack), self.get("width")
         first = self.options.get("norm_first", True)
@@ -126,12 +139,16 @@ class Judge:
                 x = x * self.dtype(math.sqrt(width))
         else:
             x = layer_judge.linear(w, "input", np.asarray(given, self.dtype))
+        if self.get("token_types"):
+            x = x + w["types.weight"][np.zeros_like(given) if types is None else types]
         rows = np.arange(x.shape[1])
         positions = self.options.get("positions", "sinusoidal")
         if positions == "learned":
             x = x + w["positions.weight"][rows]
         elif positions == "sinusoidal":
             x = x + sinusoidal(rows, width).astype(self.dtype)
+        if self.get("norm_embedding"):
+            x = self.norm(f"{stack}.embedding_norm", x)
         x = self.drop(f"{stack}.embedding", x)
         crosses = source is not None
         depth = self.get(f"{stack}_depth", self.get("depth"))
@@ -146,6 +163,8 @@ class Judge:
                     y = self.attend(f"{name}.cross", stack, y, source, lengths, source_lengths)
                 else:
                     y = self.attend(f"{name}.attention", stack, y, None, lengths, lengths)
+                if self.get("norm_out"):
+                    y = self.norm(f"{name}.{part}_out_norm", y)
                 x = x + self.drop(f"{name}.{part}", y)
                 x = x if first else self.norm(f"{name}.{part}_norm", x)
         return self.norm(f"{stack}.norm", x) if f"{stack}.norm.scale" in self.weights else x
@@ -159,6 +178,7 @@ def model(
     *,
     lengths: Any = None,
     source_lengths: Any = None,
+    types: Array | None = None,
     sites: Any = None,
     seed: Any = None,
     dtype: Any = np.float64,
@@ -166,19 +186,20 @@ def model(
     """Logits or vectors, and the largest |logit| of any attention (1 at least)."""
     judge = Judge(options, weights, dtype, sites, seed)
     if options["kind"] == "encoder":
-        x = judge.stack("encoder", given, lengths, None, None)
+        x = judge.stack("encoder", given, lengths, None, None, types)
         if "head.weight" not in weights:
             return x, judge.logit
         ends = np.broadcast_to(x.shape[1] if lengths is None else lengths, x.shape[:1])
         x = np.stack([x[b, :n].sum(0) / max(n, 1) for b, n in enumerate(ends)])
-        return layer_judge.linear(judge.weights, "head", x.astype(dtype)), judge.logit
+        logits = layer_judge.linear(judge.weights, "head", x.astype(dtype))
+        return judge.capped(logits), judge.logit
     encoded = None
     if source is not None:
         encoded = judge.stack("encoder", source, source_lengths, None, None)
     x = judge.stack("decoder", given, lengths, encoded, source_lengths)
     if options.get("tie_embeddings"):
-        return x @ judge.weights["decoder.embedding.weight"].T, judge.logit
-    return layer_judge.linear(judge.weights, "head", x), judge.logit
+        return judge.capped(x @ judge.weights["decoder.embedding.weight"].T), judge.logit
+    return judge.capped(layer_judge.linear(judge.weights, "head", x)), judge.logit
 
 
 def additive(

@@ -289,8 +289,8 @@ def backend_objection(module, name, root, lazily):
         layers = module.rpartition(".")[2] in LAYERS
         at_top = root == "flax" and not lazily and not layers
         return "flax is imported inside functions, or in layers" if at_top else None
-    if root == "transformers" and module.endswith(".torch.compat_transformers"):
-        return None  # its own file, which only its own door opens
+    if root == "transformers" and ".torch.compat_transformers" in module:
+        return None  # its own files, which only its own door opens
     return f"a backend imports attn_core and its own framework, {sorted(ROOMS[own]) if own else []}"
 
 
@@ -436,6 +436,7 @@ def test_import_direction_catches(module, source):
         ("attn_core.backends.jax.compat", "from attn_core.compat.conventions import f"),
         ("attn_core.backends.keras.compat", "import keras"),
         ("attn_core.backends.torch.compat_transformers", "import transformers"),
+        ("attn_core.backends.torch.compat_transformers_masks", "import transformers"),
         ("attn_core.compat", "def f():\n    import attn_core.compat.torch as door"),
         ("attn_core.compat.flax", "from attn_core.backends.jax.compat_flax import f"),
         ("attn_core.kernels.forward", "import triton.language as tl"),

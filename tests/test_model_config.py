@@ -276,6 +276,33 @@ WRONG_MODELS = {
     "attention_dropout": ({"attention_dropout": -0.1}, ValueError, "`attention_dropout` must be"),
     "window": ({"window": 2.5}, TypeError, "`window` must be an int"),
     "softcap": ({"softcap": -1}, ValueError, "`softcap` must be above 0"),
+    "scale": ({"scale": float("nan")}, ValueError, "`scale` must be finite"),
+    "norm_out": ({"norm_out": 1}, TypeError, "`norm_out` must be true or false"),
+    "norm_embedding": ({"norm_embedding": "yes"}, TypeError, "`norm_embedding` must be true or"),
+    "logit_softcap": ({"logit_softcap": 0}, ValueError, "`logit_softcap` must be above 0"),
+    "cap without logits": (
+        {"kind": "encoder", "logit_softcap": 2.0},
+        ValueError,
+        "`logit_softcap` must be left out in an encoder without `classes`",
+    ),
+    "types of a decoder": ({"token_types": 2}, ValueError, "`token_types` must be left out in a"),
+    "types of vectors": (
+        {"kind": "encoder", "inputs": 3, "vocabulary": None, "token_types": 2},
+        ValueError,
+        "`token_types` must be left out where an encoder reads vectors",
+    ),
+    "blocks without a window": ({"window_blocks": [0]}, ValueError, "left out without a `window`"),
+    "blocks that are no list": (
+        {"window": 2, "window_blocks": 1},
+        TypeError,
+        "`window_blocks` must be a list of ints. Got 1",
+    ),
+    "blocks that are not there": (
+        {"window": 2, "window_blocks": [0, 2]},
+        ValueError,
+        "`window_blocks` must be ascending numbers, each below 2. Got [0, 2]",
+    ),
+    "blocks named twice": ({"window": 2, "window_blocks": [1, 1]}, ValueError, "be ascending"),
     "rotary": ({"positions": "rotary", "head_width": 3}, ValueError, "turn in pairs"),
 }
 
@@ -331,6 +358,23 @@ def test_what_a_models_attention_is():
     assert (sizes.blocks("encoder"), sizes.blocks("decoder")) == (3, 2)
     assert (sizes.tokens("encoder"), sizes.tokens("decoder")) == (5, 11)
     assert (sizes.hidden_width, config.hidden_width) == (7, 96)
+
+
+def test_a_window_of_some_blocks():
+    config = TransformerConfig(**MODEL, window=2, window_blocks=[1], scale=0.5)
+    assert config.window_blocks == (1,)
+    assert [config.attention("decoder", number=n).window for n in (0, 1)] == [None, 2]
+    assert [config.attention("encoder", number=n).mask is None for n in (0, 1)] == [True, False]
+    assert config.attention("decoder", cross=True, number=1).window is None
+    assert config.attention("decoder", cross=True).scale == 0.5
+    assert config.to_mapping()["window_blocks"] == [1]  # as TOML, YAML and JSON have lists
+    assert TransformerConfig.load(config.to_mapping()) == config
+    assert hash(config) == hash(TransformerConfig.load(config.to_mapping()))
+    every = TransformerConfig(**MODEL, window=2, window_blocks=[0, 1])
+    assert not every.differences(TransformerConfig(**MODEL, window=2), ())
+    assert every.differences(TransformerConfig(**MODEL, window=2, window_blocks=[1]), ()) == [
+        "window_blocks: [0, 1], [1]"
+    ]
 
 
 # --- build -----------------------------------------------------------------------------------

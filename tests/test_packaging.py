@@ -122,6 +122,7 @@ def test_bare_imports_raise(name):
     )
     assert run.returncode != 0
     assert f"`{name}` must be imported as attn_core.{name}. Got a bare import" in run.stderr
+    assert ("transformers asks for another package" in run.stderr) == (name == "kernels")
 
 
 def test_every_constraint_is_a_dependency_and_exact():

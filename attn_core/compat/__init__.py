@@ -11,7 +11,8 @@ its polarity, alignment, layout and dtypes, and computes it by `attn_core.attent
 honoured is refused. `docs/COMPAT.md` says what each keeps and where it differs.
 
 For calls to `attn_core.attention` itself, the functions of `conventions.py` translate other
-libraries' masks and windows, each named after the library that it comes from.
+libraries' masks and windows, each named after the library that it comes from; `from_transformers`
+of `models.py` translates whole models.
 
 Importing this package imports no framework; each of the five doors imports its own.
 """
@@ -29,6 +30,7 @@ from attn_core.compat.conventions import (
     from_torch_mha_mask,
     from_transformer_engine_mask,
 )
+from attn_core.compat.models import from_transformers
 
 __all__ = [
     "from_flash_window",
@@ -38,6 +40,7 @@ __all__ = [
     "from_keras_mask",
     "from_torch_mha_mask",
     "from_transformer_engine_mask",
+    "from_transformers",
 ]
 
 DOORS = ("torch", "jax", "keras", "flax", "transformers")

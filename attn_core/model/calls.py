@@ -151,6 +151,19 @@ def check_length(config: TransformerConfig, name: str, length: Any) -> None:
         )
 
 
+def check_types(config: TransformerConfig, shape: Shape, dtype: str, given: Shape) -> None:
+    """The types of the tokens that an encoder reads, int like those."""
+    if config.token_types is None:
+        raise ValueError(
+            f"`types` must be left out in a model without `token_types`. Got shape {show(shape)}."
+        )
+    if len(shape) != 2 or not fits(shape, given) or "int" not in dtype:
+        raise ValueError(
+            f"`types` must be ints (B, T) = {show(given)}, one for each token. "
+            f"Got {dtype} of {show(shape)}."
+        )
+
+
 def check_source(
     config: TransformerConfig, source: bool, kept: bool | None, lengths: Any = None
 ) -> None:

@@ -123,6 +123,7 @@ class Config:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if value is not None or field.name in self.WORDS:
+                value = list(value) if isinstance(value, tuple) else value
                 found[field.name] = "none" if value is None else value
         return found
 

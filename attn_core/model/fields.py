@@ -19,6 +19,18 @@ def count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"`{name}` must be at least {least}. Got {value}.")
 
 
+def numbers(name: str, value: Any, below: int) -> None:
+    """A list of ascending ints, each at least 0 and below `below`."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"`{name}` must be a list of ints. Got {value!r}.")
+    for one in value:
+        count(name, one, 0)
+    if list(value) != sorted(set(value)) or any(one >= below for one in value):
+        raise ValueError(
+            f"`{name}` must be ascending numbers, each below {below}. Got {list(value)}."
+        )
+
+
 def number(name: str, value: Any, above: float, below: float = math.inf) -> None:
     """A finite number, above < value < below."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):

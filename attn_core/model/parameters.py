@@ -11,9 +11,11 @@ are numbered from 0.
 
     of a model, under `encoder.` and `decoder.`
     embedding.weight (tokens, width), or input.weight (inputs, width) and input.bias
-    positions.weight (max_length, width)
+    types.weight (token_types, width)         positions.weight (max_length, width)
+    embedding_norm.scale, .bias
     3.attention.query.weight ..  3.attention_norm.scale, .bias      3.cross. ..  3.cross_norm. ..
     3.feed.input.weight (width, hidden) ..  3.feed.gate. ..  3.feed.output. ..  3.feed_norm. ..
+    3.attention_out_norm. ..  3.cross_out_norm. ..  3.feed_out_norm. ..
     norm.scale, norm.bias
     and at the top head.weight (width, vocabulary or classes), head.bias
 
@@ -103,8 +105,12 @@ def _stack(config: TransformerConfig, stack: str) -> Plan:
         plan = _linear("input", config.inputs or 0, config.width, config.bias)
     else:
         plan = {"embedding.weight": Parameter((tokens, config.width), "table")}
+    if config.token_types is not None:
+        plan["types.weight"] = Parameter((config.token_types, config.width), "table")
     if config.positions == "learned":
         plan["positions.weight"] = Parameter((config.max_length or 0, config.width), "table")
+    if config.norm_embedding:
+        plan |= _norm("embedding_norm", config)
     for i in range(config.blocks(stack)):
         for name, parameter in _block(config, stack).items():
             plan[f"{i}.{name}"] = parameter
@@ -117,12 +123,17 @@ def _block(config: TransformerConfig, stack: str) -> Plan:
         if not cross or config.crosses(stack):
             inner = _attention(config.attention(stack, cross))
             plan |= {f"{name}.{key}": parameter for key, parameter in inner.items()}
-            plan |= _norm(f"{name}_norm", config)
+            plan |= _norms(name, config)
     plan |= _linear("feed.input", config.width, config.hidden_width, config.bias)
     if config.gated_hidden:
         plan |= _linear("feed.gate", config.width, config.hidden_width, config.bias)
     plan |= _linear("feed.output", config.hidden_width, config.width, config.bias)
-    return plan | _norm("feed_norm", config)
+    return plan | _norms("feed", config)
+
+
+def _norms(sublayer: str, config: TransformerConfig) -> Plan:
+    after = _norm(f"{sublayer}_out_norm", config) if config.norm_out else {}
+    return _norm(f"{sublayer}_norm", config) | after
 
 
 def _linear(name: str, inner: int, outer: int, bias: bool) -> Plan:

@@ -6,6 +6,7 @@ feed-forward; each is a sublayer f around which x flows on::
 
     x = x + drop(f(norm(x)))              norm_first=True
     x = norm(x + drop(f(x)))              norm_first=False, as published
+    f(x) is norm(f(x))                    norm_out=True, with either
 
     feed-forward: activation(x W1 + b1) W2 + b2
     gated_hidden: (activation(x Wg + bg) * (x W1 + b1)) W2 + b2          arXiv 2002.05202
@@ -14,7 +15,8 @@ feed-forward; each is a sublayer f around which x flows on::
     decoder           x = stack(tokens), causal                -> logits over `vocabulary`
     encoder-decoder   both, the decoder sees the encoder       -> logits over `vocabulary`
 
-Source: Vaswani et al., arXiv 1706.03762; norms before the sublayers, Xiong et al., 2002.04745.
+Source: Vaswani et al., arXiv 1706.03762; norms before the sublayers, Xiong et al., 2002.04745; on
+both sides of them, and capped logits, Gemma 2, 2408.00118; types of tokens, BERT, 1810.04805.
 """
 
 from __future__ import annotations
@@ -51,6 +53,8 @@ class TransformerConfig(Config):
         encoder_depth, decoder_depth: blocks of one stack; `depth` where left out.
         norm: "layer" or "rms" (no mean, no bias).
         norm_first: norms stand before the sublayers, else after the sums.
+        norm_out: a norm also on what each sublayer gives, before it is added.
+        norm_embedding: a norm on the embeddings' sum, before dropout.
         norm_epsilon: of every norm.
         final_norm: a norm ends each stack; as norm_first where left out.
         bias: of projections, feed-forward, norms and head.
@@ -58,13 +62,17 @@ class TransformerConfig(Config):
             in self-attention; None ("none" in a file).
         rotary_base, rotary_fraction, rotary_pairs: as in AttentionConfig.
         max_length: rows of the table of learned positions.
+        token_types: in an encoder of tokens, how many types of them there are (BERT's segments),
+            each with a row that is added to the embedding; a call says which, 0 where it does not.
         scale_embedding: multiply token embeddings by sqrt(width), as published; left out where no
             stack reads tokens.
         tie_embeddings: the head is the decoder's table of embeddings, transposed, without a bias.
         dropout: rate on the embeddings' sum and on each sublayer's output, in training.
         attention_dropout: rate on the attention weights; `dropout` where left out.
-        qk_norm, gate, softcap: as in AttentionConfig, of every attention.
+        qk_norm, gate, softcap, scale: as in AttentionConfig, of every attention.
         window: neighbours before a position that self-attention sees; in an encoder as many after.
+        window_blocks: numbers of the blocks to which the window belongs; all where left out.
+        logit_softcap: c * tanh(logits / c), of the head.
         dtype, backend, impl: as in AttentionConfig.
 
     Raises:
@@ -91,6 +99,8 @@ class TransformerConfig(Config):
     decoder_depth: int | None = None
     norm: str = "layer"
     norm_first: bool = True
+    norm_out: bool = False
+    norm_embedding: bool = False
     norm_epsilon: float = 1e-6
     final_norm: bool | None = None
     bias: bool = True
@@ -99,6 +109,7 @@ class TransformerConfig(Config):
     rotary_fraction: float = 1.0
     rotary_pairs: str = "half"
     max_length: int | None = None
+    token_types: int | None = None
     scale_embedding: bool = True
     tie_embeddings: bool = False
     dropout: float = 0.0
@@ -106,7 +117,10 @@ class TransformerConfig(Config):
     qk_norm: str | None = None
     gate: bool = False
     softcap: float | None = None
+    scale: float | None = None
     window: int | None = None
+    window_blocks: tuple[int, ...] | None = None
+    logit_softcap: float | None = None
     dtype: str = "float32"
     backend: str | None = None
     impl: str = "auto"
@@ -119,10 +133,12 @@ class TransformerConfig(Config):
         for name in ("vocabulary", "source_vocabulary", "inputs", "classes", "hidden"):
             if getattr(self, name) is not None:
                 fields.count(name, getattr(self, name))
-        for name in ("encoder_depth", "decoder_depth", "max_length"):
+        for name in ("encoder_depth", "decoder_depth", "max_length", "token_types"):
             if getattr(self, name) is not None:
                 fields.count(name, getattr(self, name))
-        for name in ("gated_hidden", "norm_first", "bias", "scale_embedding", "tie_embeddings"):
+        for name in ("gated_hidden", "norm_first", "norm_out", "norm_embedding"):
+            fields.flag(name, getattr(self, name))
+        for name in ("bias", "scale_embedding", "tie_embeddings"):
             fields.flag(name, getattr(self, name))
         if self.final_norm is not None:
             fields.flag("final_norm", self.final_norm)
@@ -134,12 +150,15 @@ class TransformerConfig(Config):
         fields.rate("dropout", self.dropout)
         if self.attention_dropout is not None:
             fields.rate("attention_dropout", self.attention_dropout)
+        if self.logit_softcap is not None:
+            fields.number("logit_softcap", self.logit_softcap, 0.0)
         fields.choice("dtype", self.dtype, DTYPES)
         if self.backend is not None:
             fields.choice("backend", self.backend, ROOMS)
         check_impl(self.impl)
         self._check_reading()
         self._check_places()
+        self._check_window()
         for stack in self.stacks:
             self.attention(stack)  # AttentionConfig checks the rest
 
@@ -161,6 +180,7 @@ class TransformerConfig(Config):
             and self.source_vocabulary is not None,
             "classes": decodes and self.classes is not None,
             "tie_embeddings": not decodes and self.tie_embeddings,
+            "token_types": decodes and self.token_types is not None,
             "encoder_depth": not encodes and self.encoder_depth is not None,
             "decoder_depth": not decodes and self.decoder_depth is not None,
         }
@@ -189,6 +209,31 @@ class TransformerConfig(Config):
                 '`width` must be even with positions="sinusoidal", whose channels come in pairs '
                 f"of sine and cosine. Got {self.width}."
             )
+
+        if self.token_types is not None and self.inputs is not None:
+            raise ValueError(
+                "`token_types` must be left out where an encoder reads vectors. "
+                f"Got {self.token_types}."
+            )
+        if self.logit_softcap is not None and self.kind == "encoder" and self.classes is None:
+            raise ValueError(
+                "`logit_softcap` must be left out in an encoder without `classes`, which gives no "
+                f"logits. Got {self.logit_softcap}."
+            )
+
+    def _check_window(self) -> None:
+        if self.window is not None:
+            fields.count("window", self.window, 0)
+        if self.window_blocks is None:
+            return
+        if self.window is None:
+            raise ValueError(
+                "`window_blocks` must be left out without a `window`. "
+                f"Got {list(self.window_blocks)}."
+            )
+        deepest = max(self.blocks(stack) for stack in self.stacks)
+        fields.numbers("window_blocks", self.window_blocks, deepest)
+        self.set("window_blocks", tuple(self.window_blocks))
 
     @property
     def stacks(self) -> tuple[str, ...]:
@@ -220,6 +265,10 @@ class TransformerConfig(Config):
         """Whether a norm ends each stack."""
         return self.norm_first if self.final_norm is None else self.final_norm
 
+    def windowed(self, number: int) -> bool:
+        """Whether the window belongs to the block of that number."""
+        return self.window_blocks is None or number in self.window_blocks
+
     def meaning(self) -> dict[str, Any]:
         """`to_mapping` with what was left open filled in, without what nothing reads."""
         sizes = self.attention(self.stacks[0]).sizes
@@ -229,7 +278,11 @@ class TransformerConfig(Config):
             "head_width": sizes.head,
             "hidden": self.hidden_width,
             "final_norm": self.ends_in_norm,
+            "scale": sizes.head**-0.5 if self.scale is None else self.scale,
         }
+        if self.window is not None:
+            deepest = max(self.blocks(stack) for stack in self.stacks)
+            found["window_blocks"] = [n for n in range(deepest) if self.windowed(n)]
         for stack in self.stacks:
             found[f"{stack}_depth"] = self.blocks(stack)
         if "encoder" in self.stacks:
@@ -237,17 +290,16 @@ class TransformerConfig(Config):
         del found["depth"]  # what the stacks have, they say themselves
         return found
 
-    def attention(self, stack: str, cross: bool = False) -> AttentionConfig:
-        """The config of a stack's self-attention, or of its attention to the encoder."""
+    def attention(self, stack: str, cross: bool = False, number: int = 0) -> AttentionConfig:
+        """The config of self-attention in a stack's block, or of its attention to the encoder."""
         decodes = stack == "decoder"
         inside = self.positions if self.positions in ("rotary", "alibi") and not cross else None
         read = [
             *(ROTARY if inside == "rotary" else ()),
             *(["norm_epsilon"] if self.qk_norm else ()),
         ]
-        window, mask = None if cross else self.window, None
+        window, mask = None if cross or not self.windowed(number) else self.window, None
         if window is not None and not decodes:
-            fields.count("window", window, 0)
             window, mask = None, f"(q - k <= {window}) & (k - q <= {window})"
         return AttentionConfig(
             width=self.width,
@@ -263,6 +315,7 @@ class TransformerConfig(Config):
             window=window,
             softcap=self.softcap,
             mask=mask,
+            scale=self.scale,
             dropout=self.dropout if self.attention_dropout is None else self.attention_dropout,
             dtype=self.dtype,
             backend=self.backend,

@@ -137,9 +137,10 @@ class Transformer(Wrapped):
 
     The tree of params, of which each stack has its own (a block's `cross` in an encoder-decoder)::
 
-        encoder, decoder    embedding {weight}, or input {weight, bias}; positions {weight}; norm
+        encoder, decoder    embedding {weight}, or input {weight, bias}; types, positions {weight};
+                            embedding_norm, norm {scale, bias}
             "0", "1", ..    attention, cross {query, key, value, out}; feed {input, output};
-                            attention_norm, cross_norm, feed_norm {scale, bias}
+                            attention_norm, cross_norm, feed_norm {scale, bias}, .._out_norm
         head                {weight, bias}
 
     `export_weights` gives it flat, under the dotted names of a weights file.

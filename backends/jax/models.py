@@ -66,7 +66,6 @@ class Block(nnx.Module):
     """Self-attention, attention to an encoder where there is one, feed-forward; x flows on."""
 
     cross: Any
-    cross_norm: Any
 
     def __init__(self, config: TransformerConfig, stack: str, number: int) -> None:
         self.config, make = config, made(config)
@@ -74,17 +73,17 @@ class Block(nnx.Module):
         place = sites(config)
 
         def attend(name: str) -> MultiHeadAttention:
-            inner = config.attention(stack, cross=name == "cross")
+            inner = config.attention(stack, cross=name == "cross", number=number)
             site = place[f"{stack}.{number}.{name}.weights"]
             return MultiHeadAttention(inner, site=site)
 
-        def norm() -> Norm:
-            return model_norm(config, **make)
-
-        self.attention, self.attention_norm = attend("attention"), norm()
+        self.attention = attend("attention")
         self.cross = attend("cross") if config.crosses(stack) else None
-        self.cross_norm = norm() if config.crosses(stack) else None
-        self.feed, self.feed_norm = FeedForward(config, **make), norm()
+        self.feed = FeedForward(config, **make)
+        for name in ("attention", "feed") if self.cross is None else ("attention", "cross", "feed"):
+            setattr(self, f"{name}_norm", model_norm(config, **make))
+            after = model_norm(config, **make) if config.norm_out else None
+            setattr(self, f"{name}_out_norm", after)
 
     def __call__(
         self,
@@ -105,26 +104,27 @@ class Block(nnx.Module):
             keys = None if cache is not None else lengths
             return self.attention(y, mask=mask, kv_lengths=keys, cache=cache, **options)
 
-        x, mine = self._flow(x, itself, "attention", self.attention_norm, at, seed)
+        x, mine = self._flow(x, itself, "attention", at, seed)
         crossed = LayerOutput(None)
         if self.cross is not None:
 
             def source(y: Array) -> Any:
                 return self.cross(y, memory, **options)
 
-            x, crossed = self._flow(x, source, "cross", self.cross_norm, at, seed)
-        x, _ = self._flow(x, self.feed, "feed", self.feed_norm, at, seed)
+            x, crossed = self._flow(x, source, "cross", at, seed)
+        x, _ = self._flow(x, self.feed, "feed", at, seed)
         return x, BlockWeights(mine.weights, crossed.weights), mine.cache
 
     def _flow(
-        self, x: Array, sublayer: Any, name: str, norm: Any, at: Array, seed: Any
+        self, x: Array, sublayer: Any, name: str, at: Array, seed: Any
     ) -> tuple[Array, LayerOutput]:
         """x with a sublayer's output added, and what else the sublayer returned."""
-        c = self.config
+        c, site = self.config, sites(self.config)[f"{self.name}.{name}"]
+        norm, after = getattr(self, f"{name}_norm"), getattr(self, f"{name}_out_norm")
         found = sublayer(norm(x) if c.norm_first else x)
         found = found if isinstance(found, LayerOutput) else LayerOutput(found)
-        site = sites(c)[f"{self.name}.{name}"]
-        x = x + hidden_dropout(found.out, c.dropout, seed, site, at, not self.deterministic)
+        y = found.out if after is None else after(found.out)
+        x = x + hidden_dropout(y, c.dropout, seed, site, at, not self.deterministic)
         return (x if c.norm_first else norm(x)), found
 
 
@@ -133,7 +133,9 @@ class Stack(nnx.Module):
 
     input: Any
     embedding: Any
+    types: Any
     positions: Any
+    embedding_norm: Any
     norm: Any
 
     def __init__(self, config: TransformerConfig, stack: str) -> None:
@@ -143,7 +145,10 @@ class Stack(nnx.Module):
         told, learned = tokens is not None, config.positions == "learned"
         self.input = None if told else Linear(config.inputs or 0, width, config.bias, **make)
         self.embedding = Embedding(tokens or 0, width, **make) if told else None
+        types = config.token_types
+        self.types = None if types is None else Embedding(types, width, **make)
         self.positions = Embedding(config.max_length or 0, width, **make) if learned else None
+        self.embedding_norm = model_norm(config, **make) if config.norm_embedding else None
         self.count = config.blocks(stack)
         for number in range(self.count):
             setattr(self, str(number), Block(config, stack, number))
@@ -158,6 +163,7 @@ class Stack(nnx.Module):
         self,
         given: Array,
         *,
+        types: Any = None,
         mask: Any = None,
         lengths: Any = None,
         seed: Any = None,
@@ -174,10 +180,13 @@ class Stack(nnx.Module):
             x = x * math.sqrt(c.width) if c.scale_embedding else x
         else:
             x = self.input(given)
+        if self.types is not None:
+            x = x + (self.types.weight[...][0] if types is None else self.types(types))
         if self.positions is not None:
             x = x + self.positions(at.clip(0, (c.max_length or 1) - 1))
         elif c.positions == "sinusoidal":
             x = x + sinusoidal(wheel(10000.0, c.width), at, x.dtype)
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
         x = hidden_dropout(x, c.dropout, seed, self.site, at, not self.deterministic)
         weights, caches = [], []
         for number, block in enumerate(self.blocks):
@@ -231,6 +240,7 @@ class Transformer(Portable):
         given: Array,
         source: Array | None = None,
         *,
+        types: Array | None = None,
         mask: Any = None,
         lengths: Any = None,
         source_lengths: Any = None,
@@ -243,6 +253,7 @@ class Transformer(Portable):
         Args:
             given: int tokens (B, T); of an encoder with `inputs`, vectors (B, T, inputs).
             source: of an encoder-decoder, what the encoder reads.
+            types: of a model with `token_types`, int (B, T), one for each token; 0 where left out.
             mask: as in `attn_core.attention`, in the self-attention of what reads `given`.
             lengths, source_lengths: int (B,): what lies beyond is padding, seen by nobody.
             seed: of a training step, an int or an integer scalar; read with dropout in training.
@@ -263,6 +274,8 @@ class Transformer(Portable):
         calls.check_source(c, source is not None, kept, source_lengths)
         stack = c.stacks[-1]
         calls.check_read(c, stack, "given", shape(given), given.dtype.name)
+        if types is not None:
+            calls.check_types(c, shape(types), types.dtype.name, shape(given))
         if cache is not None:
             calls.check_blocks(c, stack, len(cache.blocks), shape(cache.blocks[0].key)[1])
         options = {"seed": seed, "return_weights": return_weights}
@@ -272,12 +285,13 @@ class Transformer(Portable):
             memories, weights["encoder"] = self._memories(encoded, source_lengths), seen
         options |= {"mask": mask, "lengths": lengths}
         if self.decoder is None:
-            x, seen, _ = self.encoder(given, **options)
-            out = self._classes(x, lengths) if c.classes is not None else x
+            x, seen, _ = self.encoder(given, types=types, **options)
+            out = self._capped(self._classes(x, lengths)) if c.classes is not None else x
             filled = None
         else:
             x, seen, blocks = self.decoder(given, cache=cache, memories=memories, **options)
             out = x @ self.decoder.embedding.weight[...].T if self.head is None else self.head(x)
+            out = self._capped(out)
             filled = None if cache is None else ModelCache(blocks, memories)
         if cache is None and not return_weights:
             return out
@@ -341,6 +355,10 @@ class Transformer(Portable):
 
     def _memories(self, encoded: Array, lengths: Any) -> tuple[Memory, ...]:
         return tuple([b.cross.memory(encoded, lengths=lengths) for b in self.decoder.blocks])
+
+    def _capped(self, logits: Array) -> Array:
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def _classes(self, x: Array, lengths: Any) -> Array:
         """Logits of classes from the mean of the rows that count; 0 where none does."""

@@ -106,19 +106,18 @@ class Block(Part):
         }
 
         def attend(name: str) -> MultiHeadAttention:
-            inner = config.attention(stack, cross=name == "cross")
+            inner = config.attention(stack, cross=name == "cross", number=number)
             site = place[f"{stack}.{number}.{name}.weights"]
             return MultiHeadAttention(inner, site=site, name=name, dtype=policy)
 
-        def norm(name: str) -> Norm:
-            return model_norm(config, name=f"{name}_norm", dtype=policy)
-
         with keras.name_scope(self.name):
-            self.attention, self.attention_norm = attend("attention"), norm("attention")
-            self.cross = self.cross_norm = None
-            if config.crosses(stack):
-                self.cross, self.cross_norm = attend("cross"), norm("cross")
-            self.feed, self.feed_norm = FeedForward(config, "feed", policy), norm("feed")
+            self.attention = attend("attention")
+            self.cross = attend("cross") if config.crosses(stack) else None
+            self.feed = FeedForward(config, "feed", policy)
+            for sublayer in self.places:
+                for name in ("norm", "out_norm") if config.norm_out else ("norm",):
+                    name = f"{sublayer}_{name}"
+                    setattr(self, name, model_norm(config, name=name, dtype=policy))
         self.built = True
 
     def call(
@@ -142,26 +141,27 @@ class Block(Part):
             keys = None if cache is not None else lengths
             return self.attention(y, mask=mask, kv_lengths=keys, cache=cache, **options)
 
-        x, mine = self._flow(x, itself, "attention", self.attention_norm, at, seed, training)
+        x, mine = self._flow(x, itself, "attention", at, seed, training)
         crossed = LayerOutput(None)
         if self.cross is not None:
 
             def source(y: Array) -> Any:
                 return self.cross(y, memory, **options)
 
-            x, crossed = self._flow(x, source, "cross", self.cross_norm, at, seed, training)
-        x, _ = self._flow(x, self.feed, "feed", self.feed_norm, at, seed, training)
+            x, crossed = self._flow(x, source, "cross", at, seed, training)
+        x, _ = self._flow(x, self.feed, "feed", at, seed, training)
         return x, BlockWeights(mine.weights, crossed.weights), mine.cache
 
     def _flow(
-        self, x: Array, sublayer: Any, name: str, norm: Any, at: Array, seed: Any, training: Any
+        self, x: Array, sublayer: Any, name: str, at: Array, seed: Any, training: Any
     ) -> tuple[Array, LayerOutput]:
         """x with a sublayer's output added, and what else the sublayer returned."""
-        c = self.config
+        c, site = self.config, self.places[name]
+        norm = getattr(self, f"{name}_norm")
         found = sublayer(norm(x) if c.norm_first else x)
         found = found if isinstance(found, LayerOutput) else LayerOutput(found)
-        site = self.places[name]
-        x = x + hidden_dropout(found.out, c.dropout, seed, site, at, training)
+        y = getattr(self, f"{name}_out_norm")(found.out) if c.norm_out else found.out
+        x = x + hidden_dropout(y, c.dropout, seed, site, at, training)
         return (x if c.norm_first else norm(x)), found
 
 
@@ -170,7 +170,9 @@ class Stack(Part):
 
     wheel: Words
     embedding: Any
+    types: Any
     positions: Any
+    embedding_norm: Any
     norm: Any
 
     def __init__(self, config: TransformerConfig, stack: str, policy: Any) -> None:
@@ -178,7 +180,7 @@ class Stack(Part):
         self.config, make = config, {"dtype": policy}
         self.site = sites(config)[f"{stack}.embedding"]
         tokens, width = config.tokens(stack), config.width
-        self.embedding = self.positions = self.norm = None
+        self.embedding = self.types = self.positions = self.embedding_norm = self.norm = None
         self.count = config.blocks(stack)
         with keras.name_scope(stack):
             if tokens is None:
@@ -186,8 +188,12 @@ class Stack(Part):
                 self.put("input", first)
             else:
                 self.embedding = Embedding(tokens, width, name="embedding", **make)
+            if config.token_types is not None:
+                self.types = Embedding(config.token_types, width, name="types", **make)
             if config.positions == "learned":
                 self.positions = Embedding(config.max_length or 0, width, name="positions", **make)
+            if config.norm_embedding:
+                self.embedding_norm = model_norm(config, name="embedding_norm", **make)
             for number in range(self.count):
                 self.put(str(number), Block(config, stack, number, policy))
             if config.ends_in_norm:
@@ -205,6 +211,7 @@ class Stack(Part):
         self,
         given: Array,
         *,
+        types: Any = None,
         mask: Any = None,
         lengths: Any = None,
         seed: Any = None,
@@ -222,10 +229,13 @@ class Stack(Part):
             x = x * math.sqrt(c.width) if c.scale_embedding else x
         else:
             x = self.get("input")(given)
+        if self.types is not None:
+            x = x + self.types(ops.zeros((1, 1), "int32") if types is None else types)
         if self.positions is not None:
             x = x + self.positions(within(at, 0, (c.max_length or 1) - 1))
         elif c.positions == "sinusoidal":
             x = x + sinusoidal(self.wheel, at, dtype_of(x))
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
         x = hidden_dropout(x, c.dropout, seed, self.site, at, training)
         weights, caches = [], []
         for number, block in enumerate(self.blocks):
@@ -291,6 +301,8 @@ class Transformer(Portable):
         """`call`, in which Keras has given the name `mask` to something else."""
         if mask is not None:
             options["attention_mask"] = leaf(mask)
+        if options.get("types") is not None:
+            options["types"] = tensor(options["types"])
         return super().__call__(tensor(given), tensor(source), **options)
 
     def call(
@@ -298,6 +310,7 @@ class Transformer(Portable):
         given: Array,
         source: Array | None = None,
         *,
+        types: Array | None = None,
         attention_mask: Any = None,
         lengths: Any = None,
         source_lengths: Any = None,
@@ -314,6 +327,7 @@ class Transformer(Portable):
         Args:
             given: int tokens (B, T); of an encoder with `inputs`, vectors (B, T, inputs).
             source: of an encoder-decoder, what the encoder reads.
+            types: of a model with `token_types`, int (B, T), one for each token; 0 where left out.
             attention_mask: called `mask` where the model is called; as in `attn_core.attention`,
                 in the self-attention of what reads `given`.
             lengths, source_lengths: int (B,): what lies beyond is padding, seen by nobody.
@@ -332,7 +346,7 @@ class Transformer(Portable):
                 has been computed.
         """
         c = self.config
-        stack = self._check(given, source, cache, (mask, given_mask, source_mask))
+        stack = self._check(given, source, cache, (mask, given_mask, source_mask), types)
         options = {"seed": seed, "return_weights": return_weights, "training": training}
         memories, weights = () if cache is None else cache.memories, {}
         if source is not None:
@@ -341,8 +355,8 @@ class Transformer(Portable):
         # Stacks are not called but run: Keras would look for tensors in what they are given.
         options |= {"mask": bare(attention_mask), "lengths": lengths}
         if self.decoder is None:
-            x, seen, _ = self.encoder.call(given, **options)
-            out = self._classes(x, lengths) if c.classes is not None else x
+            x, seen, _ = self.encoder.call(given, types=types, **options)
+            out = self._capped(self._classes(x, lengths)) if c.classes is not None else x
             kept = None
         else:
             x, seen, blocks = self.decoder.call(given, cache=cache, memories=memories, **options)
@@ -352,6 +366,7 @@ class Transformer(Portable):
                 out = x @ table if dtype_of(x) == "float64" else ops.matmul(x, table)
             else:
                 out = self.head(x)
+            out = self._capped(out)
             kept = None if cache is None else ModelCache(blocks, memories)
         if cache is None and not return_weights:
             return out
@@ -362,6 +377,7 @@ class Transformer(Portable):
         given: Any,
         source: Any = None,
         *,
+        types: Any = None,
         cache: Any = None,
         return_weights: bool = False,
         mask: Any = None,
@@ -376,7 +392,7 @@ class Transformer(Portable):
                 "`cache` and `return_weights` must be left out in a graph of KerasTensors, whose "
                 "nodes return one tensor. Got a symbolic call."
             )
-        self._check(given, source, cache, (mask, given_mask, source_mask))
+        self._check(given, source, cache, (mask, given_mask, source_mask), types)
         batch, rows = given.shape[:2]
         if c.kind != "encoder":
             found: tuple[Any, ...] = (batch, rows, c.vocabulary)
@@ -461,7 +477,9 @@ class Transformer(Portable):
             made.append(token)
         return ops.stack(made, 1)[:, :steps]
 
-    def _check(self, given: Any, source: Any, cache: Any, padding: tuple[Any, ...]) -> str:
+    def _check(
+        self, given: Any, source: Any, cache: Any, padding: tuple[Any, ...], types: Any
+    ) -> str:
         c = self.config
         if any(one is not None for one in padding):
             raise ValueError(
@@ -471,6 +489,8 @@ class Transformer(Portable):
         calls.check_source(c, source is not None, None if cache is None else bool(cache.memories))
         stack: str = c.stacks[-1]
         calls.check_read(c, stack, "given", shape(given), dtype_of(given))
+        if types is not None:
+            calls.check_types(c, shape(types), dtype_of(types), shape(given))
         if source is not None:
             calls.check_read(c, "encoder", "source", shape(source), dtype_of(source))
         if cache is not None:
@@ -484,6 +504,10 @@ class Transformer(Portable):
 
     def _memories(self, encoded: Array, lengths: Any) -> tuple[Memory, ...]:
         return tuple([b.cross.memory(encoded, lengths=lengths) for b in self.decoder.blocks])
+
+    def _capped(self, logits: Array) -> Array:
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * ops.tanh(logits / cap)
 
     def _classes(self, x: Array, lengths: Any) -> Array:
         """Logits of classes from the mean of the rows that count; 0 where none does."""

@@ -15,6 +15,7 @@ transformers' conventions, where they differ from ours, and how each is kept:
 | `softcap` before the mask; `s_aux`, a logit for each head; `position_bias` is added | so |
 | `dropout` only while the module is in training | a seed from torch's generator |
 | padding that hides nothing gives no mask, which takes a look at its values | never looked at |
+| other masks are arrays (B, 1, Tq, Tk) | rules of our language: compat_transformers_masks.py |
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 from transformers.utils import output_capturing
 
 from attn_core import masks, scores
 from attn_core.api import attention
 from attn_core.backends.torch.compat import drawn_seed
+from attn_core.backends.torch.compat_transformers_masks import Rule, attention_mask
 from attn_core.compat.conventions import from_hf_window
 from attn_core.language.values import Dropout, Mask
 from attn_core.registry import UnsupportedError
@@ -88,8 +89,8 @@ def attention_forward(
 
     Args:
         module: the attention layer: its `is_causal` where the argument is None, its `training`.
-        attention_mask: what `attention_mask` of this file made; or the caller's own, boolean or
-            float, broadcasting to (B, Hq, Tq, Tk).
+        attention_mask: what `attention_mask` of compat_transformers_masks made; or the caller's
+            own, boolean or float, broadcasting to (B, Hq, Tq, Tk).
         scaling: 1 / sqrt(D) where None.
         dropout: the share of weights that is dropped in training.
         softcap, s_aux, position_bias: tanh cap, sinks (Hq,), bias that is added.
@@ -108,7 +109,9 @@ def attention_forward(
             )
     options: dict[str, Any] = {"scale": scaling}
     rows, keys = query.shape[2], key.shape[2]
-    if attention_mask is not None:
+    if isinstance(attention_mask, Rule):
+        options.update(mask=attention_mask.rule, query_offset=attention_mask.offset)
+    elif attention_mask is not None:
         options["mask" if attention_mask.dtype == torch.bool else "bias"] = attention_mask
     else:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -131,28 +134,6 @@ def attention_forward(
     wanted = return_weights or bool(kwargs.get("output_attentions")) or _recorded()
     output = as_output(attention(query, key, value, return_weights=wanted, **options))
     return output.out.transpose(1, 2).contiguous(), output.weights
-
-
-def attention_mask(
-    *args: Any,
-    attention_mask: Any | None = None,
-    allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = False,
-    **kwargs: Any,
-) -> Any:
-    """transformers' boolean mask, or None where the shapes alone say that none is needed.
-
-    transformers also leaves it out where no token is padding, which it finds by looking at the
-    values: a wait for the device at every step, and another implementation for another batch.
-    """
-    open_ = attention_mask is None
-    return sdpa_mask(
-        *args,
-        attention_mask=attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip and open_,
-        allow_is_bidirectional_skip=allow_is_bidirectional_skip and open_,
-        **kwargs,
-    )
 
 
 def _recorded() -> bool:

@@ -1,4 +1,4 @@
-"""Weights of torch's `nn.MultiheadAttention`, and of attention layers of transformers.
+"""Weights of torch's `nn.MultiheadAttention`, and of layers and models of transformers.
 
 torch.nn.Linear holds its matrix as (out, in), GPT-2's Conv1D as (in, out). Of transformers those
 layers are known that are named below: their names alone do not say whether rotary pairs lie in
@@ -14,6 +14,7 @@ import torch
 
 from attn_core import masks
 from attn_core.backends.torch import to_numpy
+from attn_core.compat.models import ConvertedModel, from_transformers
 from attn_core.compat.weights import Converted, converted, refuse
 
 Arrays = dict[str, "np.ndarray | None"]
@@ -95,6 +96,41 @@ def from_attention(module: Any, **changes: Any) -> Converted:
         )
     fields, arrays = _LAYERS[name](module)
     return converted(fields, arrays, changes)
+
+
+def from_model(model: Any, **changes: Any) -> ConvertedModel:
+    """A model of transformers as (TransformerConfig, weights).
+
+    Args:
+        model: GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM or Gemma2ForCausalLM, which
+            give logits; or BertModel, without its pooler (`add_pooling_layer=False`), which gives
+            the last hidden state.
+        changes: fields of the config, such as backend="jax".
+
+    What it keeps and what it refuses: `attn_core.compat.from_transformers`, which reads the same
+    from config.json and arrays, without torch.
+
+    Raises:
+        TypeError: another model, with those that are known.
+        ValueError: as `from_transformers`.
+    """
+    name = type(model).__name__
+    if name not in _MODELS or not type(model).__module__.startswith("transformers.models."):
+        raise TypeError(
+            f"`model` must be one of transformers' {', '.join(_MODELS)}. "
+            f"Got {type(model).__module__}.{name}."
+        )
+    held = {name: to_numpy(x) for name, x in model.state_dict().items()}
+    return from_transformers(model.config, held, **changes)
+
+
+_MODELS = (
+    "GPT2LMHeadModel",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Gemma2ForCausalLM",
+    "BertModel",
+)
 
 
 def _gpt2(module: Any) -> tuple[dict[str, Any], Arrays]:

@@ -65,6 +65,7 @@ class Block(torch.nn.Module):
     """Self-attention, attention to an encoder where there is one, feed-forward; x flows on."""
 
     cross: Any
+    cross_norm: Any
 
     def __init__(self, config: TransformerConfig, stack: str, number: int, device: Any) -> None:
         super().__init__()
@@ -77,18 +78,18 @@ class Block(torch.nn.Module):
         }
 
         def attend(name: str) -> MultiHeadAttention:
-            inner = config.attention(stack, cross=name == "cross")
+            inner = config.attention(stack, cross=name == "cross", number=number)
             site = place[f"{stack}.{number}.{name}.weights"]
             return MultiHeadAttention(inner, site=site, device=device)
 
-        def norm() -> Norm:
-            return model_norm(config, **make)
-
-        self.attention, self.attention_norm = attend("attention"), norm()
-        self.cross = self.cross_norm = None
+        self.attention, self.cross = attend("attention"), None
         if config.crosses(stack):
-            self.cross, self.cross_norm = attend("cross"), norm()
-        self.feed, self.feed_norm = FeedForward(config, **make), norm()
+            self.cross = attend("cross")
+        self.feed = FeedForward(config, **make)
+        for name in self.places:
+            self.add_module(f"{name}_norm", model_norm(config, **make))
+            after = model_norm(config, **make) if config.norm_out else None
+            self.register_module(f"{name}_out_norm", after)
 
     def forward(
         self,
@@ -109,26 +110,27 @@ class Block(torch.nn.Module):
             keys = None if cache is not None else lengths
             return self.attention(y, mask=mask, kv_lengths=keys, cache=cache, **options)
 
-        x, mine = self._flow(x, itself, "attention", self.attention_norm, at, seed)
+        x, mine = self._flow(x, itself, "attention", at, seed)
         crossed = LayerOutput(None)
         if self.cross is not None:
 
             def source(y: Array) -> Any:
                 return self.cross(y, memory, **options)
 
-            x, crossed = self._flow(x, source, "cross", self.cross_norm, at, seed)
-        x, _ = self._flow(x, self.feed, "feed", self.feed_norm, at, seed)
+            x, crossed = self._flow(x, source, "cross", at, seed)
+        x, _ = self._flow(x, self.feed, "feed", at, seed)
         return x, BlockWeights(mine.weights, crossed.weights), mine.cache
 
     def _flow(
-        self, x: Array, sublayer: Any, name: str, norm: Any, at: Array, seed: Any
+        self, x: Array, sublayer: Any, name: str, at: Array, seed: Any
     ) -> tuple[Array, LayerOutput]:
         """x with a sublayer's output added, and what else the sublayer returned."""
-        c = self.config
+        c, site = self.config, self.places[name]
+        norm, after = getattr(self, f"{name}_norm"), getattr(self, f"{name}_out_norm")
         found = sublayer(norm(x) if c.norm_first else x)
         found = found if isinstance(found, LayerOutput) else LayerOutput(found)
-        site = self.places[name]
-        x = x + hidden_dropout(found.out, c.dropout, seed, site, at, self.training)
+        y = found.out if after is None else after(found.out)
+        x = x + hidden_dropout(y, c.dropout, seed, site, at, self.training)
         return (x if c.norm_first else norm(x)), found
 
 
@@ -138,7 +140,9 @@ class Stack(torch.nn.Module):
     wheel: Array
     embedding: Any
     input: Any
+    types: Any
     positions: Any
+    embedding_norm: Any
     norm: Any
 
     def __init__(self, config: TransformerConfig, stack: str, device: Any) -> None:
@@ -146,13 +150,18 @@ class Stack(torch.nn.Module):
         self.config, make = config, made(config, device)
         self.site = sites(config)[f"{stack}.embedding"]
         tokens, width = config.tokens(stack), config.width
-        self.embedding = self.input = self.positions = self.norm = None
+        self.embedding = self.input = self.types = self.positions = None
+        self.embedding_norm = self.norm = None
         if tokens is None:
             self.input = linear(config.inputs or 0, width, config.bias, **make)
         else:
             self.embedding = embedding(tokens, width, **make)
+        if config.token_types is not None:
+            self.types = embedding(config.token_types, width, **make)
         if config.positions == "learned":
             self.positions = embedding(config.max_length or 0, width, **make)
+        if config.norm_embedding:
+            self.embedding_norm = model_norm(config, **make)
         self.count = config.blocks(stack)
         for number in range(self.count):
             self.add_module(str(number), Block(config, stack, number, device))
@@ -170,6 +179,7 @@ class Stack(torch.nn.Module):
         self,
         given: Array,
         *,
+        types: Any = None,
         mask: Any = None,
         lengths: Any = None,
         seed: Any = None,
@@ -186,10 +196,13 @@ class Stack(torch.nn.Module):
             x = x * math.sqrt(c.width) if c.scale_embedding else x
         else:
             x = self.input(given)
+        if self.types is not None:
+            x = x + (self.types.weight[0] if types is None else self.types(types))
         if self.positions is not None:
             x = x + self.positions(at.clamp(0, self.positions.num_embeddings - 1))
         elif c.positions == "sinusoidal":
             x = x + sinusoidal(self.wheel, at, x.dtype)
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
         x = hidden_dropout(x, c.dropout, seed, self.site, at, self.training)
         weights, caches = [], []
         for number, block in enumerate(self.blocks):
@@ -249,6 +262,7 @@ class Transformer(Portable):
         given: Array,
         source: Array | None = None,
         *,
+        types: Array | None = None,
         mask: Any = None,
         lengths: Any = None,
         source_lengths: Any = None,
@@ -261,6 +275,7 @@ class Transformer(Portable):
         Args:
             given: int tokens (B, T); of an encoder with `inputs`, vectors (B, T, inputs).
             source: of an encoder-decoder, what the encoder reads.
+            types: of a model with `token_types`, int (B, T), one for each token; 0 where left out.
             mask: as in `attn_core.attention`, in the self-attention of what reads `given`.
             lengths, source_lengths: int (B,): what lies beyond is padding, seen by nobody.
             seed: of a training step, an int or an integer scalar; read with dropout in training.
@@ -281,6 +296,8 @@ class Transformer(Portable):
         calls.check_source(c, source is not None, kept, source_lengths)
         stack = c.stacks[-1]
         calls.check_read(c, stack, "given", given.shape, describe(given).dtype)
+        if types is not None:
+            calls.check_types(c, types.shape, describe(types).dtype, given.shape)
         if cache is not None:
             calls.check_blocks(c, stack, len(cache.blocks), cache.blocks[0].key.shape[1])
         options = {"seed": seed, "return_weights": return_weights}
@@ -290,12 +307,13 @@ class Transformer(Portable):
             memories, weights["encoder"] = self._memories(encoded, source_lengths), seen
         options |= {"mask": mask, "lengths": lengths}
         if self.decoder is None:
-            x, seen, _ = self.encoder(given, **options)
-            out = self._classes(x, lengths) if c.classes is not None else x
+            x, seen, _ = self.encoder(given, types=types, **options)
+            out = self._capped(self._classes(x, lengths)) if c.classes is not None else x
             filled = None
         else:
             x, seen, blocks = self.decoder(given, cache=cache, memories=memories, **options)
             out = F.linear(x, self.decoder.embedding.weight) if self.head is None else self.head(x)
+            out = self._capped(out)
             filled = None if cache is None else ModelCache(blocks, memories)
         if cache is None and not return_weights:
             return out
@@ -366,6 +384,10 @@ class Transformer(Portable):
 
     def _memories(self, encoded: Array, lengths: Any) -> tuple[Memory, ...]:
         return tuple([b.cross.memory(encoded, lengths=lengths) for b in self.decoder.blocks])
+
+    def _capped(self, logits: Array) -> Array:
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _classes(self, x: Array, lengths: Any) -> Array:
         """Logits of classes from the mean of the rows that count; 0 where none does."""

@@ -112,7 +112,7 @@ def both(name: str, **changes: Any) -> tuple[Transformer, linen.Transformer, Any
     return model, module, variables, arrays(model_cases.inputs_of(case))
 
 
-@pytest.mark.parametrize("name", ["everything", "learned", "classes", "vectors to tokens"])
+@pytest.mark.parametrize("name", ["everything", "as Gemma", "as BERT", "vectors to tokens"])
 def test_a_model_is_nnxs(name: str) -> None:
     """Compiled, as models are; the params lie in the tree of the nnx module's state."""
     model, module, variables, inputs = both(name)

@@ -12,7 +12,19 @@ import numpy as np
 import pytest
 from keras_support import BACKEND, Traced, array, gradients, tensor, tensors
 from layer_cases import draw, weights_of
-from model_cases import BOTH, CASES, DECODER, ENCODER, B, Case, inputs_of, share, slope
+from model_cases import (
+    BOTH,
+    CASES,
+    DECODER,
+    ENCODER,
+    GRADED,
+    B,
+    Case,
+    inputs_of,
+    share,
+    slope,
+    without,
+)
 
 import attn_core
 from attn_core import masks
@@ -59,7 +71,7 @@ def test_weights_of_every_block() -> None:
 
 
 @pytest.mark.skipif(BACKEND == "jax", reason="Keras' cos and sin are of float32 there")
-@pytest.mark.parametrize("name", ["everything", "norms after", "gelu", "learned", "classes"])
+@pytest.mark.parametrize("name", GRADED)
 def test_gradients(name: str) -> None:
     """Of every weight, along one random direction each."""
     case = CASES[name]
@@ -80,7 +92,14 @@ def test_gradients(name: str) -> None:
 
 CHANGED = {
     "everything": ("kv_heads", "norm", "positions", "activation", "gated_hidden", "qk_norm"),
-    "window": ("window",),
+    "window in one block": ("window", "window_blocks"),
+    "scale": ("scale",),
+    "norms before and after": ("norm_out",),
+    "normed embedding": ("norm_embedding",),
+    "capped logits": ("logit_softcap",),
+    "capped logits of a table": ("logit_softcap",),
+    "capped classes": ("logit_softcap",),
+    "types of tokens": ("token_types",),
     "norms after": ("norm_first",),
     "embeddings as they are": ("scale_embedding",),
     "hidden dropout alone": ("dropout",),
@@ -95,7 +114,8 @@ def test_every_option_changes_the_output(name: str) -> None:
     model, inputs = model_of(case), inputs_of(case)
     out, held = array(call(model, case, inputs)), weights_of(model.plan)
     for option in CHANGED[name]:
-        other = Transformer({n: x for n, x in case.config.items() if n != option})
+        left = without(case, option)
+        other = Transformer(left.config)
         if {n: p.shape for n, p in other.plan.items() if n in held} != {
             n: p.shape for n, p in model.plan.items() if n in other.plan
         }:
@@ -103,17 +123,18 @@ def test_every_option_changes_the_output(name: str) -> None:
         if not set(other.plan) <= set(held):
             continue
         other.load_weights({n: held[n] for n in other.plan})
-        assert abs(array(call(other, case, inputs)) - out).max() > 1e-3, option
+        assert abs(array(call(other, left, inputs)) - out).max() > 1e-3, option
     for option in case.call:
-        left = {n: x for n, x in case.call.items() if n != option}
+        given = {n: x for n, x in case.call.items() if n != option}
         if option == "seed":
-            left["seed"] = 3
-        other = Case(case.config, left, case.training)
+            given["seed"] = 3
+        other = Case(case.config, given, case.training)
         assert abs(array(call(model, other, inputs)) - out).max() > 1e-3, option
 
 
 def test_names_are_the_plans() -> None:
-    for name in ("everything", "learned", "vectors to tokens", "classes"):
+    more = ("norms before and after", "normed embedding", "types of tokens")
+    for name in ("everything", "learned", "vectors to tokens", "classes", *more):
         model = Transformer(CASES[name].config, seed=4, name="m")
         paths = {"m/" + n.replace(".", "/") for n in model.plan}
         assert {v.path for v in model.trainable_variables} == paths
@@ -192,7 +213,7 @@ def test_refused(name: str) -> None:
 
 # --- Step by step. --------------------------------------------------------------------------------
 
-STEPPED = ["decoder", "encoder-decoder", "learned", "rotary", "alibi", "everything"]
+STEPPED = ["decoder", "encoder-decoder", "learned", "rotary", "alibi", "everything", "as Gemma"]
 STEPPED = STEPPED if BACKEND == "tensorflow" else ["everything"]
 
 

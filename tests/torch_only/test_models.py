@@ -9,9 +9,22 @@ import model_judge
 import numpy as np
 import pytest
 import torch
-from layer_cases import draw, weights_of, without
+from layer_cases import draw, weights_of
 from layer_judge import kept
-from model_cases import BOTH, CASES, DECODER, ENCODER, B, Case, inputs_of, share, slope
+from model_cases import (
+    BOTH,
+    CASES,
+    DECODER,
+    ENCODER,
+    GRADED,
+    TYPES,
+    B,
+    Case,
+    inputs_of,
+    share,
+    slope,
+    without,
+)
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,7 +59,7 @@ def test_forward(name: str) -> None:
     assert list(seen.weights) == list(model.config.stacks)
 
 
-@pytest.mark.parametrize("name", ["everything", "norms after", "gelu", "learned", "classes"])
+@pytest.mark.parametrize("name", GRADED)
 def test_gradients(name: str) -> None:
     """Of every weight, along one random direction each."""
     case = CASES[name]
@@ -76,10 +89,8 @@ def test_every_option_changes_the_output(name: str) -> None:
     out = call(model, case, inputs)
     plain = {"decoder": DECODER, "encoder": ENCODER, "encoder-decoder": BOTH}[case.config["kind"]]
     for option in set(case.config) - set(plain) - {"classes", "inputs", "max_length"}:
-        config = without(case, option)
-        if option == "positions":
-            config.pop("max_length", None)
-        other = Transformer(config).train(case.training)
+        left = without(case, option)
+        other = Transformer(left.config).train(case.training)
         # Positions that act inside have no weights; what else lacks some is seen by the plan.
         held = weights_of(model.plan)
         if not set(other.plan) <= set(held) or any(
@@ -87,12 +98,12 @@ def test_every_option_changes_the_output(name: str) -> None:
         ):
             continue
         other.load_weights({n: held[n] for n in other.plan})
-        assert (call(other, case, inputs) - out).abs().max() > 1e-3, option
+        assert (call(other, left, inputs) - out).abs().max() > 1e-3, option
     for option in case.call:
-        left = {n: x for n, x in case.call.items() if n != option}
+        given = {n: x for n, x in case.call.items() if n != option}
         if option == "seed":
-            left["seed"] = 3
-        assert (call(model, Case(case.config, left), inputs) - out).abs().max() > 1e-3, option
+            given["seed"] = 3
+        assert (call(model, Case(case.config, given), inputs) - out).abs().max() > 1e-3, option
 
 
 def test_names_are_the_plans() -> None:
@@ -148,6 +159,16 @@ REFUSED = {
         lambda: Transformer(DECODER).generate(TOKENS[:, :0], 2),
         "`prompt` must be int tokens",
     ),
+    "types that no table holds": (
+        lambda: Transformer(ENCODER)(TOKENS, types=torch.as_tensor(TYPES)),
+        "`types` must be left out in a model without `token_types`",
+    ),
+    "types of other tokens": (
+        lambda: Transformer({**ENCODER, "token_types": 3})(
+            TOKENS, types=torch.as_tensor(TYPES)[:, 1:]
+        ),
+        r"`types` must be ints \(B, T\) = \(2, 5\), one for each token. Got int32 of \(2, 4\)",
+    ),
     "no seed": (
         lambda: Transformer({**DECODER, "dropout": 0.1})(TOKENS),
         "`seed` must be given in training",
@@ -192,7 +213,10 @@ def test_refused(name: str) -> None:
 
 # --- Step by step. --------------------------------------------------------------------------------
 
-STEPPED = ["decoder", "encoder-decoder", "learned", "rotary", "alibi", "window", "everything"]
+STEPPED = [
+    *("decoder", "encoder-decoder", "learned", "rotary", "alibi", "window", "everything"),
+    "as Gemma",
+]
 
 
 @pytest.mark.parametrize("name", STEPPED)
@@ -274,7 +298,7 @@ def test_generate_compiles_once_for_the_prompt_and_once_for_all_steps() -> None:
 # --- Forms. ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["everything", "dropout", "classes", "learned"])
+@pytest.mark.parametrize("name", ["everything", "dropout", "as Gemma", "as BERT", "learned"])
 def test_compiled(name: str) -> None:
     torch._dynamo.reset()
     case = CASES[name]
