@@ -29,6 +29,7 @@ from attn_core.backends.keras.layer_parts import (
     integers,
     leaf,
     opened,
+    product,
     shape,
     sinusoidal,
     tensor,
@@ -363,7 +364,7 @@ class Transformer(Portable):
             if self.head is None:
                 table = ops.convert_to_tensor(self.decoder.embedding.weight)
                 table = ops.transpose(ops.cast(table, x.dtype))
-                out = x @ table if dtype_of(x) == "float64" else ops.matmul(x, table)
+                out = product(x, table)
             else:
                 out = self.head(x)
             out = self._capped(out)
@@ -461,7 +462,10 @@ class Transformer(Portable):
         options = {"source": source, "source_lengths": source_lengths}
         cache = self.make_cache(batch, rows + steps, **options)
         found = self(prompt, lengths=lengths, cache=cache, training=False)
-        last = ops.broadcast_to(integers(rows if lengths is None else lengths), (batch,)) - 1
+        last = (
+            ops.broadcast_to(integers("lengths", rows if lengths is None else lengths), (batch,))
+            - 1
+        )
         flat = ops.reshape(found.out, (-1, found.out.shape[-1]))
         logits = ops.take(flat, ops.arange(batch, dtype="int32") * rows + last, axis=0)
         kind = dtype_of(prompt)
@@ -513,7 +517,7 @@ class Transformer(Portable):
         """Logits of classes from the mean of the rows that count; 0 where none does."""
         if lengths is None:
             return self.head(ops.sum(x, 1) / ops.cast(ops.shape(x)[1], x.dtype))
-        lengths = ops.reshape(within(integers(lengths), 0, ops.shape(x)[1]), (-1, 1))
+        lengths = ops.reshape(within(integers("lengths", lengths), 0, ops.shape(x)[1]), (-1, 1))
         counts = indices(x) < lengths
         total = ops.sum(ops.where(counts[..., None], x, ops.zeros_like(x)), 1)
         return self.head(total / ops.cast(ops.maximum(lengths, 1), x.dtype))
