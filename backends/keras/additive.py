@@ -166,7 +166,7 @@ class AdditiveAttention(Portable):
             def step(given: Any) -> Any:
                 # Of a tile nothing is kept but what it was made from: it is computed again
                 # backward. TensorFlow has gradients of arguments alone, and warns of integers.
-                again = keras.remat(lambda *moving: part(*moving, given[1]))
+                again = keras.remat(lambda q, k, v, score: part(q, k, v, score, given[1]))
                 return tuple(again(given[0], k, value, score))
 
             found = [_joined(x, rows) for x in ops.map(step, (cut, starting))]

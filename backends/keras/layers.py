@@ -34,7 +34,7 @@ from attn_core.backends.keras.layer_parts import (
     words_of,
 )
 from attn_core.language.values import Mask
-from attn_core.model import calls
+from attn_core.model import calls, fields
 from attn_core.model.cache import Cache, Filling, LayerOutput, Memory, check_room, filling
 from attn_core.model.config import AttentionConfig
 from attn_core.model.positions import offset, turned
@@ -79,6 +79,7 @@ class MultiHeadAttention(Portable):
         **options: Any,
     ) -> None:
         c, policy = opened(AttentionConfig, config, dtype, options)
+        fields.count("site", site, 0)
         super().__init__(c, policy, name=name, trainable=trainable)
         self.supports_masking = True
         self.seed, self.site = seed, site
@@ -308,6 +309,7 @@ class MultiHeadAttention(Portable):
         else:
             calls.check_inputs(c, shape(query), shape(key), shape(value))
         if cache is not None:
+            calls.check_kind("cache", cache, Cache)
             kept = shape(cache.key), shape(cache.value)
             calls.check_kept("cache", c, *kept, shape(query))
             size = shape(cache.key)[1]
@@ -331,8 +333,9 @@ class MultiHeadAttention(Portable):
 
     def _filling(self, cache: Cache, query: Array, q_lengths: Any) -> Filling:
         (batch, rows), size = ops.shape(query)[:2], ops.shape(cache.key)[1]
-        counts = within(integers("q_lengths", rows if q_lengths is None else q_lengths), 0, rows)
-        counts = ops.broadcast_to(counts, (batch,))
+        counts = integers("q_lengths", rows if q_lengths is None else q_lengths)
+        calls.check_lengths("q_lengths", shape(counts), shape(query))
+        counts = ops.broadcast_to(within(counts, 0, rows), (batch,))
         if known(cache.lengths) and known(counts):
             read = room().to_numpy
             check_room(read(cache.lengths), read(counts), size)
