@@ -24,7 +24,7 @@ OWN = {"numpy": set(), "torch": {"torch"}, "tf": {"tensorflow", "keras"}, "jax":
 ROOMS = OWN | {"keras": {"keras"}}
 MODULE = {"numpy": "numpy", "torch": "torch", "tf": "tensorflow", "jax": "jax"}
 
-LAYERS = {"layer_parts", "layers", "additive", "models", "linen", "compat_flax"}
+LAYERS = {"layer_parts", "layers", "additive", "models", "model_parts", "linen", "compat_flax"}
 """Files of a backend that are loaded only when a layer is asked for."""
 
 # What is loaded: subprocesses ------------------------------------------------------------------

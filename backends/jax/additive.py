@@ -23,7 +23,7 @@ from attn_core.backends.jax.layer_parts import (
 )
 from attn_core.backends.jax.layers import starts
 from attn_core.language.values import Mask
-from attn_core.model import calls
+from attn_core.model import calls, fields
 from attn_core.model.additive import AdditiveConfig, tile
 from attn_core.model.cache import LayerOutput
 from attn_core.model.rules import at_rows, joined_mask
@@ -50,6 +50,7 @@ class AdditiveAttention(Portable):
         **options: Any,
     ) -> None:
         self.config = c = AdditiveConfig.of(config, **options)
+        fields.count("site", site, 0)
         self.site, self.deterministic = site, False
         s, make = c.sizes, made(c)
         self.query = Linear(s.query_input, s.width, False, **make)

@@ -59,7 +59,8 @@ class Portable(nnx.Module):
             ValueError, TypeError: a weight is missing, unknown, of another shape or wider dtype,
                 or the file is damaged or another model's; nothing has been set.
         """
-        self._set(weights_for(self.config, self.plan, source))
+        held = {name: self.get_parameter(name).dtype.name for name in self.plan}
+        self._set(weights_for(self.config, self.plan, source, held))
 
     def initialise(self, seed: int) -> None:
         """First values: a function of the seed, the same in every framework."""
@@ -73,9 +74,9 @@ class Portable(nnx.Module):
         return found
 
     def _set(self, weights: dict[str, np.ndarray]) -> None:
-        dtype = jnp.dtype(DTYPES[self.config.dtype])
         for name in self.plan:
-            parameter, x = self.get_parameter(name), np.asarray(weights[name]).astype(dtype)
+            parameter = self.get_parameter(name)
+            x = np.asarray(weights[name]).astype(parameter.dtype)
             put(parameter, beside(parameter[...], from_host(x)))
 
 

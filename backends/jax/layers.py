@@ -27,7 +27,7 @@ from attn_core.backends.jax.layer_parts import (
     wheel,
     widened,
 )
-from attn_core.model import calls
+from attn_core.model import calls, fields
 from attn_core.model.cache import Cache, Filling, LayerOutput, Memory, check_room, filling
 from attn_core.model.config import AttentionConfig
 from attn_core.model.positions import offset, turned
@@ -63,6 +63,7 @@ class MultiHeadAttention(Portable):
         **options: Any,
     ) -> None:
         self.config = c = AttentionConfig.of(config, **options)
+        fields.count("site", site, 0)
         self.site, self.deterministic = site, False
         s, make = c.sizes, made(c)
         self.query = Linear(s.width, s.heads * s.head, c.bias, **make)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["MultiHeadAttention", "Transformer"]
+__all__ = ["AdditiveAttention", "MultiHeadAttention", "Transformer"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from attn_core.backends.keras import layers
 
         return layers.MultiHeadAttention
+    if name == "AdditiveAttention":
+        from attn_core.backends.keras import additive
+
+        return additive.AdditiveAttention
     if name == "Transformer":
         from attn_core.backends.keras import models
 

@@ -161,6 +161,11 @@ def _check_float64(config: Any) -> None:
         )
 
 
+def product(x: Array, weight: Array) -> Array:
+    """x W; of float64 Keras' own product is float32 on torch."""
+    return x @ weight if dtype_of(x) == "float64" else ops.matmul(x, weight)
+
+
 class Linear(keras.layers.Layer):
     """y = x W + b in the policy's compute dtype, as keras.layers.Dense computes; W (in, out)."""
 
@@ -172,10 +177,7 @@ class Linear(keras.layers.Layer):
         self.built = True
 
     def call(self, x: Array) -> Array:
-        # Of float64 Keras' own product is float32 on torch.
-        wide = dtype_of(x) == "float64"
-        weight = ops.convert_to_tensor(self.weight)
-        y = x @ weight if wide else ops.matmul(x, weight)
+        y = product(x, ops.convert_to_tensor(self.weight))
         return y if self.bias is None else ops.add(y, self.bias)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
@@ -236,6 +238,11 @@ ACTIVATIONS = {
     ),
     "silu": ops.silu,
 }
+
+
+def tanh(x: Array) -> Array:
+    """Keras' own of float64 is float32 on JAX."""
+    return 2 * ops.sigmoid(2 * x) - 1 if dtype_of(x) == "float64" else ops.tanh(x)
 
 
 def dtype_of(x: Any) -> str:
@@ -326,9 +333,12 @@ def hidden_dropout(
     return ops.where(kept, x * (1 / (1 - rate)), ops.zeros_like(x))
 
 
-def integers(given: Any) -> Array:
+def integers(name: str, given: Any) -> Array:
     """Host ints or a tensor as int32."""
-    return ops.cast(ops.convert_to_tensor(given), "int32")
+    found = ops.convert_to_tensor(given)
+    if "int" not in dtype_of(found):
+        raise TypeError(f"`{name}` must be integers. Got {dtype_of(found)}.")
+    return ops.cast(found, "int32")
 
 
 def within(x: Array, least: Any, most: Any) -> Array:

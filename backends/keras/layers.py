@@ -34,7 +34,7 @@ from attn_core.backends.keras.layer_parts import (
     words_of,
 )
 from attn_core.language.values import Mask
-from attn_core.model import calls
+from attn_core.model import calls, fields
 from attn_core.model.cache import Cache, Filling, LayerOutput, Memory, check_room, filling
 from attn_core.model.config import AttentionConfig
 from attn_core.model.positions import offset, turned
@@ -79,6 +79,7 @@ class MultiHeadAttention(Portable):
         **options: Any,
     ) -> None:
         c, policy = opened(AttentionConfig, config, dtype, options)
+        fields.count("site", site, 0)
         super().__init__(c, policy, name=name, trainable=trainable)
         self.supports_masking = True
         self.seed, self.site = seed, site
@@ -160,7 +161,9 @@ class MultiHeadAttention(Portable):
                 which it has no room answers NaN instead.
         """
         c, own = self.config, key is None and value is None
-        padding = _padding(mask if query_mask is None else query_mask, key_mask, value_mask, key)
+        padding = padding_mask(
+            mask if query_mask is None else query_mask, key_mask, value_mask, key
+        )
         memory = key if isinstance(key, Memory) else None
         if key is None and cache is None and query_offset is None and shape(query)[1] is None:
             query_offset = 0  # of unknown sizes, too: keys are the rows themselves
@@ -174,7 +177,7 @@ class MultiHeadAttention(Portable):
                 "count by `q_lengths`. Got one: give the layer's input without its mask."
             )
         if positions is not None:
-            positions = integers(positions)
+            positions = integers("positions", positions)
             calls.check_positions(c, shape(positions), shape(query), own)
             positions = ops.reshape(positions, (-1, ops.shape(query)[1]))
 
@@ -306,6 +309,7 @@ class MultiHeadAttention(Portable):
         else:
             calls.check_inputs(c, shape(query), shape(key), shape(value))
         if cache is not None:
+            calls.check_kind("cache", cache, Cache)
             kept = shape(cache.key), shape(cache.value)
             calls.check_kept("cache", c, *kept, shape(query))
             size = shape(cache.key)[1]
@@ -329,8 +333,9 @@ class MultiHeadAttention(Portable):
 
     def _filling(self, cache: Cache, query: Array, q_lengths: Any) -> Filling:
         (batch, rows), size = ops.shape(query)[:2], ops.shape(cache.key)[1]
-        counts = within(integers(rows if q_lengths is None else q_lengths), 0, rows)
-        counts = ops.broadcast_to(counts, (batch,))
+        counts = integers("q_lengths", rows if q_lengths is None else q_lengths)
+        calls.check_lengths("q_lengths", shape(counts), shape(query))
+        counts = ops.broadcast_to(within(counts, 0, rows), (batch,))
         if known(cache.lengths) and known(counts):
             read = room().to_numpy
             check_room(read(cache.lengths), read(counts), size)
@@ -341,13 +346,13 @@ def starts(q: Array, k: Array, kv_lengths: Any, q_lengths: Any, query_offset: An
     """Where row 0 of a query without a cache stands, int32 (B or 1, 1)."""
     rows, keys = ops.shape(q)[1], ops.shape(k)[1]
     if kv_lengths is not None:
-        kv_lengths = within(integers(kv_lengths), 0, keys)
+        kv_lengths = within(integers("kv_lengths", kv_lengths), 0, keys)
     if q_lengths is not None:
-        q_lengths = within(integers(q_lengths), 0, rows)
+        q_lengths = within(integers("q_lengths", q_lengths), 0, rows)
     if query_offset is None:
         rows, keys = shape(q)[1], shape(k)[1]
     start = offset(query_offset, kv_lengths, q_lengths, rows, keys)
-    return ops.reshape(integers(start), (-1, 1))
+    return ops.reshape(integers("query_offset", start), (-1, 1))
 
 
 def _filled(held: Array, new: Array, fill: Filling) -> Array:
@@ -365,7 +370,7 @@ def _filled(held: Array, new: Array, fill: Filling) -> Array:
     return ops.where(fill.written[:, :, None, None], ops.cast(taken, held.dtype), held)
 
 
-def _padding(query: Any, key: Any, value: Any, source: Any) -> Mask | None:
+def padding_mask(query: Any, key: Any, value: Any, source: Any) -> Mask | None:
     """What masks of padding that Keras hands on let see, as one mask; None where there are none."""
     if source is None:
         key = query if key is None else key
@@ -389,4 +394,4 @@ def _checked(lengths: Any, keys: int | None) -> Array:
         host = np.asarray(lengths)
         if host.size and (host.min() < 0 or (keys is not None and host.max() > keys)):
             raise ValueError(f"`lengths` must be from 0 to Tk = {keys}. Got {lengths}.")
-    return integers(lengths)
+    return integers("lengths", lengths)

@@ -1,11 +1,7 @@
-"""The Transformer for Keras, in its three kinds.
-
-Layers are named as the plan is: `encoder.0.attention.query.weight`.
-"""
+"""The Transformer for Keras, in its three kinds."""
 
 from __future__ import annotations
 
-import math
 from os import PathLike
 from typing import Any
 
@@ -13,247 +9,28 @@ import keras
 from keras import ops
 
 from attn_core.backends.keras.layer_parts import (
-    ACTIVATIONS,
-    TAKEN,
     Array,
-    Embedding,
     Linear,
-    Norm,
     Portable,
-    Words,
     as_is,
     bare,
     dtype_of,
-    hidden_dropout,
     indices,
     integers,
     leaf,
     opened,
+    product,
     shape,
-    sinusoidal,
+    tanh,
     tensor,
-    variable,
     within,
-    words_of,
 )
-from attn_core.backends.keras.layers import MultiHeadAttention
+from attn_core.backends.keras.model_parts import Stack
 from attn_core.model import calls
-from attn_core.model.cache import BlockWeights, Cache, LayerOutput, Memory, ModelCache, ModelOutput
-from attn_core.model.seeds import sites
+from attn_core.model.cache import Memory, ModelCache, ModelOutput
 from attn_core.model.transformer import TransformerConfig
 
 Given = str | PathLike[str] | dict[str, Any] | None
-
-
-def model_norm(config: TransformerConfig, **make: Any) -> Norm:
-    """A norm of the residual stream; that of kind "rms" has no bias."""
-    bias = config.bias and config.norm == "layer"
-    return Norm(config.width, config.norm, bias, config.norm_epsilon, **make)
-
-
-class Part(keras.layers.Layer):
-    """A part of a model, whose arguments Keras hands on as they are."""
-
-    def __init__(self, name: str, policy: Any) -> None:
-        super().__init__(name=name, dtype=policy, autocast=False)
-        self._convert_input_args = False
-        self._allow_non_tensor_positional_args = True
-
-    def put(self, name: str, part: Any) -> None:
-        """Set a part under the plan's name."""
-        setattr(self, TAKEN.get(name, name), part)
-
-    def get(self, name: str) -> Any:
-        """The part of that name."""
-        return variable(self, name)
-
-
-class FeedForward(Part):
-    """activation(x W1 + b1) W2 + b2; gated: (activation(x Wg + bg) * (x W1 + b1)) W2 + b2."""
-
-    def __init__(self, config: TransformerConfig, name: str, policy: Any) -> None:
-        super().__init__(name, policy)
-        width, hidden, bias = config.width, config.hidden_width, config.bias
-        self.activation = config.activation
-        self.gate = None
-        with keras.name_scope(name):
-            self.put("input", Linear(width, hidden, bias, name="input", dtype=policy))
-            if config.gated_hidden:
-                self.gate = Linear(width, hidden, bias, name="gate", dtype=policy)
-            self.put("output", Linear(hidden, width, bias, name="output", dtype=policy))
-        self.built = True
-
-    def call(self, x: Array) -> Array:
-        active, first, last = ACTIVATIONS[self.activation], self.get("input"), self.get("output")
-        if self.gate is None:
-            return last(active(first(x)))
-        return last(active(self.gate(x)) * first(x))
-
-
-class Block(Part):
-    """Self-attention, attention to an encoder where there is one, feed-forward; x flows on."""
-
-    cross: Any
-
-    def __init__(self, config: TransformerConfig, stack: str, number: int, policy: Any) -> None:
-        super().__init__(str(number), policy)
-        self.config = config
-        place = sites(config)
-        self.places = {
-            name: place[f"{stack}.{number}.{name}"]
-            for name in ("attention", "cross", "feed")
-            if name != "cross" or config.crosses(stack)
-        }
-
-        def attend(name: str) -> MultiHeadAttention:
-            inner = config.attention(stack, cross=name == "cross", number=number)
-            site = place[f"{stack}.{number}.{name}.weights"]
-            return MultiHeadAttention(inner, site=site, name=name, dtype=policy)
-
-        with keras.name_scope(self.name):
-            self.attention = attend("attention")
-            self.cross = attend("cross") if config.crosses(stack) else None
-            self.feed = FeedForward(config, "feed", policy)
-            for sublayer in self.places:
-                for name in ("norm", "out_norm") if config.norm_out else ("norm",):
-                    name = f"{sublayer}_{name}"
-                    setattr(self, name, model_norm(config, name=name, dtype=policy))
-        self.built = True
-
-    def call(
-        self,
-        x: Array,
-        at: Array,
-        *,
-        mask: Any,
-        lengths: Any,
-        seed: Any,
-        cache: Cache | None,
-        memory: Memory | None,
-        return_weights: bool,
-        training: Any = None,
-    ) -> tuple[Array, BlockWeights, Cache | None]:
-        """x, (B, T, width), whose rows stand at `at` (B or 1, T)."""
-        options = {"seed": seed, "q_lengths": lengths, "return_weights": return_weights}
-        options["training"] = bool(training)
-
-        def itself(y: Array) -> Any:
-            keys = None if cache is not None else lengths
-            return self.attention(y, mask=mask, kv_lengths=keys, cache=cache, **options)
-
-        x, mine = self._flow(x, itself, "attention", at, seed, training)
-        crossed = LayerOutput(None)
-        if self.cross is not None:
-
-            def source(y: Array) -> Any:
-                return self.cross(y, memory, **options)
-
-            x, crossed = self._flow(x, source, "cross", at, seed, training)
-        x, _ = self._flow(x, self.feed, "feed", at, seed, training)
-        return x, BlockWeights(mine.weights, crossed.weights), mine.cache
-
-    def _flow(
-        self, x: Array, sublayer: Any, name: str, at: Array, seed: Any, training: Any
-    ) -> tuple[Array, LayerOutput]:
-        """x with a sublayer's output added, and what else the sublayer returned."""
-        c, site = self.config, self.places[name]
-        norm = getattr(self, f"{name}_norm")
-        found = sublayer(norm(x) if c.norm_first else x)
-        found = found if isinstance(found, LayerOutput) else LayerOutput(found)
-        y = getattr(self, f"{name}_out_norm")(found.out) if c.norm_out else found.out
-        x = x + hidden_dropout(y, c.dropout, seed, site, at, training)
-        return (x if c.norm_first else norm(x)), found
-
-
-class Stack(Part):
-    """An encoder or a decoder: embedding and positions, blocks named by number, a norm."""
-
-    wheel: Words
-    embedding: Any
-    types: Any
-    positions: Any
-    embedding_norm: Any
-    norm: Any
-
-    def __init__(self, config: TransformerConfig, stack: str, policy: Any) -> None:
-        super().__init__(stack, policy)
-        self.config, make = config, {"dtype": policy}
-        self.site = sites(config)[f"{stack}.embedding"]
-        tokens, width = config.tokens(stack), config.width
-        self.embedding = self.types = self.positions = self.embedding_norm = self.norm = None
-        self.count = config.blocks(stack)
-        with keras.name_scope(stack):
-            if tokens is None:
-                first = Linear(config.inputs or 0, width, config.bias, name="input", **make)
-                self.put("input", first)
-            else:
-                self.embedding = Embedding(tokens, width, name="embedding", **make)
-            if config.token_types is not None:
-                self.types = Embedding(config.token_types, width, name="types", **make)
-            if config.positions == "learned":
-                self.positions = Embedding(config.max_length or 0, width, name="positions", **make)
-            if config.norm_embedding:
-                self.embedding_norm = model_norm(config, name="embedding_norm", **make)
-            for number in range(self.count):
-                self.put(str(number), Block(config, stack, number, policy))
-            if config.ends_in_norm:
-                self.norm = model_norm(config, name="norm", **make)
-        turns = width if config.positions == "sinusoidal" else 0
-        object.__setattr__(self, "wheel", words_of(10000.0, turns))
-        self.built = True
-
-    @property
-    def blocks(self) -> list[Any]:
-        """The blocks in order."""
-        return [self.get(str(number)) for number in range(self.count)]
-
-    def call(
-        self,
-        given: Array,
-        *,
-        types: Any = None,
-        mask: Any = None,
-        lengths: Any = None,
-        seed: Any = None,
-        cache: ModelCache | None = None,
-        memories: tuple[Memory, ...] = (),
-        return_weights: bool = False,
-        training: Any = None,
-    ) -> tuple[Array, Any, tuple[Cache, ...]]:
-        """Vectors (B, T, width) of tokens (B, T), or of vectors; weights and caches of blocks."""
-        c, at = self.config, indices(given)
-        if cache is not None:
-            at = cache.blocks[0].lengths[:, None] + at
-        if self.embedding is not None:
-            x = self.embedding(given)
-            x = x * math.sqrt(c.width) if c.scale_embedding else x
-        else:
-            x = self.get("input")(given)
-        if self.types is not None:
-            x = x + self.types(ops.zeros((1, 1), "int32") if types is None else types)
-        if self.positions is not None:
-            x = x + self.positions(within(at, 0, (c.max_length or 1) - 1))
-        elif c.positions == "sinusoidal":
-            x = x + sinusoidal(self.wheel, at, dtype_of(x))
-        x = x if self.embedding_norm is None else self.embedding_norm(x)
-        x = hidden_dropout(x, c.dropout, seed, self.site, at, training)
-        weights, caches = [], []
-        for number, block in enumerate(self.blocks):
-            x, seen, kept = block.call(
-                x,
-                at,
-                mask=mask,
-                lengths=lengths,
-                seed=seed,
-                cache=None if cache is None else cache.blocks[number],
-                memory=memories[number] if memories else None,
-                return_weights=return_weights,
-                training=training,
-            )
-            weights.append(seen)
-            caches.append(kept)
-        x = x if self.norm is None else self.norm(x)
-        return x, tuple(weights), tuple(caches) if cache is not None else ()
 
 
 @keras.saving.register_keras_serializable(package="attn_core")
@@ -346,7 +123,8 @@ class Transformer(Portable):
                 has been computed.
         """
         c = self.config
-        stack = self._check(given, source, cache, (mask, given_mask, source_mask), types)
+        padding = mask, given_mask, source_mask
+        stack = self._check(given, source, source_lengths, cache, padding, types)
         options = {"seed": seed, "return_weights": return_weights, "training": training}
         memories, weights = () if cache is None else cache.memories, {}
         if source is not None:
@@ -357,20 +135,20 @@ class Transformer(Portable):
         if self.decoder is None:
             x, seen, _ = self.encoder.call(given, types=types, **options)
             out = self._capped(self._classes(x, lengths)) if c.classes is not None else x
-            kept = None
+            filled = None
         else:
             x, seen, blocks = self.decoder.call(given, cache=cache, memories=memories, **options)
             if self.head is None:
                 table = ops.convert_to_tensor(self.decoder.embedding.weight)
                 table = ops.transpose(ops.cast(table, x.dtype))
-                out = x @ table if dtype_of(x) == "float64" else ops.matmul(x, table)
+                out = product(x, table)
             else:
                 out = self.head(x)
             out = self._capped(out)
-            kept = None if cache is None else ModelCache(blocks, memories)
+            filled = None if cache is None else ModelCache(blocks, memories)
         if cache is None and not return_weights:
             return out
-        return ModelOutput(out, {**weights, stack: seen} if return_weights else None, kept)
+        return ModelOutput(out, {**weights, stack: seen} if return_weights else None, filled)
 
     def compute_output_spec(
         self,
@@ -378,6 +156,7 @@ class Transformer(Portable):
         source: Any = None,
         *,
         types: Any = None,
+        source_lengths: Any = None,
         cache: Any = None,
         return_weights: bool = False,
         mask: Any = None,
@@ -392,7 +171,8 @@ class Transformer(Portable):
                 "`cache` and `return_weights` must be left out in a graph of KerasTensors, whose "
                 "nodes return one tensor. Got a symbolic call."
             )
-        self._check(given, source, cache, (mask, given_mask, source_mask), types)
+        padding = mask, given_mask, source_mask
+        self._check(given, source, source_lengths, None, padding, types)
         batch, rows = given.shape[:2]
         if c.kind != "encoder":
             found: tuple[Any, ...] = (batch, rows, c.vocabulary)
@@ -422,7 +202,8 @@ class Transformer(Portable):
     ) -> ModelCache:
         """An empty cache of `length` positions; in an encoder-decoder it holds the source."""
         c = self.config
-        calls.check_source(c, source is not None, None if c.kind != "encoder" else False)
+        kept = None if c.kind != "encoder" else False
+        calls.check_source(c, source is not None, kept, source_lengths)
         calls.check_length(c, "length", length if isinstance(length, int) else None)
         memories: tuple[Memory, ...] = ()
         if source is not None:
@@ -453,32 +234,51 @@ class Transformer(Portable):
             step: what answers step(tokens, cache) -> ModelOutput in this model's place, such as
                 `tf.function(lambda tokens, cache: model(tokens, cache=cache))`.
 
-        Every step asks the same question of a cache of T + steps positions, so a `step` is traced
-        once for all steps. Within a tf.function or jax.jit all steps are one graph.
+        Every step asks the same question of a cache of T + steps - 1 positions: a `step` is traced
+        once for all steps, and within a tf.function or jax.jit they are one loop, whose body is
+        traced once.
         """
         prompt = tensor(prompt)
+        calls.check_prompt(shape(prompt), steps)
         batch, rows = ops.shape(prompt)
+        last = integers("lengths", rows if lengths is None else lengths)
+        calls.check_lengths("lengths", shape(last), shape(prompt))
+        last = ops.broadcast_to(last, (batch,)) - 1
         options = {"source": source, "source_lengths": source_lengths}
-        cache = self.make_cache(batch, rows + steps, **options)
+        # The last token is not read.
+        cache = self.make_cache(batch, rows + max(steps - 1, 0), **options)
         found = self(prompt, lengths=lengths, cache=cache, training=False)
-        last = ops.broadcast_to(integers(rows if lengths is None else lengths), (batch,)) - 1
         flat = ops.reshape(found.out, (-1, found.out.shape[-1]))
         logits = ops.take(flat, ops.arange(batch, dtype="int32") * rows + last, axis=0)
         kind = dtype_of(prompt)
-        made = [ops.cast(ops.argmax(logits, -1), kind)]
+        # No gradient flows from step to step, and torch is to record none. The memories never
+        # change: they are read from outside the loop.
+        memories = keras.tree.map_structure(_stopped, found.cache.memories)
+        first = ops.cast(ops.argmax(logits, -1), kind)
         step = step or (lambda tokens, cache: self(tokens, cache=cache, training=False))
-        for _ in range(steps - 1):
-            # No gradient flows from step to step, and torch is to record none.
-            cache = keras.tree.map_structure(_stopped, found.cache)
-            found = step(made[-1][:, None], cache)
-            token = ops.cast(ops.argmax(found.out[:, 0], -1), kind)
+        places = ops.arange(steps, dtype="int32")[None]
+
+        def following(number: Array, made: Array, token: Array, blocks: Any) -> Any:
+            blocks = keras.tree.map_structure(_stopped, blocks)
+            found = step(token[:, None], ModelCache(blocks, memories))
+            after = ops.cast(ops.argmax(found.out[:, 0], -1), kind)
             if stop is not None:
-                token = ops.where(made[-1] == stop, ops.full_like(token, stop), token)
-            made.append(token)
-        return ops.stack(made, 1)[:, :steps]
+                after = ops.where(token == stop, ops.full_like(after, stop), after)
+            made = ops.where(places == number, after[:, None], made)
+            return number + 1, made, after, found.cache.blocks
+
+        made = ops.repeat(first[:, None], steps, axis=1)
+        held = ops.convert_to_tensor(1, "int32"), made, first, found.cache.blocks
+        return ops.while_loop(lambda number, *_: number < steps, following, held)[1]
 
     def _check(
-        self, given: Any, source: Any, cache: Any, padding: tuple[Any, ...], types: Any
+        self,
+        given: Any,
+        source: Any,
+        source_lengths: Any,
+        cache: Any,
+        padding: tuple[Any, ...],
+        types: Any,
     ) -> str:
         c = self.config
         if any(one is not None for one in padding):
@@ -486,7 +286,10 @@ class Transformer(Portable):
                 "a padding mask of Keras must be left out: `lengths` and `source_lengths` say "
                 "where padding begins. Got one: give the model its input without its mask."
             )
-        calls.check_source(c, source is not None, None if cache is None else bool(cache.memories))
+        if cache is not None:
+            calls.check_kind("cache", cache, ModelCache)
+        kept = None if cache is None else bool(cache.memories)
+        calls.check_source(c, source is not None, kept, source_lengths)
         stack: str = c.stacks[-1]
         calls.check_read(c, stack, "given", shape(given), dtype_of(given))
         if types is not None:
@@ -507,13 +310,13 @@ class Transformer(Portable):
 
     def _capped(self, logits: Array) -> Array:
         cap = self.config.logit_softcap
-        return logits if cap is None else cap * ops.tanh(logits / cap)
+        return logits if cap is None else cap * tanh(logits / cap)
 
     def _classes(self, x: Array, lengths: Any) -> Array:
         """Logits of classes from the mean of the rows that count; 0 where none does."""
         if lengths is None:
             return self.head(ops.sum(x, 1) / ops.cast(ops.shape(x)[1], x.dtype))
-        lengths = ops.reshape(within(integers(lengths), 0, ops.shape(x)[1]), (-1, 1))
+        lengths = ops.reshape(within(integers("lengths", lengths), 0, ops.shape(x)[1]), (-1, 1))
         counts = indices(x) < lengths
         total = ops.sum(ops.where(counts[..., None], x, ops.zeros_like(x)), 1)
         return self.head(total / ops.cast(ops.maximum(lengths, 1), x.dtype))

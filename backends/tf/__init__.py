@@ -18,7 +18,13 @@ from attn_core.language.operands import Table
 from attn_core.language.values import Score
 from attn_core.spec import Account, AttentionOutput, Facts, Operands, Plan, Problem, as_output
 
-__all__ = ["MultiHeadAttention", "Transformer", "keep", "scaled_dot_product_attention"]
+__all__ = [
+    "AdditiveAttention",
+    "MultiHeadAttention",
+    "Transformer",
+    "keep",
+    "scaled_dot_product_attention",
+]
 
 NAME = "tf"
 IMPLEMENTATIONS = ("chunked", "reference")
@@ -49,7 +55,7 @@ def __getattr__(name: str) -> Any:
     Raises:
         ImportError: Keras runs on another framework in this process, and so would the layers.
     """
-    if name not in ("MultiHeadAttention", "Transformer"):
+    if name not in ("AdditiveAttention", "MultiHeadAttention", "Transformer"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from attn_core.backends import keras as room
 

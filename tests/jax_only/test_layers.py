@@ -15,7 +15,7 @@ from layer_cases import CASES, B, Case, draw, inputs_of, judged, share, slope, w
 
 import attn_core
 from attn_core import AttentionConfig, masks
-from attn_core.backends.jax import MultiHeadAttention, from_numpy
+from attn_core.backends.jax import AdditiveAttention, MultiHeadAttention, from_numpy, linen
 from attn_core.conformance.tolerance import CAP, EPS, JUDGE
 from attn_core.model.cache import Cache, LayerOutput
 from attn_core.model.initial import initial
@@ -222,6 +222,21 @@ def test_a_bad_load_changes_nothing(tmp_path: Any) -> None:
     assert all(np.array_equal(x, before[n]) for n, x in layer.export_weights().items())
 
 
+def test_a_cast_layer_is_loaded_as_it_is_held() -> None:
+    """Somebody has cast it since: nothing is narrowed silently, and it stays as it is cast."""
+    layer = MultiHeadAttention(width=8, heads=2)
+    held = weights_of(layer.plan)
+    nnx.update(layer, jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(layer)))
+    before = layer.export_weights()
+    assert before["out.bias"].dtype == jnp.bfloat16
+    with pytest.raises(TypeError, match="must not be wider than the layer's dtype bfloat16"):
+        layer.load_weights(held)
+    assert all(np.array_equal(x, before[n]) for n, x in layer.export_weights().items())
+    layer.load_weights({n: x.astype(jnp.bfloat16) for n, x in held.items()})
+    for name, x in layer.export_weights().items():
+        assert np.array_equal(x, held[name].astype(jnp.bfloat16))
+
+
 def test_bfloat16_weights_go_out_and_in(tmp_path: Any) -> None:
     layer = MultiHeadAttention(width=8, heads=2, dtype="bfloat16", seed=4)
     assert layer.query.weight.dtype == jnp.bfloat16
@@ -269,6 +284,28 @@ REFUSED = {
         lambda: PLAIN(X, cache=PLAIN.make_cache(B, 9), q_lengths=[1, 2, 3]),
         ValueError,
         r"`q_lengths` must be an int or have shape \(B,\)",
+    ),
+    "a site": (
+        lambda: MultiHeadAttention(width=8, heads=2, site=0.5),
+        TypeError,
+        "`site` must be an int. Got 0.5",
+    ),
+    "a site below 0": (
+        lambda: MultiHeadAttention(width=8, heads=2, site=-1),
+        ValueError,
+        "`site` must be at least 0. Got -1",
+    ),
+    "a site of additive attention": (
+        lambda: AdditiveAttention(width=8, site=-1),
+        ValueError,
+        "`site` must be at least 0. Got -1",
+    ),
+    "a site in linen": (
+        lambda: linen.MultiHeadAttention(AttentionConfig(12, 4), seed=0, site=-1).init(
+            jax.random.key(0), X
+        ),
+        ValueError,
+        "`site` must be at least 0. Got -1",
     ),
     "the output that holds a cache": (
         lambda: PLAIN(X, cache=PLAIN(X, cache=PLAIN.make_cache(B, 9))),

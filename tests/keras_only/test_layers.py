@@ -224,6 +224,46 @@ REFUSED = {
         TypeError,
         "`mask` must be boolean, True = attend. Got float",
     ),
+    "positions that are no integers": (
+        lambda: MultiHeadAttention(width=12, heads=2, positions="rotary")(X, positions=X[0, :, 0]),
+        TypeError,
+        "`positions` must be integers. Got float32",
+    ),
+    "an offset that is no integer": (
+        lambda: MultiHeadAttention(width=12, heads=2, positions="rotary")(X, query_offset=0.5),
+        TypeError,
+        "`query_offset` must be integers. Got float32",
+    ),
+    "lengths that are no integers beside a cache": (
+        lambda: PLAIN(X, cache=PLAIN.make_cache(B, 9), q_lengths=[1.5, 2.0]),
+        TypeError,
+        "`q_lengths` must be integers. Got float32",
+    ),
+    "a memory's lengths that are no integers": (
+        lambda: PLAIN.memory(X, lengths=[1.5, 2.0]),
+        TypeError,
+        "`lengths` must be integers. Got float32",
+    ),
+    "lengths of another batch beside a cache": (
+        lambda: PLAIN(X, cache=PLAIN.make_cache(B, 9), q_lengths=[1, 2, 3]),
+        ValueError,
+        r"`q_lengths` must be an int or have shape \(B,\) = \(2,\). Got \(3,\)",
+    ),
+    "the output that holds a cache": (
+        lambda: PLAIN(X, cache=PLAIN(X, cache=PLAIN.make_cache(B, 9))),
+        TypeError,
+        "`cache` must be a Cache, .* Got LayerOutput: its `.cache`",
+    ),
+    "a site": (
+        lambda: MultiHeadAttention(width=8, heads=2, site=0.5),
+        TypeError,
+        "`site` must be an",
+    ),
+    "a site below 0": (
+        lambda: MultiHeadAttention(width=8, heads=2, site=-1),
+        ValueError,
+        "`site` must be at least 0. Got -1",
+    ),
     "a mask of rank 3": (
         lambda: MultiHeadAttention(width=12, heads=4, causal=True)(X, mask=X[:, :, :5] > 0),
         ValueError,
@@ -557,6 +597,41 @@ def test_trained_by_keras() -> None:
     history = model.fit(x, np.tanh(x), epochs=12, batch_size=8, verbose=0)
     assert int(array(model.step.value)) == 24
     assert history.history["loss"][-1] < 0.5 * history.history["loss"][0]
+
+
+FLOAT64 = {"plain": {}, "rotary": {"positions": "rotary", "head_width": 4}}
+
+
+@pytest.mark.parametrize("name", FLOAT64)
+def test_float64_is_honoured_or_refused(name: str) -> None:
+    """As a policy: to the last digits, or an error before there is a layer."""
+    case = Case({"width": 12, "heads": 4, "causal": True, "dtype": "float64", **FLOAT64[name]})
+    (x,) = inputs_of(case)
+    if BACKEND == "jax":
+        with pytest.raises(ValueError, match='`dtype` must not be "float64" where JAX holds none'):
+            layer_of(case)
+    if BACKEND == "jax" and name == "rotary":
+        with wide(), pytest.raises(ValueError, match="\"float64\" with positions='rotary'"):
+            layer_of(case)
+        return
+    with wide():
+        layer = layer_of(case)
+        found = array(call(layer, case, [x.astype(np.float64)]))
+        want = judged(case, layer.export_weights(), [x]).out
+    assert found.dtype == np.float64
+    assert abs(found - want).max() <= CAP["out"]["float64"] * abs(want).max()
+
+
+def test_an_input_of_float64_is_cast_as_the_policy_says() -> None:
+    """As every layer of Keras casts: the layer's compute dtype is what it computes in."""
+    layer = MultiHeadAttention(width=12, heads=4)
+    x = draw(B, 5, 12).astype(np.float64)
+    with wide():
+        given = tensor(x)
+        assert keras.backend.standardize_dtype(given.dtype) == "float64"
+        found = array(layer(given))
+    assert found.dtype == np.float32
+    assert np.array_equal(found, array(layer(tensor(x.astype(np.float32)))))
 
 
 # --- Traced. --------------------------------------------------------------------------------------

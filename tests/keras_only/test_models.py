@@ -166,11 +166,41 @@ def test_files_configs_and_graphs(tmp_path: Any) -> None:
 
 TOKENS = tensor(inputs_of(CASES["decoder"])[0])
 SOURCE = tensor(inputs_of(CASES["encoder-decoder"])[1])
+HOLDS = Transformer(BOTH)
+HELD = HOLDS.make_cache(B, 9, source=SOURCE)
 REFUSED = {
     "vectors": (lambda: Transformer(DECODER)(ops.zeros((B, 5, 1))), "int tokens"),
     "tokens for vectors": (
         lambda: Transformer(CASES["vectors"].config)(TOKENS),
         r"`given` must be vectors \(B, T, 6\), which this encoder reads. Got int32",
+    ),
+    "lengths of a source that is not given": (
+        lambda: Transformer(DECODER)(TOKENS, source_lengths=np.array([1, 2])),
+        "`source_lengths` must be left out",
+    ),
+    "lengths of a source beside a cache that holds it": (
+        lambda: HOLDS(TOKENS, cache=HELD, source_lengths=np.array([1, 2])),
+        "`source_lengths` must be left out",
+    ),
+    "lengths of a source for a decoder's cache": (
+        lambda: Transformer(DECODER).make_cache(B, 9, source_lengths=np.array([1, 2])),
+        "`source_lengths` must be left out",
+    ),
+    "lengths of a source in a graph": (
+        lambda: Transformer(DECODER)(keras.Input((5,), dtype="int32"), source_lengths=[1, 2]),
+        "`source_lengths` must be left out",
+    ),
+    "an empty prompt": (
+        lambda: Transformer(DECODER).generate(TOKENS[:, :0], 2),
+        "`prompt` must be int tokens",
+    ),
+    "steps below 0": (
+        lambda: Transformer(DECODER).generate(TOKENS, -1),
+        "`steps` must be at least 0. Got -1",
+    ),
+    "lengths of another batch in a prompt": (
+        lambda: Transformer(DECODER).generate(TOKENS, 2, lengths=np.array([1, 2, 3])),
+        r"`lengths` must be an int or have shape \(B,\) = \(2,\). Got \(3,\)",
     ),
     "no source": (lambda: Transformer(BOTH)(TOKENS), "one of `source` and a cache .* Got neither"),
     "a stray source": (lambda: Transformer(DECODER)(TOKENS, SOURCE), "`source` must be left out"),
@@ -209,6 +239,37 @@ def test_refused(name: str) -> None:
     bad, words = REFUSED[name]
     with pytest.raises(ValueError, match=words):
         bad()
+
+
+MISTYPED = {
+    "a layer's cache": (
+        lambda: HOLDS(TOKENS, cache=HELD.blocks[0]),
+        "`cache` must be a ModelCache, .* Got Cache",
+    ),
+    "the output that holds a cache": (
+        lambda: HOLDS(TOKENS, cache=HOLDS(TOKENS, cache=HELD)),
+        "`cache` must be a ModelCache, .* Got ModelOutput: its `.cache`",
+    ),
+    "steps": (lambda: Transformer(DECODER).generate(TOKENS, 2.0), "`steps` must be an int"),
+    "lengths of a prompt": (
+        lambda: Transformer(DECODER).generate(TOKENS, 2, lengths=[1.5, 2.0]),
+        "`lengths` must be integers. Got float32",
+    ),
+    "lengths of classes": (
+        lambda: Transformer({**ENCODER, "classes": 3})(TOKENS, lengths=np.array([1.5, 2.0])),
+        "`.*lengths` must be integers. Got float",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTYPED)
+def test_of_another_type(name: str) -> None:
+    before = [array(x).copy() for x in keras.tree.flatten(HELD) if x is not None]
+    bad, words = MISTYPED[name]
+    with pytest.raises(TypeError, match=words):
+        bad()
+    after = [x for x in keras.tree.flatten(HELD) if x is not None]
+    assert all(np.array_equal(array(x), y) for x, y in zip(after, before, strict=True))
 
 
 # --- Step by step. --------------------------------------------------------------------------------
@@ -268,7 +329,8 @@ def test_generate_is_greedy_and_traced_once_for_all_steps(name: str) -> None:
 
 
 @tf_only
-def test_generate_within_a_tf_function() -> None:
+@pytest.mark.parametrize("sizes", [(None, None), (2, None), (None, 3)], ids=str)
+def test_generate_within_a_tf_function(sizes: tuple[Any, Any]) -> None:
     """Batch and length of the prompt unknown: one trace for every size."""
     import tensorflow as tf
 
@@ -276,18 +338,59 @@ def test_generate_within_a_tf_function() -> None:
     model, count = model_of(case), []
 
     @tf.function(
-        input_signature=[tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None], tf.int32)]
+        input_signature=[tf.TensorSpec(sizes, tf.int32), tf.TensorSpec(sizes[:1], tf.int32)]
     )
     def run(prompt: Any, lengths: Any) -> Any:
         count.append(1)
-        return model.generate(prompt, 3, lengths=lengths)
+        return model.generate(prompt, 3, lengths=lengths, stop=1)
 
     (prompt,) = inputs_of(case)
     for batch, rows in ((2, 3), (1, 5)):
+        batch, rows = sizes[0] or batch, sizes[1] or rows
         given, lengths = tf.constant(prompt[:batch, :rows]), tf.constant([rows - 1, rows][:batch])
-        want = model.generate(given, 3, lengths=lengths)
+        want = model.generate(given, 3, lengths=lengths, stop=1)
         assert np.array_equal(run(given, lengths), want)
     assert len(count) == 1
+
+
+def size_of(run: Any, *given: Any) -> int:
+    """Operations in the graph of a function, those of its loops' bodies too."""
+    if BACKEND == "jax":
+        import jax
+
+        return str(jax.make_jaxpr(run)(*given)).count("=")
+    import tensorflow as tf
+
+    graph = tf.function(run).get_concrete_function(*given).graph.as_graph_def()
+    return len(graph.node) + sum(len(one.node_def) for one in graph.library.function)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="torch.compile unrolls every loop of Python")
+def test_generate_traced_does_not_grow_with_its_steps() -> None:
+    case = Case({**BOTH, "depth": 1, "positions": "rotary"})
+    model, (given, source) = model_of(case), [tensor(x) for x in inputs_of(case)]
+
+    def run(steps: int) -> Any:
+        return lambda prompt, source: model.generate(prompt, steps, source=source)
+
+    sizes = {steps: size_of(run(steps), given, source) for steps in (2, 3, 40)}
+    # How a cache is cut up may add an operation; one step has a hundred and more.
+    assert max(sizes.values()) <= min(sizes.values()) + 5, sizes
+    traced = array(Traced(run(7))(given, source))
+    assert np.array_equal(traced, array(run(7)(given, source)))
+    for b in range(B):
+        tokens = array(given)[b].tolist()
+        assert traced[b].tolist() == greedy(model, tokens, 7, array(source)[b : b + 1])
+
+
+def test_generate_as_far_as_positions_go() -> None:
+    """The last token is made, and not read: it needs no position."""
+    model = Transformer({**DECODER, "positions": "learned", "max_length": 7})
+    found = array(model.generate(TOKENS, 3))
+    for steps in (0, 1, 2):
+        assert np.array_equal(array(model.generate(TOKENS, steps)), found[:, :steps])
+    with pytest.raises(ValueError, match="must not be longer than `max_length` = 7"):
+        model.generate(TOKENS, 4)
 
 
 # --- Forms. ---------------------------------------------------------------------------------------
