@@ -10,6 +10,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_core.backends.tf.chunked_grid import cut_up
+from attn_core.backends.tf.chunked_spans import Spans, spans
 from attn_core.footprint import differs, reading, sizes
 from attn_core.language.duals import differentiate
 from attn_core.spec import WIDTH, Account, Problem
@@ -37,6 +38,9 @@ def account(p: Problem, impl: str) -> Account:
 
 def _chunked(p: Problem, numbers: tuple[str, tuple[str, str] | None]) -> Account:
     narrow, wide = WIDTH[p.dtype] // 8, WIDTH[p.accumulation] // 8
+    found = spans(p)
+    if found is not None:
+        return _spans(p, found, (narrow, wide), numbers)
     g = cut_up(p, p.batch, p.q_len, p.k_len, differs(p))
     entries = g.batches * g.heads * p.group * g.block_q * g.block_k
     tile = entries * wide
@@ -61,6 +65,27 @@ def _chunked(p: Problem, numbers: tuple[str, tuple[str, str] | None]) -> Account
     sums = [rows * p.width, keys * p.width, keys * p.v_width]
     backward += max(sums) * wide + sum(sums) * (wide - narrow)
     return Account((g.block_q, g.block_k), forward, backward, *numbers)
+
+
+def _spans(
+    p: Problem, s: Spans, sizes: tuple[int, int], numbers: tuple[str, tuple[str, str] | None]
+) -> Account:
+    narrow, wide = sizes
+    turns, height = s.starts.shape
+    rows, keys = height * p.group * s.block, height * s.keys
+    tile, width = rows * s.keys * wide, (p.width + p.v_width) * wide
+    batch = p.batch or 0
+    queries, columns = batch * p.heads * (p.q_len or 0), batch * p.kv_heads * (p.k_len or 0)
+    saved = queries * (2 * wide + 1)
+    # The whole mask, and with it a tile of what is selected instead.
+    mask = turns * height * s.block * s.keys + (tile if p.group == 1 else 0)
+    hidden = mask + height * s.block * s.keys + (rows + keys) * width
+    forward = 2 * tile + hidden + 2 * saved + queries * p.v_width * narrow
+    results = [queries * p.width, columns * p.width, columns * p.v_width]
+    backward = 4 * tile + hidden + 4 * saved + (rows + keys) * width + max(results) * narrow
+    # Gradients of a key head, turn by turn, and put together.
+    backward += 2 * turns * s.reach * s.block * width
+    return Account((s.block, s.block), forward, backward, *numbers)
 
 
 def _lowered(p: Problem) -> tuple[str, str] | None:

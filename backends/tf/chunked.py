@@ -18,7 +18,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from attn_core.backends.tf import chunked_backward, chunked_forward, reference
+from attn_core.backends.tf import chunked_backward, chunked_forward, chunked_spans, reference
 from attn_core.backends.tf.arrays import sizes
 from attn_core.backends.tf.chunked_forward import Rows
 from attn_core.backends.tf.chunked_grid import geometry, plan
@@ -106,6 +106,9 @@ def _gradients(
 
 
 def _forward(p: Problem, x: Operands) -> Rows:
+    narrow = chunked_spans.spans(p)
+    if narrow is not None:
+        return chunked_spans.forward(p, x, narrow)
     g = geometry(p, x)
     inputs = lay_out(p, x, g)
     axis = 2 if p.layout == "BHTD" else 1
@@ -114,6 +117,9 @@ def _forward(p: Problem, x: Operands) -> Rows:
 
 
 def _backward(p: Problem, x: Operands, rows: Rows, cotangents: Any) -> Operands:
+    narrow = chunked_spans.spans(p)
+    if narrow is not None:
+        return chunked_spans.backward(p, x, narrow, rows, cotangents)
     found = chunked_backward.backward(p, x, geometry(p, x), rows, cotangents)
     # Every float has a gradient: zeros for one that the score does not move by.
     score = tuple(

@@ -253,14 +253,14 @@ def _slopes(
     slope = e * (dp - base)
     if pulled.lone is not None:
         moved, lone = slope, tf.reshape(tf.gather(pulled.lone, n), shape)
-        slope = tf.cond(tf.reduce_any(lone), lambda: _settled(moved, e, lone), lambda: moved)
+        slope = tf.cond(tf.reduce_any(lone), lambda: settled(moved, e, lone), lambda: moved)
     if found.allowed is not None:
         # Also what comes of values that may not be seen, which nothing has selected away before.
         slope = tf.where(found.allowed, slope, zero)
     return kept, slope
 
 
-def _settled(slope: Array, e: Array, lone: Array) -> Array:
+def settled(slope: Array, e: Array, lone: Array) -> Array:
     """The gradient of the logits, with 0 at a key that has all the weight of its row.
 
     There dP and delta are equal but for their rounding, which would be all that is left. The sum of

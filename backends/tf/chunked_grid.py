@@ -45,7 +45,7 @@ not known they may be short, and one head would be too little at a time.
 
 _LONGEST = 4096
 """Rows or keys of a tile at most, where the other axis is short."""
-_AT_ONCE = 2**22
+AT_ONCE = 2**22
 """Bytes that the logits of one tile may take."""
 
 
@@ -100,10 +100,10 @@ def cut_up(p: Problem, batch: Any, q_len: Any, k_len: Any, reads: tuple[bool, bo
     single = known and rows == columns == 1
     of_head = p.group * (block_q * block_k if known else tall * wide) * 4
     reads_b, reads_h = reads
-    heads = 1 if reads_h and not single else _most(p.kv_heads, _AT_ONCE // of_head)
+    heads = 1 if reads_h and not single else _most(p.kv_heads, AT_ONCE // of_head)
     batches: Any = 1
     if heads == p.kv_heads and (single or not reads_b):
-        room = _AT_ONCE // (heads * of_head)
+        room = AT_ONCE // (heads * of_head)
         if isinstance(batch, int):
             batches = _most(batch, room)
         else:

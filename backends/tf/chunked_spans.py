@@ -1,0 +1,359 @@
+"""Narrow masks: what a row of tiles sees, taken as one span of keys.
+
+Under a window of 256 keys, tiles of 256 by 256 are half empty. Where the mask's map is known when
+the call is traced, and every row of tiles sees few tiles that lie close together, these are one
+tile, narrower and of any start::
+
+    rows     64 i, ..., 64 i + 63
+    keys     64 a, ..., 64 (a + slots) - 1          a = starts[i]
+
+so that softmax has nothing to build up. One turn of the loop computes several such tiles of one
+key head, side by side, as one product over a batch of them::
+
+    queries     (height, G, 64, D)
+    keys        (height, 64 slots, D)               gathered: neighbours share most of theirs
+    logits      (height, G, 64, 64 slots)
+
+Formulas, statistics and rules are those of `chunked_forward` and `chunked_backward`. What a problem
+must be like is said in one place, `spans`; every other one is cut into tiles as before.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from attn_core.backends.tf import chunked_parts as parts
+from attn_core.backends.tf.arrays import DTYPES, Reading
+from attn_core.backends.tf.chunked_backward import settled
+from attn_core.backends.tf.chunked_forward import Rows, inverted
+from attn_core.backends.tf.chunked_grid import AT_ONCE, cut_up
+from attn_core.blocks import BlockMap, block_map
+from attn_core.language.tree import Tree
+from attn_core.spec import Operands, Problem
+
+Array = Any
+
+_BLOCK = 64
+"""Rows of a tile, and the grain of a span: half of what a window of 128 sees is seen."""
+_WORTH = 0.8
+"""Entries of spans at most, as a share of those of the tiles that they stand in for."""
+
+
+class Spans(NamedTuple):
+    """The tiles of one key head.
+
+    Attributes:
+        mask: whose map they come from.
+        offset: of the rows.
+        block: rows of a tile; keys of a slot.
+        slots: how many slots a span has.
+        starts: int32 (turns, height), the first slot of the span of every row of tiles.
+        firsts: int32 (turns,), the least start of a turn.
+        reach: slots from that to the end of the turn's last span, at most.
+        columns: slots along the keys.
+    """
+
+    mask: Tree
+    offset: int
+    block: int
+    slots: int
+    starts: np.ndarray
+    firsts: np.ndarray
+    reach: int
+    columns: int
+
+    @property
+    def keys(self) -> int:
+        """Keys of a span."""
+        return self.slots * self.block
+
+
+def spans(p: Problem) -> Spans | None:
+    """The spans of a problem, or None where it is cut into tiles of the grid.
+
+    They need a mask that is alike for all batches and heads and looks nothing up, known sizes that
+    are multiples of `_BLOCK`, layout "BHTD", and neither lengths, offsets that are given, scores,
+    biases, dropout nor weights. And they must pay: fewer entries than tiles have, and not too few
+    in a turn.
+    """
+    mask = p.mask
+    if mask is None or mask.reads("b") or mask.reads("h") or p.layout != "BHTD":
+        return None
+    if any(step.op == "lookup" for step in mask.steps) or p.offset == "given":
+        return None
+    if p.kv_lengths or p.q_lengths or p.rate or p.return_weights:
+        return None
+    if p.bias is not None or p.score is not None or p.batch is None:
+        return None
+    if not p.q_len or not p.k_len or p.q_len % _BLOCK or p.k_len % _BLOCK:
+        return None
+    g = cut_up(p, p.batch, p.q_len, p.k_len, (False, False))
+    offset = p.k_len - p.q_len if p.offset == "end" else 0
+    sizes = (p.q_len, p.k_len, p.group)
+    return _found(mask, sizes, offset, (g.block_q, g.block_k), (_BLOCK, AT_ONCE, _WORTH))
+
+
+@lru_cache(maxsize=128)
+def _found(
+    mask: Tree,
+    sizes: tuple[int, int, int],
+    offset: int,
+    tile: tuple[int, int],
+    limits: tuple[int, int, float],
+) -> Spans | None:
+    (q_len, k_len, group), (block, room, worth) = sizes, limits
+
+    def read(block_q: int, block_k: int) -> BlockMap:
+        blocks = {"block_q": block_q, "block_k": block_k}
+        return block_map(mask, (), q_len=q_len, k_len=k_len, offsets=offset, **blocks)
+
+    instead = read(*tile).live_count * tile[0] * tile[1]
+    rows, columns = q_len // block, k_len // block
+    if instead == 0 or rows * block * block > worth * instead:
+        return None
+    first, last = np.full(rows, columns), np.zeros(rows, np.int64)
+    row_start, live, _ = read(block, block).lists()
+    row = np.repeat(np.arange(rows), np.diff(row_start))
+    np.minimum.at(first, row, live)
+    np.maximum.at(last, row, live + 1)
+    slots = int((last - first).max())
+    entries = group * block * slots * block * 4
+    if q_len * slots * block > worth * instead or entries > room:
+        return None
+    starts = np.minimum(first, columns - slots)
+    height = max(n for n in range(1, rows + 1) if rows % n == 0 and n * entries <= room)
+    if 4 * height * entries < room:
+        # So little at a time that the loop would cost more than half empty tiles do.
+        return None
+    starts = starts.reshape(-1, height).astype(np.int32)
+    firsts = starts.min(1)
+    reach = int((starts.max(1) - firsts).max()) + slots
+    return Spans(mask, offset, block, slots, starts, firsts, reach, columns)
+
+
+class _Cut:
+    """Reads the tiles of a turn, and what the mask says of them."""
+
+    def __init__(self, p: Problem, s: Spans) -> None:
+        self.p, self.s = p, s
+        self.turns, self.height = s.starts.shape
+        self.starts = tf.constant(s.starts)
+        # One byte an entry, for all batches and heads; read turn by turn, as its steps are larger.
+        self.allowed = self._allowed()
+        self.seen = tf.reduce_any(self.allowed, 2)[..., None]
+
+    def _allowed(self) -> Array:
+        """The mask's boolean (turns, height, block, keys)."""
+        p, s = self.p, self.s
+        shape = (self.height, s.block, s.keys)
+
+        def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            first = (tf.range(self.height) + n * self.height)[:, None, None] * s.block
+            row = first + tf.range(s.block)[:, None]
+            key = tf.gather(self.starts, n)[:, None, None] * s.block + tf.range(s.keys)
+            zero = tf.zeros((1, 1, 1), tf.int32)
+            index = {"b": zero, "h": zero, "q": row + s.offset, "k": key, "row": row}
+            found = Reading(p.accumulation, ()).read(s.mask, index, ())[0]
+            return (carry[0].write(n, tf.broadcast_to(found, shape)),)
+
+        fresh = tf.TensorArray(tf.bool, self.turns, element_shape=shape)
+        return parts.loop(0, self.turns, turn, (fresh,))[0].stack()
+
+    def head(self, n: Array) -> tuple[Array, Array]:
+        """(number of the key head through all batches, turn within it)."""
+        return n // self.turns, n % self.turns
+
+    def rows(self, x: Array, n: Array) -> Array:
+        """(height, G, block, X) of (B, Hq, Tq, X)."""
+        at, turn = self.head(n)
+        last = x.shape[-1]
+        x = tf.reshape(x, (-1, self.height, self.s.block, last))
+        group = self.p.group
+        if group == 1:
+            return tf.gather(x, n)[:, None]
+        place = (at * group + tf.range(group)) * self.turns + turn
+        return tf.transpose(tf.gather(x, place), (1, 0, 2, 3))
+
+    def keys(self, x: Array, n: Array, clean: bool) -> Array:
+        """(height, 1, keys, X) of (B, Hk, Tk, X), with 0 where no row sees a key if `clean`."""
+        at, turn = self.head(n)
+        last, s = x.shape[-1], self.s
+        slot = tf.gather(self.starts, turn)[:, None] + tf.range(s.slots) + at * s.columns
+        found = tf.gather(tf.reshape(x, (-1, s.block * last)), slot)
+        if clean:
+            # Whole rows are selected, which the older operation does without repeating anything.
+            seen = tf.reshape(tf.gather(self.seen, turn), (-1,))
+            found = tf.reshape(found, (self.height * s.keys, last))
+            found = tf.raw_ops.Select(condition=seen, x=found, y=tf.zeros_like(found))
+        found = tf.reshape(found, (self.height, s.keys, last))
+        return tf.cast(found, DTYPES[self.p.accumulation])
+
+    def hide(self, x: Array, n: Array, instead: Array) -> Array:
+        """`x` where the mask allows it, and else `instead`, a `constant`."""
+        allowed = tf.gather(self.allowed, n % self.turns)[:, None]
+        return tf.where(allowed, self.unfolded(x), instead)
+
+    def constant(self, value: float) -> Array:
+        """To be selected instead of a tile: made once, of a tile's shape if that is the mask's.
+
+        A select of equal shapes takes half the time of one that repeats one of them.
+        """
+        found = tf.constant(value, DTYPES[self.p.accumulation])
+        shape = (self.height, 1, self.s.block, self.s.keys)
+        return tf.fill(shape, found) if self.p.group == 1 else found
+
+    def gather_up(self, stacked: Array, batch: int) -> Array:
+        """(B, Hq, Tq, X) of what the turns leave, (turns of all heads, height, G, block, X)."""
+        p, last = self.p, stacked.shape[-1]
+        if p.group > 1:
+            inner = (self.turns, self.height, p.group, self.s.block, last)
+            stacked = tf.reshape(stacked, (batch * p.kv_heads, *inner))
+            stacked = tf.transpose(stacked, (0, 3, 1, 2, 4, 5))
+        return tf.reshape(stacked, (batch, p.heads, -1, last))
+
+    def folded(self, x: Array) -> Array:
+        """(height, G * block, X), for a product with keys."""
+        return tf.reshape(x, (self.height, -1, x.shape[-1]))
+
+    def unfolded(self, x: Array) -> Array:
+        return tf.reshape(x, (self.height, self.p.group, self.s.block, x.shape[-1]))
+
+
+def forward(p: Problem, x: Operands, s: Spans) -> Rows:
+    batch = int(p.batch or 0)
+    dtype, cut = DTYPES[p.accumulation], _Cut(p, s)
+    count = batch * p.kv_heads * cut.turns
+    shape = (cut.height, p.group, s.block)
+    kinds = [(DTYPES[p.dtype], p.v_width), (dtype, 1), (dtype, 1), (tf.bool, 1)]
+    arrays = [tf.TensorArray(kind, count, element_shape=(*shape, last)) for kind, last in kinds]
+    low = cut.constant(-np.inf)
+
+    def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        q = tf.cast(cut.rows(x.query, n), dtype) * p.scale
+        z = tf.matmul(cut.folded(q), cut.keys(x.key, n, False), transpose_b=True)
+        z = cut.hide(z, n, low)
+        m = tf.reduce_max(z, -1, keepdims=True)
+        share = tf.nn.softmax(z)
+        hidden = tf.equal(m, -np.inf)
+        m = tf.where(hidden, tf.zeros_like(m), m)
+        # exp(m - m), which an infinite maximum makes NaN, over the largest share.
+        total = tf.exp(m - m) / tf.reduce_max(share, -1, keepdims=True)
+        total = tf.where(hidden, tf.zeros_like(total), total)
+        acc = cut.unfolded(tf.matmul(cut.folded(share), cut.keys(x.value, n, True)))
+        alive, fade = tf.not_equal(total, 0), tf.ones_like(total)
+        if x.sinks is not None:
+            sink = tf.reshape(tf.cast(x.sinks, dtype), (p.kv_heads, 1, p.group, 1, 1))
+            sink = tf.gather(sink, cut.head(n)[0] % p.kv_heads)
+            top = tf.where(hidden, sink, tf.maximum(m, sink))
+            m, before = tf.where(tf.equal(top, -np.inf), tf.zeros_like(top), top), m
+            fade = tf.where(alive, total * tf.exp(before - m), tf.zeros_like(m))
+            total = fade + tf.exp(sink - m)
+            fade = fade / tf.where(tf.equal(total, 0), tf.ones_like(total), total)
+        out = tf.math.multiply_no_nan(acc, tf.where(alive, fade, tf.zeros_like(fade)))
+        found = (tf.cast(out, DTYPES[p.dtype]), m, total, alive)
+        return tuple([a.write(n, r) for a, r in zip(carry, found, strict=True)])
+
+    done = [cut.gather_up(a.stack(), batch) for a in parts.loop(0, count, turn, arrays)]
+    return Rows(done[0], *[a[..., 0] for a in done[1:]])
+
+
+def backward(
+    p: Problem, x: Operands, s: Spans, rows: Rows, cotangents: tuple[Array, Array | None, Any]
+) -> Operands:
+    batch = int(p.batch or 0)
+    dtype, cut = DTYPES[p.accumulation], _Cut(p, s)
+    d_out, d_lse, _ = cotangents
+    heads, low, zero = batch * p.kv_heads, cut.constant(-np.inf), cut.constant(0.0)
+    none = tf.zeros_like(rows.total)
+    inverse = inverted(rows.total)
+    # Of rows that see a key, and 0 in others.
+    living = tf.where(rows.alive, inverse, none)
+    moved = None if d_lse is None else tf.where(tf.not_equal(rows.total, 0), d_lse, none)
+    scale = tf.where(rows.alive, tf.constant(p.scale, dtype), tf.zeros((), dtype))
+
+    def one(array: Array, n: Array) -> Array:
+        return cut.rows(array[..., None], n)
+
+    def turn(at: Array, turns: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        n = at * cut.turns + turns
+        query, deltas, dk, dv = carry
+        pulled = tf.cast(cut.rows(d_out, n), dtype)
+        delta = tf.reduce_sum(pulled * tf.cast(cut.rows(rows.out, n), dtype), -1, keepdims=True)
+        delta = tf.where(one(rows.alive, n), delta, tf.zeros_like(delta))
+        if moved is not None:
+            delta -= one(moved, n)
+        base, m = delta * one(inverse, n), one(rows.m, n)
+        pulled = cut.folded(tf.math.multiply_no_nan(pulled, one(living, n)))
+        q = tf.cast(cut.rows(x.query, n), dtype)
+        q = cut.folded(tf.math.multiply_no_nan(q, one(scale, n)))
+        k, v = cut.keys(x.key, n, True), cut.keys(x.value, n, False)
+        z = cut.unfolded(tf.matmul(q, k, transpose_b=True))
+        e = tf.exp(cut.hide(z - m, n, low))
+        slope = e * (cut.unfolded(tf.matmul(pulled, v, transpose_b=True)) - base)
+        if d_lse is None:
+            lone, all_of = tf.equal(one(rows.total, n), 1), slope
+            slope = tf.cond(tf.reduce_any(lone), lambda: settled(all_of, e, lone), lambda: all_of)
+        # Also what comes of values that may not be seen, which nothing has selected away before.
+        slope = cut.folded(cut.hide(slope, n, zero))
+        dq = cut.unfolded(tf.matmul(slope, k)) * p.scale
+        # Spans of a turn overlap: summed in the slots from its least start on.
+        place = tf.gather(cut.starts, turns)[:, None] - tf.gather(tf.constant(s.firsts), turns)
+        place = place + tf.range(s.slots)
+        sums = []
+        for left, right in ((slope, q), (cut.folded(e), pulled)):
+            pieces = tf.matmul(left, right, transpose_a=True)
+            last = right.shape[-1]
+            pieces = tf.reshape(pieces, (cut.height, s.slots, s.block * last))
+            sums.append(tf.math.unsorted_segment_sum(pieces, place, s.reach))
+        return (
+            query.write(n, tf.cast(dq, x.query.dtype)),
+            deltas.write(n, delta),
+            dk.write(turns, sums[0]),
+            dv.write(turns, sums[1]),
+        )
+
+    outer = (cut.height, p.group, s.block)
+    place = tf.constant(s.firsts[:, None] + np.arange(s.reach))
+    widths = (p.width, p.v_width)
+    query = tf.TensorArray(x.query.dtype, heads * cut.turns, element_shape=(*outer, p.width))
+    deltas = tf.TensorArray(dtype, heads * cut.turns, element_shape=(*outer, 1))
+    shapes = [(s.columns, s.block * last) for last in widths]
+    key, value = (
+        tf.TensorArray(a.dtype, heads, element_shape=shape)
+        for a, shape in zip((x.key, x.value), shapes, strict=True)
+    )
+
+    def head(at: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        query, deltas, key, value = carry
+        fresh = [
+            tf.TensorArray(dtype, cut.turns, element_shape=(s.reach, s.block * last))
+            for last in widths
+        ]
+        inner = (query, deltas, *fresh)
+        query, deltas, *found = parts.loop(0, cut.turns, lambda t, c: turn(at, t, c), inner)
+        # A turn may reach beyond the end by slots that hold nothing.
+        dk, dv = (
+            tf.math.unsorted_segment_sum(a.stack(), place, s.columns + s.reach)[: s.columns]
+            for a in found
+        )
+        written = (key.write(at, tf.cast(dk, key.dtype)), value.write(at, tf.cast(dv, value.dtype)))
+        return (query, deltas, *written)
+
+    query, deltas, key, value = parts.loop(0, heads, head, (query, deltas, key, value))
+    d_sinks = None
+    if x.sinks is not None:
+        t = cut.gather_up(deltas.stack(), batch)[..., 0]
+        sinks = tf.cast(x.sinks, dtype)[:, None]
+        share = tf.exp(sinks - rows.m) * inverse
+        share = tf.where(tf.equal(sinks, -np.inf), none, -share * t)
+        d_sinks = tf.cast(tf.reduce_sum(share, (0, 2)), x.sinks.dtype)
+    d_key, d_value = (
+        tf.reshape(a.stack(), (batch, p.kv_heads, -1, last))
+        for a, last in zip((key, value), widths, strict=True)
+    )
+    d_query = cut.gather_up(query.stack(), batch)
+    return Operands(query=d_query, key=d_key, value=d_value, sinks=d_sinks)

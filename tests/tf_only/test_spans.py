@@ -1,0 +1,275 @@
+"""Spans: what they cover, what they answer, and which problems are cut into tiles instead."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import attn_core
+from attn_core import Dropout, masks, reference, scores
+from attn_core.backends import tf as backend
+from attn_core.backends.tf import chunked_grid, chunked_spans
+
+HQ, HK, D, DV = 4, 2, 3, 5
+WINDOW = masks.causal() & masks.window(left=9)
+
+
+def draw(*shape, seed=0, dtype=np.float64):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+
+
+def inputs(b, tq, tk, hq=HQ, dtype=np.float64):
+    return {
+        "query": draw(b, hq, tq, D, seed=1, dtype=dtype),
+        "key": draw(b, HK, tk, D, seed=2, dtype=dtype),
+        "value": draw(b, HK, tk, DV, seed=3, dtype=dtype),
+    }
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Slots of 8 keys, and two rows of tiles at a time; every plan that was asked for, in order."""
+    monkeypatch.setattr(chunked_spans, "_BLOCK", 8)
+    monkeypatch.setattr(chunked_spans, "AT_ONCE", 4096)
+    # Most of these are too short for spans to pay.
+    monkeypatch.setattr(chunked_spans, "_WORTH", 9.0)
+    asked, plan = [], chunked_spans.spans
+
+    def spans(p):
+        asked.append((p, plan(p)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(chunked_spans, "spans", spans)
+    backend.chunked._compiled.cache_clear()
+    yield asked
+    backend.chunked._compiled.cache_clear()
+
+
+def answers(call, form="function", **changes):
+    """Outputs and gradients by name, as NumPy."""
+    b, hq, tq, _ = call["query"].shape
+    arguments = {n: tf.constant(x) if isinstance(x, np.ndarray) else x for n, x in call.items()}
+    pulled = {"out": draw(b, hq, tq, DV, seed=4)}
+    lse = changes.pop("lse", True)
+    if lse:
+        pulled["lse"] = draw(b, hq, tq, seed=5)
+    pulled = {n: tf.constant(x, call["query"].dtype) for n, x in pulled.items()}
+    arguments |= {"impl": "chunked", "return_lse": lse} | changes
+    output, found = backend.vjp(arguments, pulled, form)
+    found.pop("score", None)
+    return {n: x.numpy() for n, x in (found | output._asdict()).items() if x is not None}
+
+
+def window(q, k):
+    return (k <= q) & (q - k <= 9)
+
+
+# Mask, the same in NumPy's words, Tq, Tk, more of the call. Most with spans that overlap.
+NARROW = {
+    "window": (WINDOW, window, 64, 64, {}),
+    "both_ways": (masks.window(5, 6), lambda q, k: (q - k <= 5) & (k - q <= 6), 96, 96, {}),
+    "documents": (
+        masks.chunks(16) & masks.causal(),
+        lambda q, k: (k <= q) & (q // 16 == k // 16),
+        128,
+        128,
+        {},
+    ),
+    "sinks": (WINDOW, window, 64, 64, {"sinks": draw(HQ, seed=6)}),
+    "end": (WINDOW, window, 32, 80, {"query_offset": "end"}),
+    "rows_without_keys": (WINDOW, window, 80, 32, {"query_offset": "start"}),
+    "only_a_sink": (WINDOW, window, 80, 32, {"query_offset": "end", "sinks": draw(HQ, seed=6)}),
+    "gap": (
+        masks.window(9, 0) & ~masks.window(3, 3),
+        lambda q, k: window(q, k) & (q - k > 3),
+        64,
+        64,
+        {},
+    ),
+    "a_corner": (
+        masks.prefix(8) & masks.window(7, 0),
+        lambda q, k: (k < 8) & (k <= q) & (q - k <= 7),
+        64,
+        64,
+        {},
+    ),
+}
+
+
+def dense(name):
+    """The mask entry by entry, (Tq, Tk)."""
+    _, rule, tq, tk, more = NARROW[name]
+    offset = tk - tq if more.get("query_offset") == "end" else 0
+    return rule(np.arange(tq)[:, None] + offset, np.arange(tk))
+
+
+def small_tiles(monkeypatch):
+    """Tiles of the grid of 16 by 16, which a window of 10 fills worse than spans do."""
+    for name in ("_ROWS", "_KEYS", "_KEYS_MASKED", "_LONGEST"):
+        monkeypatch.setattr(chunked_grid, name, 16)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_every_allowed_key_lies_in_its_row_s_span(name, taken, monkeypatch):
+    small_tiles(monkeypatch)
+    mask, _, tq, tk, more = NARROW[name]
+    answers(inputs(1, tq, tk) | more | {"mask": mask})
+    s = taken[0][1]
+    assert s is not None
+    starts = s.starts.reshape(-1)
+    assert len(starts) == tq // 8
+    held = np.zeros((tq, tk), bool)
+    for i, start in enumerate(starts):
+        assert 0 <= start <= tk // 8 - s.slots
+        held[i * 8 : i * 8 + 8, start * 8 : (start + s.slots) * 8] = True
+    assert (held >= dense(name)).all()
+    for first, row in zip(s.firsts, s.starts, strict=True):
+        assert (row >= first).all()
+        assert (row + s.slots <= first + s.reach).all()
+
+
+@pytest.mark.parametrize("form", ["function", "eager", "xla"])
+@pytest.mark.parametrize("name", NARROW)
+def test_spans_answer_as_the_judge_and_as_tiles(name, form, taken, monkeypatch):
+    small_tiles(monkeypatch)
+    mask, _, tq, tk, more = NARROW[name]
+    call = inputs(2, tq, tk) | more | {"mask": mask}
+    found = answers(call, form)
+    assert taken
+    assert all(s is not None for _, s in taken)
+    monkeypatch.setattr(chunked_spans, "spans", lambda p: None)
+    backend.chunked._compiled.cache_clear()
+    tiled = answers(call, form)
+    assert found.keys() == tiled.keys()
+    for key, x in tiled.items():
+        np.testing.assert_allclose(found[key], x, rtol=1e-9, atol=1e-12, err_msg=key)
+    given = {n: x for n, x in call.items() if n not in ("mask", "query_offset")}
+    given["mask"] = np.broadcast_to(dense(name), (2, HQ, tq, tk))
+    judged = reference.attention(**given)
+    np.testing.assert_allclose(found["out"], judged.out, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(found["lse"], judged.lse, rtol=1e-9, atol=1e-9)
+    up = {"d_out": draw(2, HQ, tq, DV, seed=4), "d_lse": draw(2, HQ, tq, seed=5)}
+    for key, x in reference.gradients(**given, **up).items():
+        if key in found:
+            np.testing.assert_allclose(found[key], x, rtol=1e-9, atol=1e-9, err_msg=key)
+
+
+def test_one_query_head_for_each_key_head(taken, monkeypatch):
+    """Selects are then of equal shapes; and without a gradient of lse lone keys are settled."""
+    small_tiles(monkeypatch)
+    call = inputs(2, 64, 64, hq=HK) | {"mask": WINDOW}
+    found = answers(call, lse=False)
+    assert all(s is not None for _, s in taken)
+    call["mask"] = np.broadcast_to(dense("window"), (2, HK, 64, 64))
+    judged = reference.gradients(**call, d_out=draw(2, HK, 64, DV, seed=4))
+    for key in ("query", "key", "value"):
+        np.testing.assert_allclose(found[key], judged[key], rtol=1e-9, atol=1e-9, err_msg=key)
+    # The first row sees one key, whose weight is 1 whatever the query.
+    assert not found["query"][:, :, 0].any()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_dtypes_are_summed_in_float32(dtype, taken, monkeypatch):
+    small_tiles(monkeypatch)
+    call = {n: tf.cast(x, dtype) for n, x in inputs(1, 64, 64).items()} | {"mask": WINDOW}
+    up = tf.cast(draw(1, HQ, 64, DV, seed=4), dtype)
+    output, found = backend.vjp(call | {"impl": "chunked"}, {"out": up}, "function")
+    assert all(s is not None for _, s in taken)
+    names = ("query", "key", "value")
+    wide = {n: tf.cast(call[n], tf.float64).numpy() for n in names}
+    wide["mask"] = np.broadcast_to(dense("window"), (1, HQ, 64, 64))
+    judged = reference.attention(**wide).out
+    given = reference.gradients(**wide, d_out=tf.cast(up, tf.float64).numpy())
+    step = float(np.finfo(np.float16).eps) if dtype == "float16" else 2.0**-7
+    for x, y in ((output.out, judged), *[(found[n], given[n]) for n in names]):
+        assert x.dtype == tf.as_dtype(dtype)
+        x = tf.cast(x, tf.float64).numpy()
+        # One rounding of the result, and of the output that delta is summed from.
+        np.testing.assert_allclose(x, y, rtol=2 * step, atol=4 * step)
+
+
+def test_poison_that_no_row_sees(taken, monkeypatch):
+    """Keys beyond the last row, and rows that see no key with what flows back into them."""
+    small_tiles(monkeypatch)
+    for tq, tk, sight in ((64, 96, slice(64, None)), (96, 64, slice(0, 0))):
+        call = inputs(1, tq, tk) | {"mask": WINDOW, "query_offset": "start"}
+        spoilt = dict(call)
+        for n in ("key", "value"):
+            spoilt[n] = call[n].copy()
+            spoilt[n][:, :, sight] = np.nan
+        dead = slice(73, None)
+        spoilt["query"] = call["query"].copy()
+        spoilt["query"][:, :, dead] = np.nan
+        pulled = {"out": draw(1, HQ, tq, DV, seed=4)}
+        poison = {"out": pulled["out"].copy()}
+        poison["out"][:, :, dead] = np.inf
+        results = []
+        for given, up in ((call, pulled), (spoilt, poison)):
+            given = {
+                n: tf.constant(x) if isinstance(x, np.ndarray) else x for n, x in given.items()
+            }
+            up = {n: tf.constant(x) for n, x in up.items()}
+            output, found = backend.vjp(given | {"impl": "chunked"}, up, "function")
+            results.append({"out": output.out} | found)
+        for n, x in results[0].items():
+            assert np.isfinite(x).all()
+            np.testing.assert_array_equal(results[1][n], x, err_msg=n)
+    assert all(s is not None for _, s in taken)
+
+
+OTHER = {
+    "wide": {"mask": masks.causal()},
+    "prefix": {"mask": masks.causal() | masks.prefix(9)},
+    "looked_up": {"mask": masks.segments(np.arange(64) // 16) & masks.causal()},
+    "by_head": {"mask": attn_core.mask(lambda b, h, q, k: (q >= k) & (q - k < h + 2))},
+    "lengths": {"mask": WINDOW, "kv_lengths": np.array([60, 9])},
+    "row_lengths": {"mask": WINDOW, "q_lengths": np.array([60, 9])},
+    "offset": {"mask": WINDOW, "query_offset": np.array([3, -2])},
+    "bias": {"mask": WINDOW, "bias": draw(1, HQ, 64, 64)},
+    "score": {"mask": WINDOW, "score": scores.softcap(2.0)},
+    "dropout": {"mask": WINDOW, "dropout": Dropout(0.3, 5)},
+    "weights": {"mask": WINDOW, "return_weights": True},
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_spans_do_not_serve_is_cut_into_tiles(name, taken, monkeypatch):
+    small_tiles(monkeypatch)
+    monkeypatch.setattr(chunked_spans, "_WORTH", 1.0)
+    call = inputs(2, 64, 64) | OTHER[name]
+    found = answers(call)
+    assert taken
+    assert all(s is None for _, s in taken)
+    want = answers(call, "eager", impl="reference")
+    for key, x in want.items():
+        np.testing.assert_allclose(found[key], x, rtol=1e-9, atol=1e-9, err_msg=key)
+
+
+def test_lengths_that_are_no_multiple_and_the_other_layout(taken, monkeypatch):
+    small_tiles(monkeypatch)
+    for size in (63, 65):
+        answers(inputs(1, size, size) | {"mask": WINDOW})
+    moved = {n: tf.constant(np.swapaxes(x, 1, 2)) for n, x in inputs(1, 64, 64).items()}
+    attn_core.attention(**moved, mask=WINDOW, layout="BTHD", impl="chunked")
+    assert taken
+    assert all(s is None for _, s in taken)
+
+
+def test_runs_are_one_bit_for_bit(taken, monkeypatch):
+    small_tiles(monkeypatch)
+    call = inputs(2, 128, 128, dtype=np.float32) | {"mask": WINDOW}
+    first = answers(call)
+    for _ in range(5):
+        for n, x in answers(call).items():
+            np.testing.assert_array_equal(x, first[n])
+
+
+def test_explain_tells_the_slots():
+    x = tf.zeros((1, 2, 8192, 64))
+    window = masks.causal() & masks.window(left=255)
+    said = attn_core.explain(x, x, x, mask=window, impl="chunked")
+    assert said.tiles == (64, 64)
+    # Five slots for every row of tiles, but for the first four rows.
+    assert said.blocks.full + said.blocks.partial == 5 * 128 - 10
+    assert said.forward < 32e6
+    wide = attn_core.explain(x, x, x, mask=masks.causal(), impl="chunked")
+    assert wide.tiles == (256, 512)
