@@ -96,7 +96,7 @@ def _native(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Accoun
     statistics = batch * p.heads * q_len * wide
     results = batch * p.heads * q_len * p.v_width * narrow
     whole = native._kind(p, torch.compiler.is_compiling()) != "tiles"
-    block_q, _, block_k, _ = tiles_of(p.group, q_len, k_len, native_bands.ROWS, native_bands.KEYS)
+    block_q, _, block_k, _ = tiles_of(p.group, q_len, k_len, _rows(p, found), native_bands.KEYS)
     held = statistics
     if p.device == "cpu":
         rows = _split(q_len if whole else block_q)
@@ -113,13 +113,21 @@ def _native(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Accoun
     return Account(None if whole else (block_q, block_k), held, backward, *numbers)
 
 
+def _rows(p: Problem, found: tuple[int, int, int]) -> int:
+    """Rows of a tile of torch's fused kernel."""
+    if p.mask_operands or p.kv_lengths or p.q_lengths:
+        return native_bands.ROWS
+    heads = (p.heads, p.heads // p.group)
+    return native_bands.rows_of(p.mask, p.offset, *heads, *found[1:])
+
+
 def _bands(p: Problem, found: tuple[int, int, int]) -> tuple[int, int]:
     """What one call over a band of tiles gives and is given, before it is put where it belongs."""
     batch, q_len, k_len = found
     narrow, wide = WIDTH[p.dtype] // 8, WIDTH[p.accumulation] // 8
     by_batch, by_head = differs(p)
     heads = p.group if by_head else p.heads
-    block_q = min(q_len, native_bands.ROWS)
+    block_q = min(q_len, _rows(p, found))
     masked = p.mask is not None or p.kv_lengths or p.q_lengths
     read = heads if p.mask is not None and p.mask.reads("h") else 1
     sliding = p.mask is not None and slides(p.mask) and not (p.kv_lengths or p.q_lengths)

@@ -105,8 +105,8 @@ _UPSTREAM = "Tensor[] saved, Tensor? d_out, Tensor? d_lse, Tensor? d_weights"
     " -> (Tensor out, Tensor lse, Tensor weights, Tensor m, Tensor log_l, Tensor alive)",
 )
 def _forward_op(ask: str, scale: float, *given: Any) -> tuple[Array, ...]:
-    """As `chunked_forward.forward`."""
-    return _forward(read(ask), scale, _flat(given))
+    """As `chunked_forward.forward`, in memory as each reads: a compiler was promised that."""
+    return tuple([a.contiguous() for a in _forward(read(ask), scale, _flat(given))])
 
 
 @torch.library.custom_op(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -175,13 +175,12 @@ class Work:
         self.words = None if x.seed is None else _words(x.seed)
         self.offset = reference.offset(ask, x, self.q_len, self.k_len)[..., None]
         self.structured = bool(ask.mask or x.kv_lengths is not None or x.q_lengths is not None)
-        self.block_q, tall, self.block_k, wide = tiles_of(
+        self.block_q, tall, self.block_k, _ = tiles_of(
             self.group, self.q_len, self.k_len, rows, keys
         )
         self.rows = [
             slice(i * self.block_q, min((i + 1) * self.block_q, self.q_len)) for i in range(tall)
         ]
-        self.status = self._map(tall, wide)
         self._joined = joined(self.block_k)
         self._room: dict[int, Array] = {}
 
@@ -251,8 +250,10 @@ class Work:
             spans.append(Span(first * self.block_k, stop, status == FULL))
         return spans
 
-    def _map(self, tall: int, wide: int) -> np.ndarray:
-        """Status of every block, int8 (Bm, Hm, rows, columns), Hm over key heads."""
+    @cached_property
+    def status(self) -> np.ndarray:
+        """Of every block, int8 (Bm, Hm, rows, columns), Hm over key heads."""
+        tall, wide = len(self.rows), -(-self.k_len // self.block_k)
         if not self.structured or tall * wide <= 1:
             # Of a single tile the map could only say what evaluating the mask says as well.
             return np.full((1, 1, tall, wide), PARTIAL if self.structured else FULL, np.int8)
@@ -261,8 +262,7 @@ class Work:
         lengths = x.kv_lengths is not None or x.q_lengths is not None
         if not (ask.masks or lengths or ask.offset == "given"):
             at = self.k_len - self.q_len if ask.offset == "end" else 0
-            find = _known if tall * wide <= 2**16 else _known.__wrapped__
-            return find(ask.mask, sizes, self.heads, self.kv_heads, at)
+            return known(ask.mask, sizes, self.heads, self.kv_heads, at)
         return _status(
             ask.mask,
             [host(t) for t in x.mask],
@@ -296,11 +296,20 @@ def together(span: int, kv_heads: int, batch_map: bool, head_map: bool) -> tuple
     return (1 if batch_map or heads < kv_heads else max(1, fit // heads)), heads
 
 
+def known(
+    mask: Tree | None, sizes: tuple[int, int, int, int], heads: int, kv_heads: int, offset: int
+) -> np.ndarray:
+    """The map of a mask without operands or lengths, which is the same for every batch."""
+    q_len, k_len, block_q, block_k = sizes
+    small = -(-q_len // block_q) * -(-k_len // block_k) <= 2**16
+    find = _known if small else _known.__wrapped__
+    return find(mask, sizes, heads, kv_heads, offset)
+
+
 @lru_cache(maxsize=64)
 def _known(
     mask: Tree | None, sizes: tuple[int, int, int, int], heads: int, kv_heads: int, offset: int
 ) -> np.ndarray:
-    """The map of a mask without operands or lengths, which is the same for every batch."""
     return _status(mask, (), sizes, (1, heads, kv_heads), offset, None, None)
 
 

@@ -9,20 +9,26 @@ what sharing one wastes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from attn_core.backends.torch.chunked_parts import Span, Work
+from attn_core.backends.torch.chunked_parts import Ask, Span, Work, known, tiles_of
+from attn_core.backends.torch.native_documents import documents
 from attn_core.blocks import EMPTY, FULL, PARTIAL
 from attn_core.language.shifts import slides
+from attn_core.language.tree import Tree
+from attn_core.spec import Operands
 
 Array = Any
 
 ROWS, KEYS = 128, 64
-"""Rows of a tile, and keys of a block: fine enough for a narrow window to be mostly live."""
+"""Rows of a tile, and keys of a block."""
+
+NARROW = 512
+"""Keys up to which a tile of a window is only half as tall: what it wastes is the tile's height."""
 
 JOINED, JOINED_BAND = 1024, 2048
 """Keys up to which a full stretch joins its partial neighbours: one call instead of two."""
@@ -32,6 +38,9 @@ SELECTION = 2**21
 
 BAND = 2**24
 """Bytes of output, or of gradients of keys and values, that one call over many tiles may give."""
+
+_MANY = 2
+"""Calls for documents, each cut by itself, against one for every tile of rows."""
 
 _READ, _CALL = 16, 2**17
 """Rows whose logits take as long as reading the keys; logits that take as long as one call."""
@@ -96,12 +105,39 @@ class Turn(NamedTuple):
     Attributes:
         batch, keys, heads: slices of B, Hk and Hq.
         bands: all tiles of rows.
+        alike: whether the selection of a span is the same wherever along the diagonal it stands.
     """
 
     batch: slice
     keys: slice
     heads: slice
     bands: list[Band]
+    alike: bool
+
+
+def work(ask: Ask, scale: float, x: Operands) -> Work:
+    """The call cut into tiles that suit the kernel."""
+    axis, first = ask.layout.index("H"), ask.layout == "BHTD"
+    heads, kv_heads = x.query.shape[axis], x.key.shape[axis]
+    q_len, k_len = x.query.shape[2 if first else 1], x.key.shape[2 if first else 1]
+    rows = ROWS
+    if not (ask.masks or x.kv_lengths is not None or x.q_lengths is not None):
+        rows = rows_of(ask.mask, ask.offset, heads, kv_heads, q_len, k_len)
+    return Work(ask, scale, x, rows, KEYS)
+
+
+@lru_cache(maxsize=256)
+def rows_of(
+    mask: Tree | None, offset: str, heads: int, kv_heads: int, q_len: int, k_len: int
+) -> int:
+    """Rows of a tile where the mask has no operands, and nothing has lengths."""
+    if mask is None or offset == "given" or heads > kv_heads or not slides(mask):
+        return ROWS
+    block_q, tall, block_k, _ = tiles_of(1, q_len, k_len, ROWS, KEYS)
+    at = k_len - q_len if offset == "end" else 0
+    status = known(mask, (q_len, k_len, block_q, block_k), heads, kv_heads, at)
+    live = int((status != EMPTY).sum(-1).max(initial=0)) * block_k
+    return ROWS // 2 if tall > 1 and live <= NARROW else ROWS
 
 
 def turns(w: Work) -> list[Turn]:
@@ -110,6 +146,9 @@ def turns(w: Work) -> list[Turn]:
     Batches that do not share them are taken together all the same where that costs less: what is
     live for one of them is then looked at, and hidden by its selection, in all.
     """
+    found = of_documents(w)
+    if found is not None:
+        return found
     apart = len(w.status) > 1 or _by_batch(w)
     found = _turns(w, w.status, apart)
     selected = w.batch * w.block_q * min(w.k_len, JOINED) * w.query.dtype.itemsize
@@ -121,6 +160,8 @@ def turns(w: Work) -> list[Turn]:
 
 def _turns(w: Work, status: Array, apart: bool) -> list[Turn]:
     head_map = status.shape[1]
+    alike = slides_along(w)
+    lines = _lines(w, status)
     found: list[Turn] = []
     for b in range(w.batch) if apart else (0,):
         for h in range(head_map):
@@ -129,11 +170,34 @@ def _turns(w: Work, status: Array, apart: bool) -> list[Turn]:
                 slice(h, h + 1) if head_map > 1 else slice(None),
                 slice(h * w.group, (h + 1) * w.group) if head_map > 1 else slice(None),
                 [],
+                alike,
             )
-            alike = b > 0 and len(status) == 1
-            bands = found[h].bands if alike else _bands(w, turn, status[b, h].tolist())
+            if b > 0 and len(status) == 1:
+                bands = found[h].bands
+            else:
+                bands = _bands(w, turn, zip(w.rows, lines[b][h], strict=True))
             found.append(turn._replace(bands=bands))
     return found
+
+
+def of_documents(w: Work) -> list[Turn] | None:
+    """Turns of documents, cut where those begin; None where the mask says something else.
+
+    A tile then sees its own document alone, and where in that it stands says all of its selection.
+    """
+    found = documents(w)
+    if found is None:
+        return None
+    turns: list[Turn] = []
+    for b, starts in enumerate(found.starts):
+        batch = slice(None) if len(found.starts) == 1 else slice(b, b + 1)
+        turn = Turn(batch, slice(None), slice(None), [], alike=True)
+        tiles = list(found.tiles(starts, w.block_q))
+        turn = turn._replace(bands=_bands(w, turn, tiles))
+        if len(turn.bands) > _MANY * len(w.rows):
+            return None
+        turns.append(turn)
+    return turns
 
 
 def _by_batch(w: Work) -> bool:
@@ -161,11 +225,10 @@ def _cost(w: Work, turns: Sequence[Turn]) -> int:
     return cost
 
 
-def _bands(w: Work, turn: Turn, lines: list[list[int]]) -> list[Band]:
+def _bands(w: Work, turn: Turn, tiles: Iterable[tuple[slice, list[Span]]]) -> list[Band]:
     """The tiles of rows, alike ones together."""
     alike: dict[Any, list[Band]] = {}
-    for rows, line in zip(w.rows, lines, strict=True):
-        spans = _spans(w, line)
+    for rows, spans in tiles:
         here = rows.start
         form = tuple((span.start - here, span.stop - here, span.full) for span in spans)
         series = alike.setdefault((rows.stop - here, form), [])
@@ -195,7 +258,7 @@ def _most(w: Work, turn: Turn, rows: slice, spans: Sequence[Span]) -> int:
     row = size * heads * (w.query.shape[-1] + w.value.shape[-1])
     column = width * keys * (w.query.shape[-1] + w.value.shape[-1])
     given = max(row, column) * w.query.dtype.itemsize
-    if slides_along(w) or all(span.full for span in spans):
+    if turn.alike or all(span.full for span in spans):
         return max(1, BAND // given)
     if _by_batch(w) and len(range(w.batch)[turn.batch]) > 1:
         return 1  # tiles would stand where batches with selections of their own do
@@ -218,18 +281,24 @@ def selection_bytes(w: Work, turn: Turn, rows: int, keys: int) -> int:
     return rows * keys * heads * batches * w.query.dtype.itemsize
 
 
-def _spans(w: Work, line: list[int]) -> list[Span]:
-    """Spans of a row of blocks: what is live and adjoining, full apart from partial."""
-    spans: list[Span] = []
-    for j, status in enumerate(line):
-        if status == EMPTY:
-            continue
-        start, stop = j * w.block_k, min((j + 1) * w.block_k, w.k_len)
-        full = status == FULL
-        if spans and spans[-1].stop == start and spans[-1].full == full:
-            start = spans.pop().start
-        spans.append(Span(start, stop, full))
-    return spans
+def _lines(w: Work, status: Array) -> list[list[list[list[Span]]]]:
+    """By batch, head and row of blocks: what is live and adjoining, full apart from partial."""
+    lines: list[list[list[list[Span]]]] = [
+        [[[] for _ in range(status.shape[2])] for _ in range(status.shape[1])] for _ in status
+    ]
+    edges = np.ones(status.shape, bool)
+    edges[..., 1:] = status[..., 1:] != status[..., :-1]
+    places = np.argwhere(edges)
+    kinds = status[edges].tolist()
+    # Runs follow each other: one ends where the next begins, or with its row.
+    starts = places[:, 3]
+    stops = np.append(starts[1:], 0)
+    stops[stops == 0] = status.shape[3]
+    stops = np.minimum(stops * w.block_k, w.k_len)
+    for (b, h, row, start), stop, kind in zip(places.tolist(), stops.tolist(), kinds, strict=True):
+        if kind != EMPTY:
+            lines[b][h][row].append(Span(start * w.block_k, stop, kind == FULL))
+    return lines
 
 
 def _joined(spans: Sequence[Span], most: int) -> list[Span]:

@@ -1,7 +1,7 @@
 """The selections of spans that are not full: 0 or -inf, what torch's fused kernel takes for a mask.
 
 They are evaluated some tiles ahead, since small tiles would pay for every operation of the mask;
-of a mask that slides along the diagonal one is as good as all.
+of a mask that slides along the diagonal, or of documents, one is as good as all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from attn_core.backends.torch.native_bands import (
     Band,
     Turn,
     selection_bytes,
-    slides_along,
 )
 
 Array = Any
@@ -43,13 +42,12 @@ class Selection(NamedTuple):
 class Selections:
     """A turn's bands with the selections of their spans, None where all of a span may be seen.
 
-    They are evaluated a few tiles ahead, where those are alike, and of a band that slides along a
-    diagonal once for all of its tiles.
+    They are evaluated a few tiles ahead, where those are of one size, and of a band whose tiles are
+    alike once for all of them.
     """
 
     def __init__(self, w: Work, turn: Turn) -> None:
         self.w, self.turn = w, turn
-        self._slides = slides_along(w)
         # By rows and keys of a tile: the band's number and the span's, as they will be asked for.
         self._alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self._ready: dict[tuple[int, int], Selection] = {}
@@ -104,7 +102,7 @@ class Selections:
     def _evaluated(self, n: int) -> int:
         """How many tiles of a band are evaluated."""
         band = self.turn.bands[n]
-        return 1 if self._slides else band.many
+        return 1 if self.turn.alike else band.many
 
     def _allowed(self, tiles: Sequence[tuple[slice, Span]]) -> Array:
         """(tiles, B' or 1, H' or 1, rows, keys), whether row may see key."""

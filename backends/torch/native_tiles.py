@@ -24,7 +24,7 @@ import torch
 
 from attn_core.backends.torch.chunked_backward import Saved
 from attn_core.backends.torch.chunked_parts import Ask, Span, Work
-from attn_core.backends.torch.native_bands import KEYS, ROWS, Band, Turn, turns
+from attn_core.backends.torch.native_bands import Band, Turn, turns, work
 from attn_core.backends.torch.native_selections import Selection, Selections
 from attn_core.spec import Operands
 
@@ -57,8 +57,9 @@ def forward(ask: Ask, scale: float, x: Operands) -> tuple[Array, ...] | None:
             return None
         log_l, alive = torch.zeros_like(lse), torch.ones_like(lse, dtype=torch.bool)
         shown = lse.clone() if ask.lse else lse.new_empty(0)
-        return _laid_out(ask, out), shown, x.query.new_empty(0), lse, log_l, alive
-    w = Work(ask, scale, x, ROWS, KEYS)
+        out = out if ask.layout == "BHTD" else out.transpose(1, 2)
+        return out, shown, x.query.new_empty(0), lse, log_l, alive
+    w = work(ask, scale, x)
     clean = _Clean(*(_heads_first(ask, a) for a in (x.key, x.value)))
     out, m, lost = _rows(w, clean)
     if not _sound(out, m.masked_fill(m == -torch.inf, 0.0), lost):
@@ -156,7 +157,7 @@ def backward(
         found = _kernel_backward(d_out, q, k, v, out, saved.m, 0.0, causal, scale=scale)
         found = [g if ask.layout == "BHTD" else g.transpose(1, 2) for g in found]
         return [g for g, yes in zip(found, wanted, strict=False) if yes]
-    w = Work(ask, scale, x, ROWS, KEYS)
+    w = work(ask, scale, x)
     clean = _Clean(k, v)
 
     def asked() -> list[Array]:
@@ -180,7 +181,11 @@ def _gradients(w: Work, arrays: Sequence[Array], saved: Saved, clean: _Clean) ->
     """
     (d_out, q, k, v, out), x, scale = arrays, w.x, w.scale
     lse = saved.m + saved.log_l
-    grads = [torch.zeros(a.shape, dtype=w.dtype, device=w.device) for a in x[:3]]
+    # Every row is in one tile, and overwritten; keys are added to.
+    made = (torch.empty, torch.zeros, torch.zeros)
+    grads = [
+        make(a.shape, dtype=w.dtype, device=w.device) for make, a in zip(made, x[:3], strict=True)
+    ]
     d_query, d_key, d_value = (w.heads_first(g) for g in grads)
     for turn in turns(w):
         for band, chosen in Selections(w, turn):
@@ -192,7 +197,10 @@ def _gradients(w: Work, arrays: Sequence[Array], saved: Saved, clean: _Clean) ->
                 if lone is not None:
                     row[1] = torch.where(lone[..., None], 0.0, row[1])
                     row[3] = torch.where(lone, 0.0, row[3])
-                for span, each in zip(band.spans, chosen, strict=True):
+                into = band.of_rows(d_query, *rows)
+                if not band.spans:
+                    into.zero_()
+                for number, (span, each) in enumerate(zip(band.spans, chosen, strict=True)):
                     seen = [_only(band.of_keys(a, *keys, span), each, clean) for a in (k, v)]
                     dq, dk, dv = _kernel_backward(
                         *(*row[:2], *seen, *row[2:], 0.0, False),
@@ -201,7 +209,7 @@ def _gradients(w: Work, arrays: Sequence[Array], saved: Saved, clean: _Clean) ->
                     )
                     if lone is not None:
                         dq = torch.where(lone[..., None], 0.0, dq)
-                    band.of_rows(d_query, *rows).add_(dq)
+                    into = into.add_(dq) if number else into.copy_(dq)
                     band.add(d_key, dk, *keys, span)
                     band.add(d_value, dv, *keys, span)
     return grads
@@ -281,8 +289,3 @@ def _heads_first(ask: Ask, x: Array) -> Array:
     """(B, H, T, D), neighbours of the last axis side by side: the kernel takes that for granted."""
     x = x if ask.layout == "BHTD" else x.transpose(1, 2)
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _laid_out(ask: Ask, x: Array) -> Array:
-    """In the layout asked for, and in memory as it reads: a compiler was promised that."""
-    return (x if ask.layout == "BHTD" else x.transpose(1, 2)).contiguous()

@@ -224,7 +224,12 @@ def test_what_is_live_is_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     entries = sum(tiles * rows * keys for tiles, rows, keys in asked)
     live = 2048 * 128 - 127 * 64
     assert live < entries < 2.1 * live, (live, entries)
-    assert len(asked) == 2, "the first tile has fewer keys, all others are one call"
+    assert len(asked) == 3, "the first two tiles have fewer keys, all others are one call"
+    assert {rows for _, rows, _ in asked} == {64}, "a wide window has taller tiles"
+    asked.clear()
+    with torch.no_grad():
+        attention(q, q, q, mask=masks.causal() & masks.window(600), impl="native")
+    assert {rows for _, rows, _ in asked} == {128}
 
 
 def documents(length: int, size: int) -> Any:
@@ -269,10 +274,55 @@ def test_a_selection_is_shared_along_a_diagonal(monkeypatch: pytest.MonkeyPatch)
     x = draw(1, 1, 2048, D)
     with torch.no_grad():
         attention(x, x, x, mask=masks.causal() & masks.window(100), impl="native")
+        assert sum(evaluated) == 3
+        evaluated.clear()
+        attention(x, x, x, mask=documents(2048, 256), impl="native")
         assert sum(evaluated) == 2
         evaluated.clear()
-        attention(x, x, x, mask=documents(2048, 200), impl="native")
+        shared = attn_core.mask(lambda b, h, q, k: (q >= k) & (q // 200 == k // 200))
+        attention(x, x, x, mask=shared, impl="native")
         assert sum(evaluated) >= 16
+
+
+PACKED = np.repeat(np.arange(7), [300, 1, 129, 300, 257, 300, 13])
+RETURNING = np.repeat([0, 1, 0, 2], [300, 400, 500, 100])
+SHORT = np.random.default_rng(5).integers(0, 2, 1300).cumsum()
+PACKS: dict[str, tuple[Any, bool]] = {
+    "of any length": (masks.causal() & masks.segments(PACKED), True),
+    "the other way round": (masks.segments(PACKED) & masks.causal(), True),
+    "all of each": (masks.segments(PACKED), True),
+    "by batch": (masks.causal() & masks.segments(np.stack([PACKED, PACKED[::-1]])), True),
+    "all batches alike": (masks.causal() & masks.segments(np.stack([PACKED, PACKED + 9])), True),
+    "an id that comes back": (masks.causal() & masks.segments(RETURNING), False),
+    "ids beyond int32": (masks.segments(torch.as_tensor(PACKED) * 2**32) & masks.causal(), True),
+    "of 3 rows, one call": (masks.segments(np.arange(1300) // 3), True),
+    "of few rows, many calls": (masks.segments(SHORT), False),
+}
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_documents_are_cut_where_they_begin(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut: list[bool] = []
+    of_documents = native_bands.of_documents
+
+    def told(w: Any) -> Any:
+        got = of_documents(w)
+        cut.append(got is not None)
+        return got
+
+    monkeypatch.setattr(native_bands, "of_documents", told)
+    mask, expected = PACKS[name]
+    compare(arrays(1300, 1300), mask=mask, return_lse=True)
+    assert set(cut) == {expected}
+
+
+@pytest.mark.parametrize(
+    "options", [{"kv_lengths": [1300, 700]}, {"query_offset": 1}, {"q_lengths": [9, 1300]}]
+)
+def test_documents_with_more_are_left_to_the_map(options: Any) -> None:
+    ids = np.append(PACKED, [6, 6])
+    compare(arrays(1300, 1300), mask=masks.causal() & masks.segments(ids), **options)
+    compare(arrays(1300, 1302), mask=masks.causal() & masks.segments(ids), query_offset="end")
 
 
 def test_logits_that_overflow_are_what_they_are_elsewhere() -> None:

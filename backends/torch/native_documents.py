@@ -1,0 +1,79 @@
+"""Packed documents, cut where they begin: no tile then sees two of them.
+
+The block map knows tiles of one size only, and asks a mask with operands about each. Of the masks
+that `masks.segments` writes, alone or with `masks.causal()`,
+
+    ids[b, q] == ids[b, k]      and      q >= k
+
+the ids themselves say it all where each is one run: every document is a square on the diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from attn_core.backends.torch.chunked_parts import Span, Work, host
+from attn_core.language.text import parse
+
+_LONG = 1024
+"""Rows from which cutting pays; shorter calls of several batches are better asked together."""
+
+_MASKS = {
+    parse(text): causal
+    for same in ("int0[q] == int0[k]", "int0[b, q] == int0[b, k]")
+    for text, causal in (
+        (same, False),
+        (f"(q >= k) & ({same})", True),
+        (f"({same}) & (q >= k)", True),
+    )
+}
+"""Trees of documents, and whether they are causal within."""
+
+
+class Documents(NamedTuple):
+    """Where documents begin.
+
+    Attributes:
+        causal: whether a row sees its document up to itself, or all of it.
+        starts: for each batch, or once for all of them: the first row of each, and the end.
+    """
+
+    causal: bool
+    starts: Sequence[Sequence[int]]
+
+    def tiles(self, starts: Sequence[int], tall: int) -> Iterator[tuple[slice, list[Span]]]:
+        """Tiles of at most `tall` rows, or whole documents, and what each sees."""
+        for first, end in pairwise(starts):
+            if not self.causal:
+                yield slice(first, end), [Span(first, end, True)]
+                continue
+            for at in range(first, end, tall):
+                stop = min(at + tall, end)
+                before = [Span(first, at, True)] if at > first else []
+                yield slice(at, stop), [*before, Span(at, stop, False)]
+
+
+def documents(w: Work) -> Documents | None:
+    """The documents of a call; None where its mask is another, or an id comes back later."""
+    ask, x = w.ask, w.x
+    if ask.mask is None or ask.offset == "given" or w.q_len != w.k_len or w.q_len < _LONG:
+        return None
+    causal = _MASKS.get(ask.mask)
+    if causal is None or x.kv_lengths is not None or x.q_lengths is not None:
+        return None
+    ids = host(x.mask[0])
+    if ids.shape not in ((w.q_len,), (w.batch, w.q_len)):
+        return None
+    starts: list[list[int]] = []
+    for line in ids.reshape(-1, w.q_len):
+        firsts = np.flatnonzero(line[1:] != line[:-1]) + 1
+        if len(np.unique(line[firsts])) < len(firsts) or (line[firsts] == line[0]).any():
+            return None
+        starts.append([0, *firsts.tolist(), w.q_len])
+    if all(each == starts[0] for each in starts):
+        starts = starts[:1]
+    return Documents(causal, starts)
