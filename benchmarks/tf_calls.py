@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from attn_core import registry
 from attn_core.benchmarks import calls
-from attn_core.benchmarks.calls import Attend, Call, Made, Refused, tiling
+from attn_core.benchmarks.calls import Attend, Call, Made, Refused, Tiling, tiling
 from attn_core.benchmarks.cases import Case
 
 
@@ -36,10 +36,12 @@ def ours(impl: str, *, unknown: bool = False) -> Made:
 
 
 def floor(case: Case) -> Call:
-    """All live tiles, one after the other, at rows and keys that change."""
+    """All live tiles, one after the other, at rows and keys that change; spans head by head."""
     t = tiling(case, "tf")
     heads = case.batch * case.heads
     arrays = case.arrays()
+    if case.length % t.keys:
+        return _spans(arrays, heads, case, t)
 
     def tiles(name: str, size: int) -> Any:
         x = tf.reshape(tf.constant(arrays[name]), (heads, case.length // size, size, case.width))
@@ -55,6 +57,29 @@ def floor(case: Case) -> Call:
         start = (tf.constant(0), tf.zeros((heads, t.rows, case.width), q.dtype))
         return tf.while_loop(lambda n, total: n < t.live, tile, start, parallel_iterations=1)[1]
 
+    return _looped(products, given)
+
+
+def _spans(arrays: Any, heads: int, case: Case, t: Tiling) -> Call:
+    """A span to every row of tiles: a head's are one product of a batch of them."""
+    q, k, v = (
+        tf.reshape(tf.constant(arrays[name]), (heads, case.length, case.width))
+        for name in ("query", "key", "value")
+    )
+    rows = tf.reshape(q, (heads, -1, t.rows, case.width))
+    given = [rows, *(tf.signal.frame(x, t.keys, t.rows, pad_end=True, axis=1) for x in (k, v))]
+
+    def products(q: Any, k: Any, v: Any) -> Any:
+        def head(n: Any, total: Any) -> tuple[Any, Any]:
+            return n + 1, total + tf.matmul(tf.matmul(q[n], k[n], transpose_b=True), v[n])
+
+        start = (tf.constant(0), tf.zeros(q.shape[1:], q.dtype))
+        return tf.while_loop(lambda n, total: n < heads, head, start, parallel_iterations=1)[1]
+
+    return _looped(products, given)
+
+
+def _looped(products: Any, given: list[Any]) -> Call:
     function: Any = tf.function(products, autograph=False)
     concrete = function.get_concrete_function(*given)
     return Call(lambda: concrete(*given), lambda arrays: {})

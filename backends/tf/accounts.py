@@ -85,7 +85,7 @@ def _spans(
     backward = 4 * tile + hidden + 4 * saved + (rows + keys) * width + max(results) * narrow
     # Gradients of a key head, turn by turn, and put together.
     backward += 2 * turns * s.reach * s.block * width
-    return Account((s.block, s.block), forward, backward, *numbers)
+    return Account((s.block, s.block), forward, backward, *numbers, s.keys // s.block)
 
 
 def _lowered(p: Problem) -> tuple[str, str] | None:

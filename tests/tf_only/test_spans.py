@@ -267,9 +267,10 @@ def test_explain_tells_the_slots():
     x = tf.zeros((1, 2, 8192, 64))
     window = masks.causal() & masks.window(left=255)
     said = attn_core.explain(x, x, x, mask=window, impl="chunked")
-    assert said.tiles == (64, 64)
+    assert (said.tiles, said.together) == ((64, 64), 5)
+    assert "5 of a row at a time" in str(said)
     # Five slots for every row of tiles, but for the first four rows.
     assert said.blocks.full + said.blocks.partial == 5 * 128 - 10
     assert said.forward < 32e6
     wide = attn_core.explain(x, x, x, mask=masks.causal(), impl="chunked")
-    assert wide.tiles == (256, 512)
+    assert (wide.tiles, wide.together) == ((256, 512), 1)
