@@ -156,7 +156,7 @@ CASES: dict[str, Case] = {
 }
 
 
-_OF = {
+ALONG = {
     "positions": ("rotary_base", "rotary_fraction", "rotary_pairs"),
     "qk_norm": ("norm_epsilon",),
 }
@@ -164,7 +164,7 @@ _OF = {
 
 def without(case: Any, option: str) -> dict[str, Any]:
     """A case's config with an option at its default, and those too that it alone reads."""
-    gone = (option, *_OF.get(option, ()))
+    gone = (option, *ALONG.get(option, ()))
     return {name: x for name, x in case.config.items() if name not in gone}
 
 

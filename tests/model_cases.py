@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import layer_cases
 import model_judge
 import numpy as np
 
@@ -138,7 +139,11 @@ CASES: dict[str, Case] = {
 
 GRADED = ["everything", "norms after", "gelu", "learned", "classes", "as Gemma", "as BERT"]
 """Cases whose gradients are judged."""
-ALONG = {"positions": ("max_length",), "window": ("window_blocks",), "token_types": ("types",)}
+ALONG = {
+    "positions": ("max_length", *layer_cases.ALONG["positions"]),
+    "window": ("window_blocks",),
+    "token_types": ("types",),
+}
 
 
 def without(case: Case, option: str) -> Case:
