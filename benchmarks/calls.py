@@ -47,11 +47,16 @@ class Call(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """What a tile loop goes through for a case: tiles of rows x keys, so many of them live."""
+    """What a tile loop goes through for a case: tiles of rows x keys, so many of them live.
+
+    Attributes:
+        span: whether a row of tiles is one tile of all that it sees.
+    """
 
     rows: int
     keys: int
     live: int
+    span: bool
 
 
 def tiling(case: Case, backend: str) -> Tiling:
@@ -64,7 +69,7 @@ def tiling(case: Case, backend: str) -> Tiling:
     if said.blocks is not None:
         live = (said.blocks.full + said.blocks.partial) // (said.blocks.batches * said.blocks.heads)
     rows, keys = said.tiles
-    return Tiling(rows, keys * said.together, -(-live // said.together))
+    return Tiling(rows, keys * said.together, -(-live // said.together), said.together > 1)
 
 
 def ours(backend: str, impl: str, case: Case, **options: Any) -> Attend:

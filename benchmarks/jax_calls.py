@@ -22,6 +22,9 @@ from attn_core.benchmarks import calls
 from attn_core.benchmarks.calls import Attend, Call, Made, in_words, tiling
 from attn_core.benchmarks.cases import Case
 
+_OF_ONE_HEAD = 2**20
+"""Entries of a tile from which it is of one head."""
+
 
 def ours(impl: str) -> Made:
     """attn_core.attention with that implementation."""
@@ -47,9 +50,13 @@ def nn(case: Case) -> Attend:
 
 
 def floor(case: Case) -> Call:
-    """All live tiles, one after the other, at rows and keys that change."""
+    """All live tiles, one after the other, at rows and keys that change.
+
+    Of the heads together, or one by one where tiles are as large as `chunked` has them for one.
+    """
     t = tiling(case, "jax")
     heads = case.batch * case.heads
+    together = heads if t.rows * t.keys < _OF_ONE_HEAD else 1
     arrays = case.arrays()
     q, k, v = (
         jax.numpy.asarray(arrays[n]).reshape(heads, case.length, case.width)
@@ -59,12 +66,16 @@ def floor(case: Case) -> Call:
     def products(q: Any, k: Any, v: Any) -> Any:
         def tile(n: Any, total: Any) -> Any:
             row, key = (n % (case.length // size) * size for size in (t.rows, t.keys))
-            rows = jax.lax.dynamic_slice_in_dim(q, row, t.rows, 1)
-            keys, values = (jax.lax.dynamic_slice_in_dim(x, key, t.keys, 1) for x in (k, v))
+
+            def taken(x: Any, at: Any, size: int) -> Any:
+                head = n % (heads // together)
+                return jax.lax.dynamic_slice(x, (head, at, 0), (together, size, case.width))
+
+            rows, keys, values = taken(q, row, t.rows), taken(k, key, t.keys), taken(v, key, t.keys)
             return total + (rows @ keys.swapaxes(1, 2)) @ values
 
-        start = jax.numpy.zeros((heads, t.rows, case.width), q.dtype)
-        return jax.lax.fori_loop(0, t.live, tile, start)
+        start = jax.numpy.zeros((together, t.rows, case.width), q.dtype)
+        return jax.lax.fori_loop(0, t.live * (heads // together), tile, start)
 
     compiled = jax.jit(products)
     return Call(lambda: jax.block_until_ready(compiled(q, k, v)), lambda arrays: {})

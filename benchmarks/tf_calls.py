@@ -40,7 +40,7 @@ def floor(case: Case) -> Call:
     t = tiling(case, "tf")
     heads = case.batch * case.heads
     arrays = case.arrays()
-    if case.length % t.keys:
+    if t.span:
         return _spans(arrays, heads, case, t)
 
     def tiles(name: str, size: int) -> Any:

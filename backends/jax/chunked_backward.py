@@ -333,6 +333,9 @@ def _columns(
         none = (jnp.zeros(x.swapaxes(2, 3).shape, dtype) for x in (k, v))
         carry = over_tiles(g, by_columns, line, g.step_q, step, (d_query, *none, shared))
         d_query, d_k, d_v, shared = carry
+        # Of a span there is no loop to keep XLA from folding the turn into products of bfloat16,
+        # which its CPU does not have in that order for several batches.
+        d_k, d_v = jax.lax.optimization_barrier((d_k, d_v)) if g.spans else (d_k, d_v)
         d_k, d_v = d_k.swapaxes(2, 3), d_v.swapaxes(2, 3)
         d_k = d_k if tiles.prescaled(p) else d_k * p.scale
         d_keys, d_values = (

@@ -100,7 +100,7 @@ def spans_of(p: Problem, columns: bool) -> Spans | None:
     For masks that are known when the call is traced, alike for batches and heads, and not where
     the weights are asked for, which are put together tile by tile.
     """
-    if p.return_weights or not _alike(p):
+    if p.device != "cpu" or p.return_weights or not _alike(p):
         return None
     lengths = _known(p.q_len), _known(p.k_len)
     return _spans(p.mask, *lengths, _start(p), columns)
@@ -147,7 +147,7 @@ def tiles_of(p: Problem) -> tuple[int, int, int, int]:
 
 def _open(p: Problem) -> bool:
     """Whether every key is seen, in no fewer rows and keys than a large tile has."""
-    if p.dtype not in ("float32", "float64"):
+    if p.device != "cpu" or p.dtype not in ("float32", "float64"):
         return False
     enough = min(_known(p.q_len) * p.group, _known(p.k_len)) >= _OPEN
     return enough and p.mask is None and not (p.kv_lengths or p.q_lengths)
@@ -331,7 +331,7 @@ def padded_bias(p: Problem, g: Geometry, bias: Array) -> Array:
     """The bias with rank 4, filled up along the axes that it spans."""
     spans = p.bias or ()
     if spans[2]:
-        bias = pad(bias, 2, g.q_size)
+        bias = pad(bias, 2, g.q_size, -np.inf)  # rows that are none see nothing
     return pad(bias, 3, g.k_size) if spans[3] else bias
 
 

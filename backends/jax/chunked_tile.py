@@ -182,8 +182,8 @@ def indices(g: Geometry, part: Part, i: Array, j: Array) -> dict[str, Array]:
 def allowed(p: Problem, x: Operands, g: Geometry, part: Part, index: dict[str, Array]) -> Array:
     """Mask, lengths and the end of the keys; broadcasts to the tile."""
     found = index["k"] < p.k_len
-    if p.score is not None:
-        # What a score makes of rows that are none is nobody's business.
+    if p.score is not None or g.q_size != p.q_len:
+        # What a score makes of rows that are none is nobody's business, nor which keys they see.
         found = found & (index["row"] < p.q_len)
     if p.mask is not None:
         found = found & Reading(p.accumulation, x.mask).read(p.mask, index, x.mask)[0]

@@ -192,7 +192,8 @@ def of_documents(w: Work) -> list[Turn] | None:
     for b, starts in enumerate(found.starts):
         batch = slice(None) if len(found.starts) == 1 else slice(b, b + 1)
         turn = Turn(batch, slice(None), slice(None), [], alike=True)
-        tiles = list(found.tiles(starts, w.block_q))
+        row = len(range(w.batch)[batch]) * w.heads * w.value.shape[-1] * w.value.dtype.itemsize
+        tiles = list(found.tiles(starts, w.block_q, max(w.block_q, BAND // row)))
         turn = turn._replace(bands=_bands(w, turn, tiles))
         if len(turn.bands) > _MANY * len(w.rows):
             return None

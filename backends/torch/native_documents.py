@@ -45,13 +45,17 @@ class Documents(NamedTuple):
     causal: bool
     starts: Sequence[Sequence[int]]
 
-    def tiles(self, starts: Sequence[int], tall: int) -> Iterator[tuple[slice, list[Span]]]:
-        """Tiles of at most `tall` rows, or whole documents, and what each sees."""
+    def tiles(
+        self, starts: Sequence[int], tall: int, most: int
+    ) -> Iterator[tuple[slice, list[Span]]]:
+        """Tiles of at most `tall` rows, or of `most` where they see all, and what each sees."""
         for first, end in pairwise(starts):
-            if not self.causal:
-                yield slice(first, end), [Span(first, end, True)]
-                continue
-            for at in range(first, end, tall):
+            for at in range(first, end, tall if self.causal else most):
+                if not self.causal:
+                    # A row alone has a mask, of one entry: its weight is 1 whatever the logit.
+                    span = Span(first, end, end - first > 1)
+                    yield slice(at, min(at + most, end)), [span]
+                    continue
                 stop = min(at + tall, end)
                 before = [Span(first, at, True)] if at > first else []
                 yield slice(at, stop), [*before, Span(at, stop, False)]

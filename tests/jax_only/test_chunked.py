@@ -624,3 +624,43 @@ def test_spans_are_for_masks_that_are_known_and_narrow(monkeypatch):
     none = {"query_offset": jnp.int32(0)}, {"kv_lengths": 5}, {"return_weights": True}
     for more in none:
         assert width(window(256), **more) == [None, None]
+
+
+def test_spans_of_several_batches_in_bfloat16():
+    """At full size: XLA's CPU has no product of them that it would make of a turned one."""
+    rng = np.random.default_rng(3)
+    x = [jnp.asarray(rng.standard_normal((2, 4, 1024, 16)), jnp.bfloat16) for _ in range(3)]
+    mask = masks.causal() & masks.window(left=126)
+    found = []
+    for impl in ("chunked", "reference"):
+        call = partial(attn_core.attention, mask=mask, impl=impl)
+        out, pull = jax.vjp(call, *x)
+        found.append([np.asarray(a, np.float32) for a in (out, *pull(jnp.ones_like(out)))])
+    for got, want in zip(*found, strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("more", ["tiles", "spans", "bias"])
+def test_rows_that_fill_up_a_tile_see_no_poison(narrow, more):
+    """More keys than rows: those beyond are seen by the rows alone that there are not."""
+    _, normal, x = made(5, q_len=70, k_len=93)
+    given: dict[str, Any] = {**x, "mask": masks.causal(), "query_offset": "start"}
+    hidden = np.arange(93) >= 70
+    if more == "spans":
+        given["mask"] = masks.causal() & masks.window(left=8)
+    if more == "bias":
+        hidden = np.arange(93) == 40
+        bias = np.array(normal(1, 1, 70, 93))
+        bias[..., hidden] = -np.inf
+        given = {**x, "bias": backend.from_numpy(bias)}
+    for name in ("key", "value"):
+        poisoned = np.array(x[name])
+        poisoned[:, :, hidden] = np.nan
+        given[name] = backend.from_numpy(poisoned)
+    wanted = {"out": normal(2, 4, 70, 3)}
+    found = [
+        backend.vjp(given, wanted, "jit", partial(attn_core.attention, impl=impl))
+        for impl in ("chunked", "reference")
+    ]
+    assert all(np.isfinite(np.asarray(a)).all() for a in jax.tree.leaves(found[0]))
+    same(*found)

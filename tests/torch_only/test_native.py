@@ -15,7 +15,12 @@ from torch.func import grad, jvp, vmap
 
 import attn_core
 from attn_core import UnsupportedError, attention, masks, scores
-from attn_core.backends.torch import native_bands, native_selections, native_tiles
+from attn_core.backends.torch import (
+    native_bands,
+    native_documents,
+    native_selections,
+    native_tiles,
+)
 
 RNG = np.random.default_rng(23)
 B, HQ, HK, TQ, TK, D = 2, 4, 2, 300, 410, 8
@@ -518,3 +523,27 @@ def test_more_heads_than_a_grid_has_room_for() -> None:
     options = {"mask": masks.causal(), "query_offset": -1}
     got, want = (attention(q, q, q, impl=impl, **options) for impl in ("native", "reference"))
     torch.testing.assert_close(got, want)
+
+
+def test_a_document_of_one_row_has_no_gradient_of_its_logit() -> None:
+    """Its weight is 1 whatever the logit: the kernel would leave a rounding of large values."""
+    ids = np.minimum(np.arange(1300), 4)
+    q, k, v = (x.float() for x in arrays(1300, 1300))
+    _, *grads = found([q, k, v * 1e4], "native", mask=masks.segments(ids))
+    assert all((g[..., :4, :] == 0).all() for g in grads[:2])
+
+
+def test_a_long_document_is_cut_into_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each row sees all of it, what a call gives is bounded all the same."""
+    monkeypatch.setattr(native_bands, "BAND", 2**16)
+    calls: list[int] = []
+    tiles = native_documents.Documents.tiles
+
+    def told(self: Any, *given: Any) -> Any:
+        got = list(tiles(self, *given))
+        calls.extend(rows.stop - rows.start for rows, _ in got)
+        return got
+
+    monkeypatch.setattr(native_documents.Documents, "tiles", told)
+    compare(arrays(1300, 1300), mask=masks.segments(np.arange(1300) // 1000))
+    assert max(calls) <= 128
