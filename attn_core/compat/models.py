@@ -16,7 +16,8 @@ config.json says and what its arrays are called. What each family is in our word
               scores and logits, a scale of its own, a window in every other block
     BERT      an encoder: norms after, learned positions, types of tokens, a norm on their sum
 
-Where ours has a bias and the original none, it is 0. What a config says that no field of ours does
+What a config leaves out is what transformers takes then, which DEFAULTS says; null is none. Where
+ours has a bias and the original none, it is 0. What a config says that no field of ours does
 is refused by its name, and so is an array that nothing reads.
 """
 
@@ -28,6 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from attn_core.compat.defaults import DEFAULTS, unaliased
 from attn_core.config import nearest
 from attn_core.model.parameters import parameters
 from attn_core.model.transformer import TransformerConfig
@@ -100,7 +102,7 @@ class _Original:
     def __init__(
         self, family: str, told: Mapping[str, Any], weights: Any, prefix: str, quiet: bool
     ) -> None:
-        self.family, self.told, self.quiet = family, told, quiet
+        self.family, self.told, self.quiet = family, unaliased(family, told), quiet
         if not isinstance(weights, Mapping) or not weights:
             raise TypeError(
                 "`weights` must be a mapping of names to NumPy arrays. "
@@ -125,16 +127,17 @@ class _Original:
         self.read: set[str] = set()
         self.made: dict[str, np.ndarray] = {}
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """A field of the config; `default` is what transformers takes where it is left out."""
-        found = self.told.get(name)
-        return default if found is None else found
+    def get(self, name: str) -> Any:
+        """A field of the config: None where it is null, transformers' default where left out."""
+        default = DEFAULTS[self.family][name]
+        return self.told.get(name, default)
 
     def need(self, name: str) -> Any:
-        """A field that has no default that anybody means."""
-        if self.told.get(name) is None:
-            raise ValueError(f"`{name}` of a config of {self.family} must be given. Got none.")
-        return self.told[name]
+        """A field that null does not say."""
+        found = self.get(name)
+        if found is None:
+            raise ValueError(f"`{name}` of a config of {self.family} must be given. Got null.")
+        return found
 
     def must(self, name: str, got: Any, wanted: Any, why: str) -> None:
         """Refuse what no field of ours says."""
@@ -143,9 +146,9 @@ class _Original:
                 f"`{name}` of a config of {self.family} must be {wanted!r}: {why}. Got {got!r}."
             )
 
-    def activation(self, name: str, default: str) -> str:
+    def activation(self, name: str) -> str:
         """Ours of that formula."""
-        word = self.get(name, default)
+        word = self.need(name)
         if word not in ACTIVATIONS:
             raise ValueError(
                 f"`{name}` of a config of {self.family} must be one of {', '.join(ACTIVATIONS)}. "
@@ -219,11 +222,11 @@ _UNLEARNT = r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq|embeddings\.position_
 
 def _gpt2(o: _Original) -> dict[str, Any]:
     for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        o.must(name, o.get(name, False), False, "no field says it")
-    dropout, first = o.get("resid_pdrop", 0.1), o.get("embd_pdrop", 0.1)
+        o.must(name, o.need(name), False, "no field says it")
+    dropout, first = o.need("resid_pdrop"), o.need("embd_pdrop")
     if not o.quiet:
         o.must("embd_pdrop", first, dropout, "both are `dropout` here, which may be given by name")
-    width, tied = o.need("n_embd"), o.get("tie_word_embeddings", True)
+    width, tied = o.need("n_embd"), o.need("tie_word_embeddings")
     o.copy("wte.weight", "decoder.embedding.weight")
     o.copy("wpe.weight", "decoder.positions.weight")
     for n in range(o.need("n_layer")):
@@ -243,16 +246,16 @@ def _gpt2(o: _Original) -> dict[str, Any]:
         "depth": o.need("n_layer"),
         "heads": o.need("n_head"),
         "vocabulary": o.need("vocab_size"),
-        "hidden": o.get("n_inner", 4 * width),
-        "activation": o.activation("activation_function", "gelu_new"),
-        "norm_epsilon": o.get("layer_norm_epsilon", 1e-5),
+        "hidden": o.get("n_inner") or 4 * width,
+        "activation": o.activation("activation_function"),
+        "norm_epsilon": o.need("layer_norm_epsilon"),
         "positions": "learned",
         "max_length": o.need("n_positions"),
         "scale_embedding": False,
         "tie_embeddings": tied,
-        "scale": None if o.get("scale_attn_weights", True) else 1.0,
+        "scale": None if o.need("scale_attn_weights") else 1.0,
         "dropout": dropout,
-        "attention_dropout": o.get("attn_pdrop", 0.1),
+        "attention_dropout": o.need("attn_pdrop"),
     }
 
 
@@ -269,11 +272,9 @@ def _mistral(o: _Original) -> dict[str, Any]:
 
 
 def _gemma2(o: _Original) -> dict[str, Any]:
-    both = bool(o.get("use_bidirectional_attention", False))
+    both = bool(o.get("use_bidirectional_attention"))
     o.must("use_bidirectional_attention", both, False, "a decoder here is causal")
-    fields = _rotary_decoder(
-        o, less=1, tied=True, activation=("hidden_activation", "gelu_pytorch_tanh")
-    )
+    fields = _rotary_decoder(o, less=1, activation="hidden_activation")
     _gated_blocks(
         o,
         {
@@ -286,7 +287,7 @@ def _gemma2(o: _Original) -> dict[str, Any]:
     )
     o.head("embed_tokens.weight", fields["tie_embeddings"])
     sliding, full = "sliding_attention", "full_attention"
-    types = o.get("layer_types", [(sliding, full)[n % 2] for n in range(fields["depth"])])
+    types = o.get("layer_types") or [(sliding, full)[n % 2] for n in range(fields["depth"])]
     for word in types:
         if word not in (sliding, full):
             o.must("layer_types", word, sliding, f"or {full!r}, of each block")
@@ -296,10 +297,10 @@ def _gemma2(o: _Original) -> dict[str, Any]:
         **fields,
         **window,
         **({"window_blocks": blocks} if window and len(blocks) < len(types) else {}),
-        "head_width": o.get("head_dim", 256),
-        "scale": o.get("query_pre_attn_scalar", 256) ** -0.5,
-        "softcap": o.told.get("attn_logit_softcapping"),
-        "logit_softcap": o.told.get("final_logit_softcapping"),
+        "head_width": o.need("head_dim"),
+        "scale": o.need("query_pre_attn_scalar") ** -0.5,
+        "softcap": o.get("attn_logit_softcapping"),
+        "logit_softcap": o.get("final_logit_softcapping"),
         "norm_out": True,
     }
 
@@ -307,19 +308,18 @@ def _gemma2(o: _Original) -> dict[str, Any]:
 def _rotary_decoder(
     o: _Original,
     less: int,
-    tied: bool = False,
-    activation: tuple[str, str] = ("hidden_act", "silu"),
+    activation: str = "hidden_act",
 ) -> dict[str, Any]:
     """The fields of Llama and its kin; and the weights of what is outside the blocks."""
     heads = o.need("num_attention_heads")
-    rope = o.get("rope_parameters")
-    if rope is None:  # as before transformers 5
-        rope = {"rope_theta": o.get("rope_theta", 10000.0), **o.get("rope_scaling", {})}
+    rope = o.get("rope_scaling") or o.get("rope_parameters") or {}
+    nested = [name for name, held in rope.items() if isinstance(held, Mapping)]
+    o.must("rope_parameters", nested, [], "one set of angles turns every block")
     kind = rope.get("rope_type", rope.get("type", "default"))
     o.must("rope_type", kind, "default", "scaled angles are said by no field")
-    o.must("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0, "no part stays")
-    if "rope_theta" not in rope:
-        o.must("rope_parameters", rope, {"rope_theta": 10000.0}, "one for every block")
+    part = rope.get("partial_rotary_factor", o.need("partial_rotary_factor"))
+    o.must("partial_rotary_factor", part, 1.0, "no part stays")
+    base = rope["rope_theta"] if "rope_theta" in rope else o.need("rope_theta")
     o.copy("embed_tokens.weight", "decoder.embedding.weight")
     o.norm("norm", "decoder.norm", less=less)
     return {
@@ -327,25 +327,25 @@ def _rotary_decoder(
         "width": o.need("hidden_size"),
         "depth": o.need("num_hidden_layers"),
         "heads": heads,
-        "kv_heads": o.get("num_key_value_heads", heads),
+        "kv_heads": o.get("num_key_value_heads") or heads,
         "head_width": o.get("head_dim"),
         "vocabulary": o.need("vocab_size"),
         "hidden": o.need("intermediate_size"),
-        "activation": o.activation(*activation),
+        "activation": o.activation(activation),
         "gated_hidden": True,
         "norm": "rms",
-        "norm_epsilon": o.get("rms_norm_eps", 1e-6),
-        "bias": bool(o.get("attention_bias", False) or o.get("mlp_bias", False)),
+        "norm_epsilon": o.need("rms_norm_eps"),
+        "bias": bool(o.need("attention_bias") or o.need("mlp_bias")),
         "positions": "rotary",
-        "rotary_base": float(rope["rope_theta"]),
-        "tie_embeddings": o.get("tie_word_embeddings", tied),
-        "attention_dropout": o.get("attention_dropout", 0.0),
+        "rotary_base": float(base),
+        "tie_embeddings": o.need("tie_word_embeddings"),
+        "attention_dropout": o.get("attention_dropout") or 0.0,
     }
 
 
 def _gated_blocks(o: _Original, norms: dict[str, str], less: int = 0) -> None:
     """The weights of the blocks of Llama and its kin."""
-    attends, feeds = bool(o.get("attention_bias", False)), bool(o.get("mlp_bias", False))
+    attends, feeds = bool(o.need("attention_bias")), bool(o.need("mlp_bias"))
     parts = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out"}
     hidden = {"gate_proj": "gate", "up_proj": "input", "down_proj": "output"}
     for n in range(o.need("num_hidden_layers")):
@@ -365,8 +365,8 @@ def _window(o: _Original, width: int | None) -> dict[str, Any]:
 
 def _bert(o: _Original) -> dict[str, Any]:
     for name in ("is_decoder", "add_cross_attention"):
-        o.must(name, o.get(name, False), False, "BERT is an encoder here")
-    kind = o.get("position_embedding_type", "absolute")
+        o.must(name, o.need(name), False, "BERT is an encoder here")
+    kind = o.need("position_embedding_type")
     o.must("position_embedding_type", kind, "absolute", "no field says another")
     theirs = "embeddings"
     o.copy(f"{theirs}.word_embeddings.weight", "encoder.embedding.weight")
@@ -389,16 +389,16 @@ def _bert(o: _Original) -> dict[str, Any]:
         "heads": o.need("num_attention_heads"),
         "vocabulary": o.need("vocab_size"),
         "hidden": o.need("intermediate_size"),
-        "activation": o.activation("hidden_act", "gelu"),
+        "activation": o.activation("hidden_act"),
         "norm_first": False,
         "norm_embedding": True,
-        "norm_epsilon": o.get("layer_norm_eps", 1e-12),
+        "norm_epsilon": o.need("layer_norm_eps"),
         "positions": "learned",
         "max_length": o.need("max_position_embeddings"),
         "token_types": o.need("type_vocab_size"),
         "scale_embedding": False,
-        "dropout": o.get("hidden_dropout_prob", 0.1),
-        "attention_dropout": o.get("attention_probs_dropout_prob", 0.1),
+        "dropout": o.need("hidden_dropout_prob"),
+        "attention_dropout": o.need("attention_probs_dropout_prob"),
     }
 
 

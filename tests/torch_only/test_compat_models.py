@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ transformers = pytest.importorskip("transformers", minversion="5")
 
 import attn_core  # noqa: E402
 from attn_core import compat  # noqa: E402
+from attn_core.compat.defaults import ALIASES, DEFAULTS  # noqa: E402
 from attn_core.compat.models import from_transformers  # noqa: E402
 from attn_core.compat.transformers import from_model  # noqa: E402
 
@@ -137,6 +139,94 @@ def test_as_old_files_say_it() -> None:
     held["transformer.h.0.attn.bias"] = np.ones((1, 1, 4, 4), bool)
     held["transformer.h.0.attn.masked_bias"] = np.array(-1e4, np.float32)
     assert from_transformers(CONFIGS["gpt2"], held).config == changed("gpt2").config
+
+
+CLASSES = {
+    "gpt2": transformers.GPT2Config,
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "gemma2": transformers.Gemma2Config,
+    "bert": transformers.BertConfig,
+}
+# What transformers' classes of today do not hold: of older files, or another family's alone.
+ELSEWHERE = {
+    "llama": {"rope_scaling", "rope_theta", "partial_rotary_factor"},
+    "bert": {"position_embedding_type"},
+}
+ELSEWHERE["mistral"] = {*ELSEWHERE["llama"], "attention_bias", "mlp_bias", "layer_types"}
+ELSEWHERE["gemma2"] = {*ELSEWHERE["llama"], "mlp_bias"}
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_the_defaults_are_those_of_transformers(family: str) -> None:
+    """Of every field that is read: `_Original.get` looks each up in this table."""
+    stated = {field.name: field.default for field in dataclasses.fields(CLASSES[family])}
+    ours = DEFAULTS[family]
+    assert set(ours) - set(stated) == ELSEWHERE.get(family, set())
+    assert {name: ours[name] for name in set(ours) & set(stated)} == {
+        name: stated[name] for name in set(ours) & set(stated)
+    }
+    assert ALIASES.get(family, {}) == (CLASSES[family].attribute_map or {})
+    if family != "gpt2" and family != "bert":
+        angles = CLASSES[family]().rope_parameters
+        assert angles == {"rope_type": "default", "rope_theta": ours["rope_theta"]}
+
+
+SHORT = {
+    "gpt2": {"vocab_size": 23, "n_positions": 12, "n_embd": 24, "n_layer": 2},
+    "llama": {"num_hidden_layers": 2, "num_attention_heads": 4},
+    "mistral": {"num_hidden_layers": 2, "num_attention_heads": 8},
+    "gemma2": {"num_hidden_layers": 3, "num_attention_heads": 8, "head_dim": 4},
+    "bert": {"num_hidden_layers": 2, "max_position_embeddings": 12, "num_attention_heads": 4},
+}
+for family in ("llama", "mistral", "gemma2", "bert"):
+    SHORT[family] |= {"vocab_size": 23, "hidden_size": 32, "intermediate_size": 20}
+SHORT["gpt2, by other names"] = {
+    "vocab_size": 23,
+    "max_position_embeddings": 12,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.mark.parametrize("case", SHORT)
+@torch.no_grad()
+def test_a_short_config_means_what_transformers_takes_it_for(case: str) -> None:
+    family = case.split(",")[0]
+    whole = CLASSES[family](**SHORT[case]).to_dict()
+    held = cases.weights(whole)
+    found = from_transformers({"model_type": family, **SHORT[case]}, held)
+    config = CLASSES[family](**SHORT[case])
+    if family == "bert":
+        original = transformers.BertModel(config, add_pooling_layer=False)
+    else:
+        original = transformers.AutoModelForCausalLM.from_config(config)
+    original.load_state_dict({n: torch.as_tensor(x) for n, x in held.items()}, strict=True)
+    assert found.config.differences(from_model(original).config, ()) == []
+    given, seen = torch.as_tensor(tokens()), padding("none")
+    told = np.zeros_like(tokens()) if family == "bert" else None
+    its = original.eval()(given.long())
+    its = its.last_hidden_state if family == "bert" else its.logits
+    mine = ours(found)(given)
+    used = shares(whole, held, seen, {"its": its, "ours": mine}, told)
+    assert inside(used), used
+
+
+def test_null_is_none_and_no_default() -> None:
+    off = changed("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
+    assert (off.config.softcap, off.config.logit_softcap) == (None, None)
+    assert changed("mistral", sliding_window=None).config.window is None
+    with pytest.raises(
+        ValueError, match=r"`rms_norm_eps` of a config of llama must be given\. Got"
+    ):
+        changed("llama", rms_norm_eps=None)
+
+
+def test_two_names_of_one_field_must_agree() -> None:
+    assert changed("gpt2", num_attention_heads=3).config == changed("gpt2").config
+    with pytest.raises(ValueError, match=r"`num_attention_heads` .* another name of `n_head`"):
+        changed("gpt2", num_attention_heads=4)
 
 
 def test_fields_may_be_given() -> None:
