@@ -113,11 +113,14 @@ class _Original:
                 raise TypeError(
                     f"`{name}` must be a NumPy array. Got {type(x).__module__}.{type(x).__name__}."
                 )
-        self.held = {
-            name.removeprefix(prefix): x
-            for name, x in weights.items()
-            if not re.search(_UNLEARNT, name)
-        }
+        self.held: dict[str, np.ndarray] = {}
+        for name, x in weights.items():
+            if re.search(_UNLEARNT, name):
+                continue
+            new = re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", _renamed, name.removeprefix(prefix))
+            if new in self.held:
+                raise ValueError(f"`weights` must hold {new!r} once. Got it as {name!r} too.")
+            self.held[new] = x
         kinds = {x.dtype.name: x.dtype for x in self.held.values()}
         if len(kinds) != 1:
             raise TypeError(
@@ -214,6 +217,11 @@ class _Original:
                 f"`weights` must hold what a model of {self.family} computes with here. Got "
                 f"{left[0]!r}{more}, which nothing reads: leave it out if it is not needed."
             )
+
+
+def _renamed(found: re.Match[str]) -> str:
+    """As files from before torch call a norm's scale and bias, BERT's own among them."""
+    return {"gamma": "weight", "beta": "bias"}[found[0]]
 
 
 _UNLEARNT = r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq|embeddings\.position_ids)$"

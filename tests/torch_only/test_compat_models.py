@@ -141,6 +141,21 @@ def test_as_old_files_say_it() -> None:
     assert from_transformers(CONFIGS["gpt2"], held).config == changed("gpt2").config
 
 
+def test_the_norms_of_old_bert_files() -> None:
+    """LayerNorm.gamma and .beta, as TensorFlow calls them, in bert-base's own file."""
+    held, old = cases.weights(CONFIGS["bert"]), {}
+    for name, x in held.items():
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        old[name.replace("LayerNorm.bias", "LayerNorm.beta")] = x
+    assert sum("gamma" in name for name in old) == 5
+    found, want = from_transformers(CONFIGS["bert"], old), from_transformers(CONFIGS["bert"], held)
+    assert {name: x.tolist() for name, x in found.weights.items()} == {
+        name: x.tolist() for name, x in want.weights.items()
+    }
+    with pytest.raises(ValueError, match=r"must hold 'embeddings.LayerNorm.weight' once"):
+        from_transformers(CONFIGS["bert"], {**held, **old})
+
+
 CLASSES = {
     "gpt2": transformers.GPT2Config,
     "llama": transformers.LlamaConfig,
