@@ -42,7 +42,7 @@ def scaled_dot_product_attention(
 
     Args:
         query, key, value: tensors of rank 2 or more, of one dtype. Leading dimensions broadcast.
-        attn_mask: broadcast to (..., Hq, Tq, Tk), rank 2 or more. Boolean, True = attend; a float
+        attn_mask: broadcast to (..., Hq, Tq, Tk), of any rank. Boolean, True = attend; a float
             one is added to the scores, -inf hides, and it receives its gradient.
         dropout_p: share of the weights that is dropped, whether or not a module is in training.
             The seed is drawn from torch's generator of query's device, so `torch.manual_seed`
@@ -143,10 +143,6 @@ def _mask(attn_mask: Any, query: Any, full: tuple[Any, ...]) -> dict[str, Any]:
     """attn_mask as `mask` or `bias` of rank 4; `full` is (..., Hq, Tq, Tk)."""
     if not isinstance(attn_mask, torch.Tensor):
         raise TypeError(f"`attn_mask` must be a tensor. Got {type(attn_mask).__name__}.")
-    if attn_mask.dim() < 2:
-        raise ValueError(
-            f"`attn_mask` must have rank 2 or more, (Tq, Tk). Got {tuple(attn_mask.shape)}."
-        )
     names = [str(x.dtype).removeprefix("torch.") for x in (attn_mask, query)]
     documents_mask(names[0], names[1], tuple(attn_mask.shape), full, "attn_mask")
     rank = max(len(full), 4)

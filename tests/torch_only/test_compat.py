@@ -145,6 +145,24 @@ def test_grouped_heads_of_other_ranks(shapes):
     torch.testing.assert_close(ours(q, k, v, enable_gqa=True), want)
 
 
+@pytest.mark.parametrize("lead", [(), (4,), (2, 4), (2, 3, 4)])
+@pytest.mark.parametrize("shape", [(9,), (1,), ()])
+@pytest.mark.parametrize("boolean", [True, False])
+def test_masks_of_one_row_and_of_one_number(lead, shape, boolean):
+    """torch's kernel for the CPU takes none below rank 2 at heads of rank 4; its plain one does."""
+    q, k, v = [torch.tensor(cases.draw(n, *lead, t, 8)) for n, t in enumerate((5, 9, 9))]
+    added = torch.tensor(cases.draw(3, *shape))
+    mask = added > 0 if boolean else added.requires_grad_()
+    out = ours(q, k, v, mask)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        want = theirs(q, k, v, mask)
+    torch.testing.assert_close(out, want)
+    if not boolean:
+        (mine,), (its,) = [torch.autograd.grad(x.square().sum(), added) for x in (out, want)]
+        assert mine.shape == shape
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-5)
+
+
 def test_sixteen_bits_and_a_wide_mask():
     q, k, v = [torch.tensor(cases.draw(n, 2, 4, t, 8)).bfloat16() for n, t in enumerate((5, 9, 9))]
     mask = torch.tensor(cases.draw(3, 5, 9))
@@ -251,7 +269,7 @@ X = torch.zeros(2, 4, 5, 8)
         ({"key": X.half()}, TypeError, "must share one dtype"),
         ({"attn_mask": torch.ones(5, 5, dtype=torch.int32)}, TypeError, "write `attn_mask != 0`"),
         ({"attn_mask": torch.ones(5, 5).double()}, TypeError, "not be wider than float32"),
-        ({"attn_mask": torch.ones(5, dtype=torch.bool)}, ValueError, "rank 2 or more"),
+        ({"attn_mask": torch.ones(4, dtype=torch.bool)}, ValueError, "must broadcast to"),
         ({"attn_mask": torch.ones(5, 4)}, ValueError, "must broadcast to"),
         ({"attn_mask": np.ones((5, 5), bool)}, TypeError, "`attn_mask` must be a tensor"),
         ({"dropout_p": 1.5}, ValueError, "`dropout_p` must lie between 0 and 1. Got 1.5"),
