@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from attn_core.backends.jax import to_numpy
+from attn_core.backends.jax.compat_flax import dot_product_attention
 from attn_core.compat.weights import Converted, converted, flat, output, projection, refuse
 
 
@@ -21,15 +22,21 @@ def from_linen_attention(module: Any, params: Any, **changes: Any) -> Converted:
     Its dropout is one mask for all of batch and heads by default; ours is each element's own.
 
     Raises:
-        TypeError, ValueError: params are not those of such a layer; `normalize_qk`, whose norm
-            subtracts the mean, which ours does not; einsums of the caller's.
+        TypeError, ValueError: it is no such layer, or a subclass; params are not those of it;
+            `normalize_qk`, whose norm subtracts the mean, which ours does not; einsums of the
+            caller's, or an `attention_fn` that is neither Flax' own nor `attn_core.compat.flax`'s.
     """
     import flax.linen
 
-    if not isinstance(module, flax.linen.MultiHeadDotProductAttention):
+    stock = (
+        flax.linen.MultiHeadDotProductAttention,
+        flax.linen.MultiHeadAttention,
+        flax.linen.SelfAttention,
+    )
+    if type(module) not in stock:
         raise TypeError(
-            "`module` must be a flax.linen.MultiHeadDotProductAttention. "
-            f"Got {type(module).__name__}."
+            "`module` must be a flax.linen.MultiHeadDotProductAttention, and no subclass of it, "
+            f"which may compute something else. Got {type(module).__name__}."
         )
     for option in ("qkv_dot_general", "out_dot_general", "qk_attn_weights_einsum_cls"):
         if getattr(module, option) is not None:
@@ -42,7 +49,8 @@ def from_linen_attention(module: Any, params: Any, **changes: Any) -> Converted:
                 f"Got {', '.join(sorted(params))}."
             )
     held = {part: (params[part]["kernel"], params[part].get("bias")) for part in _PARTS}
-    return _converted("flax.linen's layer", module, held, changes)
+    its = flax.linen.dot_product_attention
+    return _converted("flax.linen's layer", module, its, held, changes)
 
 
 def from_nnx_attention(module: Any, **changes: Any) -> Converted:
@@ -57,21 +65,25 @@ def from_nnx_attention(module: Any, **changes: Any) -> Converted:
     """
     from flax import nnx
 
-    if not isinstance(module, nnx.MultiHeadAttention):
+    if type(module) is not nnx.MultiHeadAttention:
         raise TypeError(
-            f"`module` must be a flax.nnx.MultiHeadAttention. Got {type(module).__name__}."
+            "`module` must be a flax.nnx.MultiHeadAttention, and no subclass of it, which may "
+            f"compute something else. Got {type(module).__name__}."
         )
     held = {}
     for part in _PARTS:
         layer = getattr(module, part)
         held[part] = (layer.kernel[...], None if layer.bias is None else layer.bias[...])
-    return _converted("flax.nnx' layer", module, held, changes)
+    return _converted("flax.nnx' layer", module, nnx.dot_product_attention, held, changes)
 
 
 _PARTS = ("query", "key", "value", "out")
 
 
-def _converted(source: str, module: Any, held: dict[str, Any], changes: Any) -> Converted:
+def _converted(source: str, module: Any, its: Any, held: dict[str, Any], changes: Any) -> Converted:
+    if module.attention_fn not in (its, dot_product_attention):
+        name = getattr(module.attention_fn, "__name__", type(module.attention_fn).__name__)
+        refuse(source, "attention_fn", name, "what it computes no config says")
     if module.normalize_qk:
         refuse(source, "normalize_qk", True, "its norm subtracts the mean, ours does not")
     arrays: dict[str, np.ndarray | None] = {}

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from attn_core import masks
 from attn_core.backends.torch import to_numpy
@@ -31,12 +32,14 @@ def from_multihead_attention(module: Any, **changes: Any) -> Converted:
     are the mean over heads, ours are each head's.
 
     Raises:
-        TypeError: it is no such layer.
+        TypeError: it is no such layer, or a subclass.
         ValueError: it adds a key (`add_bias_kv`, `add_zero_attn`), which no config says.
     """
-    if not isinstance(module, torch.nn.MultiheadAttention):
+    # A parametrization (weight_norm, ..) makes a class of its own, of the same meaning.
+    if type_before_parametrizations(module) is not torch.nn.MultiheadAttention:
         raise TypeError(
-            f"`module` must be a torch.nn.MultiheadAttention. Got {type(module).__name__}."
+            "`module` must be a torch.nn.MultiheadAttention, and no subclass of it, which may "
+            f"compute something else. Got {type(module).__name__}."
         )
     for option, got in (("add_bias_kv", module.bias_k), ("add_zero_attn", module.add_zero_attn)):
         if got is not None and got is not False:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import compat_layers as layers
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,11 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
-from attn_core.compat.flax import from_linen_attention, from_nnx_attention
+from attn_core.compat.flax import (
+    dot_product_attention,
+    from_linen_attention,
+    from_nnx_attention,
+)
 
 X, Y, Z = layers.draw(0, 2, 5, 12), layers.draw(1, 2, 7, 10), layers.draw(2, 2, 7, 6)
 RAGGED = np.array([7, 4])
@@ -89,3 +95,45 @@ def test_what_no_config_says_is_refused():
         from_nnx_attention(plain)
     with pytest.raises(TypeError, match=r"must be a flax\.linen\.MultiHeadDotProductAttention"):
         from_linen_attention(linen.Dense(3), {})
+
+
+def tripled(query, key, value, **options):
+    return nnx.dot_product_attention(3 * query, key, value)
+
+
+@pytest.mark.parametrize("attend", [tripled, functools.partial(nnx.dot_product_attention)])
+def test_an_attention_function_that_no_config_says_is_refused(attend):
+    nnx_layer = nnx.MultiHeadAttention(
+        *(4, 12), decode=False, attention_fn=attend, rngs=nnx.Rngs(0)
+    )
+    with pytest.raises(ValueError, match=r"`attention_fn` of flax\.nnx' layer must be left out"):
+        from_nnx_attention(nnx_layer)
+    linen_layer = linen.MultiHeadDotProductAttention(4, attention_fn=attend)
+    variables = linen.MultiHeadDotProductAttention(4).init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match=r"`attention_fn` of flax\.linen's layer must be left"):
+        from_linen_attention(linen_layer, variables)
+
+
+def test_our_attention_function_is_flax_own():
+    ours = {"attention_fn": dot_product_attention}
+    module = nnx.MultiHeadAttention(4, 12, decode=False, rngs=nnx.Rngs(0), **ours)
+    assert layers.within(layers.used(from_nnx_attention(module), {"its": module(X)}, X))
+    module = linen.MultiHeadDotProductAttention(4, **ours)
+    variables = redrawn(module.init(jax.random.key(0), X))
+    found = from_linen_attention(module, variables)
+    assert layers.within(layers.used(found, {"its": module.apply(variables, X)}, X))
+
+
+def test_a_subclass_is_refused():
+    class Linen(linen.MultiHeadDotProductAttention):
+        pass
+
+    class Module(nnx.MultiHeadAttention):
+        pass
+
+    with pytest.raises(TypeError, match=r"and no subclass of it, .* Got Module"):
+        from_nnx_attention(Module(4, 12, decode=False, rngs=nnx.Rngs(0)))
+    with pytest.raises(TypeError, match=r"and no subclass of it, .* Got Linen"):
+        from_linen_attention(Linen(4), Linen(4).init(jax.random.key(0), X))
+    named = linen.MultiHeadAttention(4)  # Flax' own other name
+    assert from_linen_attention(named, named.init(jax.random.key(0), X)).config.heads == 4

@@ -104,6 +104,22 @@ def test_other_modules_are_refused():
         compat.transformers.from_attention(torch.nn.Linear(3, 4))
 
 
+def test_a_subclass_is_refused_and_a_parametrization_is_none():
+    class Doubled(torch.nn.MultiheadAttention):
+        def forward(self, query, key, value):
+            return super().forward(2 * query, key, value)
+
+    with pytest.raises(TypeError, match=r"and no subclass of it, .* Got Doubled"):
+        from_multihead_attention(Doubled(12, 4))
+    module = torch.nn.MultiheadAttention(12, 4)
+    torch.nn.utils.parametrizations.weight_norm(module, "in_proj_weight")
+    assert type(module) is not torch.nn.MultiheadAttention
+    with torch.no_grad():
+        module.parametrizations.in_proj_weight.original0.mul_(3.0)
+    want = module.in_proj_weight.detach()[:12].T.numpy()
+    np.testing.assert_array_equal(from_multihead_attention(module).weights["query.weight"], want)
+
+
 # transformers -----------------------------------------------------------------------------------
 
 transformers = pytest.importorskip("transformers", minversion="5")
