@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from support import entries, seen
@@ -123,3 +127,41 @@ def test_a_missing_library_is_named(monkeypatch):
         opening("flax", "flax", "'attn-core[jax]'"),
     ):
         import flax  # noqa: F401
+
+
+# Whole models of files --------------------------------------------------------------------------
+
+FILES = """
+import json, sys
+from pathlib import Path
+from attn_core import compat
+folder = Path(sys.argv[1])
+assert "ml_dtypes" not in sys.modules and "torch" not in sys.modules
+found = compat.from_transformers(str(folder / "config.json"), folder / "model.safetensors")
+print(found.config.dtype, *found.weights["decoder.norm.scale"].astype(float))
+"""
+
+
+def test_a_model_of_files_in_bfloat16(tmp_path):
+    """Nothing has taught NumPy what bfloat16 is when the paths are given."""
+    import ml_dtypes
+    import transformers_cases as cases
+    from safetensors.numpy import save_file
+
+    held = {n: x.astype(ml_dtypes.bfloat16) for n, x in cases.weights(cases.GPT2).items()}
+    plain = compat.from_transformers(cases.GPT2, held)
+    constants = {"h.0.attn.bias": np.ones((1, 1, 4, 4), bool)}
+    save_file(held | constants, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(cases.GPT2))
+    run = [sys.executable, "-c", FILES, str(tmp_path)]
+    said = subprocess.run(run, check=True, capture_output=True, text=True).stdout.split()
+    assert said[0] == "bfloat16"
+    want = plain.weights["decoder.norm.scale"].astype(float)
+    np.testing.assert_array_equal(np.array(said[1:], float), want)
+
+
+def test_what_is_no_config_of_transformers():
+    with pytest.raises(TypeError, match=r"`config` must be the path of a config\.json, .* Got int"):
+        compat.from_transformers(3, {})
+    with pytest.raises(FileNotFoundError):
+        compat.from_transformers("not/there/config.json", {})

@@ -263,6 +263,13 @@ def test_saving_leaves_other_files_alone(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_saving_into_no_folder_is_refused(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"`path` must lie in a folder .* make .*none first"
+    ):
+        attn_core.save_weights(tmp_path / "none" / "w", weights(LAYER), LAYER)
+
+
 def test_saving_the_wrong_weights_writes_nothing(tmp_path):
     (tmp_path / "w").write_bytes(b"before")
     short = weights(LAYER)

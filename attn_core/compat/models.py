@@ -1,9 +1,6 @@
 """Whole models of transformers in our terms: a TransformerConfig, and weights under our names.
 
-    import json, safetensors.numpy
-    config = json.loads(Path("config.json").read_text())
-    held = safetensors.numpy.load_file("model.safetensors")
-    config, weights = from_transformers(config, held)
+    config, weights = from_transformers("config.json", "model.safetensors")
     model = attn_core.build(config, backend="jax")
     model.load_weights(weights)
 
@@ -25,15 +22,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from attn_core.compat.defaults import DEFAULTS, unaliased
-from attn_core.config import nearest
+from attn_core.config import nearest, read
 from attn_core.model.parameters import parameters
 from attn_core.model.transformer import TransformerConfig
-from attn_core.model.weights import checked
+from attn_core.model.weights import checked, read_arrays
 
 ACTIVATIONS = {
     "relu": "relu",
@@ -57,13 +56,15 @@ class ConvertedModel(NamedTuple):
     weights: dict[str, np.ndarray]
 
 
-def from_transformers(config: Any, weights: Mapping[str, Any], **changes: Any) -> ConvertedModel:
+def from_transformers(config: Any, weights: Any, **changes: Any) -> ConvertedModel:
     """A model of transformers as (TransformerConfig, weights).
 
     Args:
-        config: its config: the mapping that config.json holds, or the object.
+        config: its config: the path of config.json, the mapping that it holds, or the object.
         weights: its state dict: names of transformers -> NumPy arrays, with the prefix of the base
-            model ("model.", "transformer.", "bert.") or without.
+            model ("model.", "transformer.", "bert.") or without; or the path of a safetensors file
+            of them. Of several files, the arrays of each, `safetensors.numpy.load_file`, in one
+            mapping; NumPy knows bfloat16 once ml_dtypes is imported.
         changes: fields of our config, such as dropout=0.0, impl="chunked" or backend="jax".
 
     Of GPT-2, Llama, Mistral and Gemma 2 the model with its head is meant, which gives logits; of
@@ -73,9 +74,10 @@ def from_transformers(config: Any, weights: Mapping[str, Any], **changes: Any) -
     Raises:
         ValueError: another family; a field of its config that says what none of ours can; a weight
             that is missing, of another shape, or read by nobody.
-        TypeError: a weight is no NumPy array, or they do not share one dtype.
+        TypeError: a weight is no NumPy array, or they do not share one dtype; a config that is
+            none.
     """
-    told = config if isinstance(config, Mapping) else config.to_dict()
+    told = _told(config)
     family = told.get("model_type")
     if family not in _FAMILIES:
         raise ValueError(
@@ -83,6 +85,8 @@ def from_transformers(config: Any, weights: Mapping[str, Any], **changes: Any) -
             f"Got {family!r}.{nearest(family, tuple(_FAMILIES))}"
         )
     prefix, convert = _FAMILIES[family]
+    if isinstance(weights, (str, PathLike)):
+        weights = read_arrays(weights, _UNLEARNT)
     original = _Original(family, told, weights, prefix, "dropout" in changes)
     fields = convert(original)
     original.check_read()
@@ -96,6 +100,21 @@ def from_transformers(config: Any, weights: Mapping[str, Any], **changes: Any) -
     return ConvertedModel(ours, checked(plan, held, dict.fromkeys(plan, ours.dtype)))
 
 
+def _told(config: Any) -> Mapping[str, Any]:
+    """What config.json holds."""
+    if isinstance(config, Mapping):
+        return config
+    if isinstance(config, (str, PathLike)):
+        return read(Path(config))
+    if hasattr(config, "to_dict"):
+        found: Mapping[str, Any] = config.to_dict()
+        return found
+    raise TypeError(
+        "`config` must be the path of a config.json, the mapping that it holds, or a config of "
+        f"transformers. Got {type(config).__name__}."
+    )
+
+
 class _Original:
     """What transformers says of a model, each weight to be read once."""
 
@@ -105,7 +124,7 @@ class _Original:
         self.family, self.told, self.quiet = family, unaliased(family, told), quiet
         if not isinstance(weights, Mapping) or not weights:
             raise TypeError(
-                "`weights` must be a mapping of names to NumPy arrays. "
+                "`weights` must be a mapping of names to NumPy arrays, or a path. "
                 f"Got {type(weights).__name__}{' of nothing' if weights == {} else ''}."
             )
         for name, x in weights.items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,8 +46,14 @@ def save_weights(path: str | os.PathLike[str], weights: Any, config: Any = None)
 
     Raises:
         TypeError, ValueError: the weights are not those of the config; nothing has been written.
+        FileNotFoundError: there is no folder of that name.
         ImportError: safetensors is missing.
     """
+    whole = Path(path)
+    if not whole.parent.is_dir():
+        raise FileNotFoundError(
+            f"`path` must lie in a folder that is there. Got {whole}: make {whole.parent} first."
+        )
     if hasattr(weights, "export_weights"):
         config = weights.config if config is None else config
         weights = weights.export_weights()
@@ -54,7 +61,6 @@ def save_weights(path: str | os.PathLike[str], weights: Any, config: Any = None)
     found = checked(plan, weights, None)
     library = _safetensors()
     metadata = {"format": VERSION, "config": json.dumps({config.TABLE: config.to_mapping()})}
-    whole = Path(path)
     part = whole.with_name(f"{whole.name}.{os.getpid()}.part")
     try:
         library.numpy.save_file(found, part, metadata)
@@ -72,17 +78,8 @@ def load_weights(path: str | os.PathLike[str]) -> Loaded:
         FileNotFoundError: there is none.
         ImportError: safetensors is missing.
     """
-    library = _safetensors()
     path = Path(path)
-    data = path.read_bytes()
-    try:
-        read = library.deserialize(data)
-        size = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
-    except (library.SafetensorError, ValueError) as error:
-        raise ValueError(
-            f"{path} must be a complete safetensors file. Got {len(data)} bytes: {error}"
-        ) from error
+    read, metadata = _opened(path)
     version = metadata.get("format")
     if version != VERSION:
         raise ValueError(
@@ -92,6 +89,21 @@ def load_weights(path: str | os.PathLike[str]) -> Loaded:
     config = _config(path, metadata.get("config", ""))
     weights = {name: _array(path, name, entry) for name, entry in read}
     return Loaded(checked(parameters(config), weights, None), config)
+
+
+def read_arrays(path: str | os.PathLike[str], without: str) -> dict[str, np.ndarray]:
+    """The arrays of anybody's safetensors file; those of bfloat16 are ml_dtypes'.
+
+    without: a pattern of names that are left out, whatever they hold.
+
+    Raises:
+        ValueError: the file is cut short or no safetensors, or holds something but floats.
+        FileNotFoundError: there is none.
+        ImportError: safetensors is missing.
+    """
+    path = Path(path)
+    read, _ = _opened(path)
+    return {name: _array(path, name, x) for name, x in read if not re.search(without, name)}
 
 
 def weights_for(
@@ -188,6 +200,20 @@ def _config(path: Path, written: str) -> Any:
         raise ValueError(
             f"{path} must hold the config of its weights, one of {', '.join(kinds)}. "
             f"Got {written[:80]!r}: {error}"
+        ) from error
+
+
+def _opened(path: Path) -> tuple[Any, dict[str, str]]:
+    """What a file holds, not yet as arrays, and its metadata."""
+    library = _safetensors()
+    data = path.read_bytes()
+    try:
+        read = library.deserialize(data)
+        size = int.from_bytes(data[:8], "little")
+        return read, json.loads(data[8 : 8 + size]).get("__metadata__") or {}
+    except (library.SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"{path} must be a complete safetensors file. Got {len(data)} bytes: {error}"
         ) from error
 
 
