@@ -164,6 +164,23 @@ def check_types(config: TransformerConfig, shape: Shape, dtype: str, given: Shap
         )
 
 
+def check_classes(config: TransformerConfig, mask: Any, lengths: Any, given: Shape) -> None:
+    """Classes are read off the mean of the rows that `lengths` counts, and a mask counts none.
+
+    One that hides the same keys from every row and head, as `from_hf_mask` gives it, hides padding:
+    without lengths its rows would be averaged in.
+    """
+    hidden = tuple(getattr(mask, "shape", ()))
+    if config.classes is None or lengths is not None or len(hidden) not in (2, 4):
+        return
+    if all(size == 1 for size in hidden[-3:-1]) and not fits(given[1:2], (1,)):
+        raise ValueError(
+            "`lengths` must say which rows count in a model with `classes`, whose mean reads them: "
+            f"a mask hides keys alone. Got `mask` {show(hidden)}, the same keys for every row, and "
+            "no lengths; padding must stand at the end."
+        )
+
+
 def check_source(
     config: TransformerConfig, source: bool, kept: bool | None, lengths: Any = None
 ) -> None:
@@ -181,7 +198,10 @@ def check_source(
         if source:
             raise ValueError(f"`source` must be left out in a model of kind {config.kind!r}.")
         if kept is not None and config.kind == "encoder":
-            raise ValueError("`cache` must be left out in an encoder, which sees all at once.")
+            raise ValueError(
+                "`cache` must be left out in an encoder, which sees all at once: `make_cache` and "
+                "`generate` are for decoders."
+            )
     elif source == bool(kept):
         got = "both" if source else "neither"
         raise ValueError(

@@ -45,7 +45,8 @@ def step_seed(seed: Any) -> Any:
     if seed is None:
         raise ValueError(
             "`seed` must be given in training with dropout, a number for each step: nothing here "
-            "draws from a global generator. Got none; in evaluation nothing is dropped."
+            "draws from a global generator. Got none; in evaluation nothing is dropped: `.eval()`, "
+            "in Keras `training=False`, and so before `make_cache(.., source=)` and `generate`."
         )
     if isinstance(seed, np.ndarray) and seed.shape == ():
         seed = seed[()]

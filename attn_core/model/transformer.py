@@ -46,7 +46,8 @@ class TransformerConfig(Config):
         source_vocabulary: of the encoder in an encoder-decoder; `vocabulary` where left out. The
             stacks have tables of their own in any case.
         inputs: instead of tokens the encoder reads float vectors of this width.
-        classes: an encoder's head: logits of classes from the mean of the valid positions.
+        classes: an encoder's head: logits of classes from the mean of the rows that `lengths`
+            counts, of all rows where it is left out. A mask hides keys, and no row from the mean.
         hidden: width within the feed-forward; 4 * width where left out.
         activation: "relu", "gelu" (x * Phi(x), by erf), "gelu_tanh" or "silu".
         gated_hidden: a second projection gates the first.

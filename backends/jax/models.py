@@ -274,6 +274,7 @@ class Transformer(Portable):
         calls.check_source(c, source is not None, kept, source_lengths)
         stack = c.stacks[-1]
         calls.check_read(c, stack, "given", shape(given), given.dtype.name)
+        calls.check_classes(c, mask, lengths, shape(given))
         if types is not None:
             calls.check_types(c, shape(types), types.dtype.name, shape(given))
         if cache is not None:

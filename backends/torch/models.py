@@ -296,6 +296,7 @@ class Transformer(Portable):
         calls.check_source(c, source is not None, kept, source_lengths)
         stack = c.stacks[-1]
         calls.check_read(c, stack, "given", given.shape, describe(given).dtype)
+        calls.check_classes(c, mask, lengths, given.shape)
         if types is not None:
             calls.check_types(c, types.shape, describe(types).dtype, given.shape)
         if cache is not None:

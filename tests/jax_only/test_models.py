@@ -30,6 +30,7 @@ from model_cases import (
 import attn_core
 from attn_core import AdditiveConfig, masks
 from attn_core.backends.jax import AdditiveAttention, Transformer, models
+from attn_core.compat import from_hf_mask
 from attn_core.conformance import tolerance
 from attn_core.model import additive
 from attn_core.model.initial import initial
@@ -195,11 +196,40 @@ REFUSED = {
         lambda: Transformer(ENCODER).make_cache(B, 9),
         "`cache` must be left",
     ),
+    "an encoder that generates": (
+        lambda: Transformer(ENCODER).generate(TOKENS, 2),
+        "sees all at once: `make_cache` and `generate` are for decoders",
+    ),
+    "a source to be kept in training": (
+        lambda: Transformer({**BOTH, "dropout": 0.1}).make_cache(B, 9, source=SOURCE),
+        r"nothing is dropped: `\.eval\(\)`, .* before `make_cache",
+    ),
+    "classes, and padding as a mask": (
+        lambda: Transformer({**ENCODER, "classes": 3})(TOKENS, mask=from_hf_mask(TOKENS)),
+        r"`lengths` must say which rows count .* Got `mask` \(2, 1, 1, 5\)",
+    ),
+    "classes, and one row of a mask": (
+        lambda: Transformer({**ENCODER, "classes": 3})(TOKENS, mask=TOKENS[:1] != 0),
+        r"`lengths` must say which rows count .* Got `mask` \(1, 5\)",
+    ),
     "a full cache": (
         lambda: Transformer(DECODER)(TOKENS, cache=Transformer(DECODER).make_cache(B, 4)),
         "Got 5 rows and 4 slots",
     ),
 }
+
+
+def test_classes_take_a_mask_beside_lengths_or_by_row() -> None:
+    """The mean is of the rows that lengths count; what a mask hides, it hides as keys."""
+    model = Transformer({**ENCODER, "classes": 3})
+    model.eval()
+    padding = from_hf_mask(jnp.asarray([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]))
+    lengths, triangle = jnp.asarray([3, 4]), jnp.asarray(np.tri(5, dtype=bool))
+    beside, alone = model(TOKENS, mask=padding, lengths=lengths), model(TOKENS, lengths=lengths)
+    by_row, plain = model(TOKENS, mask=triangle), model(TOKENS)
+    beside, alone, by_row, plain = [np.asarray(x) for x in (beside, alone, by_row, plain)]
+    np.testing.assert_allclose(beside, alone, rtol=0, atol=1e-6)
+    assert abs(by_row - plain).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attn_core
 from attn_core import AdditiveConfig, TransformerConfig, masks
 from attn_core.backends.torch import AdditiveAttention, Transformer
+from attn_core.compat import from_hf_mask
 from attn_core.conformance import tolerance
 from attn_core.model import additive
 from attn_core.model.initial import initial
@@ -191,6 +192,22 @@ REFUSED = {
         lambda: Transformer(ENCODER).make_cache(B, 9),
         "`cache` must be left",
     ),
+    "an encoder that generates": (
+        lambda: Transformer(ENCODER).generate(TOKENS, 2),
+        "sees all at once: `make_cache` and `generate` are for decoders",
+    ),
+    "a source to be kept in training": (
+        lambda: Transformer({**BOTH, "dropout": 0.1}).make_cache(B, 9, source=SOURCE),
+        r"nothing is dropped: `\.eval\(\)`, .* before `make_cache",
+    ),
+    "classes, and padding as a mask": (
+        lambda: Transformer({**ENCODER, "classes": 3})(TOKENS, mask=from_hf_mask(TOKENS)),
+        r"`lengths` must say which rows count .* Got `mask` \(2, 1, 1, 5\)",
+    ),
+    "classes, and one row of a mask": (
+        lambda: Transformer({**ENCODER, "classes": 3})(TOKENS, mask=TOKENS[:1] != 0),
+        r"`lengths` must say which rows count .* Got `mask` \(1, 5\)",
+    ),
     "a full cache": (
         lambda: Transformer(DECODER)(TOKENS, cache=Transformer(DECODER).make_cache(B, 4)),
         "Got 5 rows and 4 slots",
@@ -202,6 +219,19 @@ def test_a_layers_cache_is_none_of_a_models() -> None:
     model = Transformer(DECODER)
     with pytest.raises(TypeError, match=r"`cache` must be a ModelCache, .* Got Cache"):
         model(TOKENS, cache=model.make_cache(B, 9).blocks[0])
+
+
+def test_classes_take_a_mask_beside_lengths_or_by_row() -> None:
+    """The mean is of the rows that lengths count; what a mask hides, it hides as keys."""
+    model = Transformer({**ENCODER, "classes": 3})
+    model.eval()
+    padding = from_hf_mask(torch.as_tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]))
+    lengths, triangle = torch.as_tensor([3, 4]), torch.as_tensor(np.tri(5, dtype=bool))
+    beside, alone = model(TOKENS, mask=padding, lengths=lengths), model(TOKENS, lengths=lengths)
+    by_row, plain = model(TOKENS, mask=triangle), model(TOKENS)
+    beside, alone, by_row, plain = [x.detach().numpy() for x in (beside, alone, by_row, plain)]
+    np.testing.assert_allclose(beside, alone, rtol=0, atol=1e-6)
+    assert abs(by_row - plain).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", REFUSED)
