@@ -34,6 +34,7 @@ import numpy as np
 
 from attn_core import config
 from attn_core.language import values
+from attn_core.model.config import ROOMS
 from attn_core.spec import Plan, Problem
 
 
@@ -118,7 +119,8 @@ def layer(name: str, kind: str) -> Any:
     try:
         return getattr(backend, kind)
     except AttributeError as error:
-        raise UnsupportedError(f"backend {name!r} has no {kind}.") from error
+        having = ", ".join([room for room in ROOMS if room != name])
+        raise UnsupportedError(f"backend {name!r} has no {kind}. These have: {having}.") from error
     except ModuleNotFoundError as error:
         raise ImportError(
             f"layers of backend {name!r} need {error.name}, which is not installed: "

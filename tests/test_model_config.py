@@ -122,6 +122,20 @@ def test_fields_beside_their_table_are_refused():
         AttentionConfig.load({**held, "causal": True})
 
 
+def test_the_table_of_another_config_is_named(tmp_path):
+    path = tmp_path / "model.toml"
+    path.write_text('attn_core = {backend = "jax"}\n[transformer]\nkind = "encoder"\n')
+    with pytest.raises(ValueError, match=r"must hold the table `attention`, .* `transformer`\.$"):
+        AttentionConfig.load(path)
+    with pytest.raises(ValueError, match=r"must hold the table `transformer`, .* `attention`\.$"):
+        TransformerConfig.load({"attention": {"width": 8, "heads": 2}})
+
+
+def test_a_backend_without_layers_names_those_that_have_them():
+    with pytest.raises(attn_core.UnsupportedError, match=r"no MultiHeadAttention.* torch, tf, jax"):
+        attn_core.build({"width": 8, "heads": 2}, backend="numpy")
+
+
 def test_a_table_that_nobody_knows_is_refused_with_the_nearest():
     for held in ({"transfomer": MODEL}, {"attn_core": {}, "Transformer": MODEL}):
         with pytest.raises(ValueError, match="Did you mean 'transformer'"):

@@ -88,6 +88,11 @@ class Config:
                     f"{stray[0]!r} beside it."
                 )
             held = as_mapping(held[cls.TABLE], f"`{cls.TABLE}` of a config")
+        elif tables := [kind.TABLE for kind in Config.__subclasses__() if kind.TABLE in held]:
+            raise ValueError(
+                f"a config of {cls.__name__} must hold the table `{cls.TABLE}`, or its fields at "
+                f"the top. Got the table `{tables[0]}`."
+            )
         for key in held:
             if key not in known:
                 raise ValueError(
