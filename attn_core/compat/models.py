@@ -314,7 +314,10 @@ def _gemma2(o: _Original) -> dict[str, Any]:
     )
     o.head("embed_tokens.weight", fields["tie_embeddings"])
     sliding, full = "sliding_attention", "full_attention"
-    types = o.get("layer_types") or [(sliding, full)[n % 2] for n in range(fields["depth"])]
+    types = o.get("layer_types")
+    if types is None:
+        types = [(sliding, full)[n % 2] for n in range(fields["depth"])]
+    o.must("len(layer_types)", len(types), fields["depth"], "one for each block")
     for word in types:
         if word not in (sliding, full):
             o.must("layer_types", word, sliding, f"or {full!r}, of each block")

@@ -315,6 +315,11 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "`layer_types` of a config of gemma2 must be .* Got 'chunked_attention'",
     ),
+    "too few kinds of layers": (
+        lambda: changed("gemma2", layer_types=["full_attention"]),
+        ValueError,
+        r"`len\(layer_types\)` of a config of gemma2 must be 2: one for each block. Got 1",
+    ),
     "a decoder of BERT's": (
         lambda: changed("bert", is_decoder=True),
         ValueError,
