@@ -49,10 +49,10 @@ def save_weights(path: str | os.PathLike[str], weights: Any, config: Any = None)
         FileNotFoundError: there is no folder of that name.
         ImportError: safetensors is missing.
     """
-    whole = Path(path)
-    if not whole.parent.is_dir():
+    folder = Path(path).parent
+    if not folder.is_dir():
         raise FileNotFoundError(
-            f"`path` must lie in a folder that is there. Got {whole}: make {whole.parent} first."
+            f"`path` must lie in a folder that is there. Got {path}: make {folder} first."
         )
     if hasattr(weights, "export_weights"):
         config = weights.config if config is None else config
@@ -61,6 +61,7 @@ def save_weights(path: str | os.PathLike[str], weights: Any, config: Any = None)
     found = checked(plan, weights, None)
     library = _safetensors()
     metadata = {"format": VERSION, "config": json.dumps({config.TABLE: config.to_mapping()})}
+    whole = Path(path)
     part = whole.with_name(f"{whole.name}.{os.getpid()}.part")
     try:
         library.numpy.save_file(found, part, metadata)
