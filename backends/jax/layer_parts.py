@@ -15,6 +15,7 @@ from flax import nnx
 from attn_core.backends.jax import philox
 from attn_core.backends.jax.arrays import DTYPES, from_host, is_wide, x64
 from attn_core.language.values import Dropout, drop_threshold
+from attn_core.model import calls
 from attn_core.model import parameters as plans
 from attn_core.model import positions as places
 from attn_core.model import rules as laws
@@ -229,11 +230,23 @@ def hidden_dropout(
 
 
 def integers(name: str, given: Any) -> Array:
-    """Host ints or an array as int32."""
-    found = jnp.asarray(given)
+    """Host ints or an array as int32.
+
+    What int32 does not hold is refused where it can be read, and else held at its ends.
+    """
+    if isinstance(given, int) or (isinstance(given, (list, tuple)) and all(map(known, given))):
+        given = np.asarray(given)  # which jnp would narrow
+    found = given if isinstance(given, np.ndarray) else jnp.asarray(given)
     if not jnp.issubdtype(found.dtype, jnp.integer):
         raise TypeError(f"`{name}` must be integers. Got {found.dtype.name}.")
-    return found.astype(jnp.int32)
+    if found.dtype.name in ("int64", "uint32", "uint64"):
+        if known(found) and found.size:
+            numbers = np.asarray(found)
+            calls.check_int32(name, int(numbers.min()), int(numbers.max()))
+        elif isinstance(found, jax.Array):
+            least = 0 if found.dtype.name[0] == "u" else -(2**31)
+            found = found.clip(least, 2**31 - 1)
+    return jnp.asarray(found.astype(np.int32))
 
 
 def indices(x: Array) -> Array:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from attn_core.backends.torch.arrays import DTYPES
 from attn_core.backends.torch.philox import keep
 from attn_core.language.values import Dropout, drop_threshold
+from attn_core.model import calls
 from attn_core.model.initial import initial
 from attn_core.model.parameters import Plan
 from attn_core.model.positions import LOW, TURN, wheel
@@ -201,13 +202,22 @@ def hidden_dropout(
 
 
 def integers(name: str, given: Any, device: Any) -> Array:
-    """Host ints or a tensor as int32, on the device."""
+    """Host ints or a tensor as int32, on the device.
+
+    What int32 does not hold is refused where it lies on the host, and else held at its ends.
+    """
     if isinstance(given, int) and not isinstance(given, bool):
+        calls.check_int32(name, given, given)
         return torch.full((), given, dtype=torch.int32, device=device)  # without a copy
-    found = torch.as_tensor(given, device=device)
+    found = torch.as_tensor(given)
     if found.is_floating_point() or found.dtype == torch.bool:
         raise TypeError(f"`{name}` must be integers. Got {str(found.dtype).split('.')[-1]}.")
-    return found.to(torch.int32)
+    if found.dtype in (torch.int64, torch.uint32, torch.uint64):
+        if found.is_cpu and known(found) and found.numel():
+            calls.check_int32(name, *[int(x) for x in found.to(torch.int64).aminmax()])
+        else:
+            found = found.to(torch.int64).clamp(-(2**31), 2**31 - 1)
+    return found.to(device, torch.int32)
 
 
 def indices(x: Array) -> Array:
