@@ -115,6 +115,21 @@ def test_unknown_keys_are_refused_with_the_nearest(kind, held, words):
     assert words in str(caught.value)
 
 
+def test_fields_by_name_are_refused_with_the_nearest_and_with_our_word():
+    for call, words in (
+        (lambda: AttentionConfig(width=8, heads=2, kv_head=1), "Did you mean 'kv_heads'"),
+        (lambda: TransformerConfig(**MODEL, dropuot=0.1), "Did you mean 'dropout'"),
+        (
+            lambda: AttentionConfig(embed_dim=8, num_heads=2),
+            "Did you mean 'width'",
+        ),
+        (lambda: AttentionConfig.load({"num_heads": 2}), "Did you mean 'heads'"),
+        (lambda: AttentionConfig.of(width=8, heads=2, is_causal=True), "Did you mean 'causal'"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            call()
+
+
 def test_fields_beside_their_table_are_refused():
     held = {"attention": LAYER, "attn_core": {"backend": "jax"}, "title": "a"}
     assert AttentionConfig.load(held) == AttentionConfig(**LAYER)

@@ -17,6 +17,8 @@ from attn_core.model.config import AttentionConfig
 from attn_core.model.transformer import TransformerConfig
 
 Shape = tuple[Any, ...]
+TOKENS = ("int32", "int64")
+"""Dtypes of tokens: narrower ones look nothing up in torch, and cannot hold every answer."""
 
 
 def check_inputs(config: AttentionConfig, query: Shape, key: Shape | None, value: Shape) -> None:
@@ -67,6 +69,13 @@ def check_kept(name: str, config: AttentionConfig, key: Shape, value: Shape, que
             f"({query[0]}, S, {s.kv_heads}, {s.head}) and values of width {s.value}. "
             f"Got {show(key)} and {show(value)}."
         )
+
+
+def check_slots(batch: Any, length: Any) -> None:
+    """The sizes of an empty cache, none negative; those that are not known yet are left alone."""
+    for name, size in (("batch", batch), ("length", length)):
+        if isinstance(size, (int, float, np.number)):
+            fields.count(name, size, 0)
 
 
 def check_kind(name: str, given: Any, kind: type) -> None:
@@ -137,9 +146,9 @@ def check_read(config: TransformerConfig, stack: str, name: str, shape: Shape, d
                 f"`{name}` must be vectors (B, T, {config.inputs}), which this {stack} reads. "
                 f"Got {dtype} of {show(shape)}."
             )
-    elif len(shape) != 2 or "int" not in dtype:
+    elif len(shape) != 2 or dtype not in TOKENS:
         raise ValueError(
-            f"`{name}` must be int tokens (B, T), which this {stack} reads. "
+            f"`{name}` must be int tokens (B, T), which this {stack} reads, {' or '.join(TOKENS)}. "
             f"Got {dtype} of {show(shape)}."
         )
     check_length(config, name, shape[1])
@@ -160,9 +169,10 @@ def check_types(config: TransformerConfig, shape: Shape, dtype: str, given: Shap
         raise ValueError(
             f"`types` must be left out in a model without `token_types`. Got shape {show(shape)}."
         )
-    if len(shape) != 2 or not fits(shape, given) or "int" not in dtype:
+    if len(shape) != 2 or not fits(shape, given) or dtype not in TOKENS:
         raise ValueError(
-            f"`types` must be ints (B, T) = {show(given)}, one for each token. "
+            f"`types` must be ints (B, T) = {show(given)}, one for each token, "
+            f"{' or '.join(TOKENS)}. "
             f"Got {dtype} of {show(shape)}."
         )
 

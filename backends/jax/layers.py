@@ -185,6 +185,7 @@ class MultiHeadAttention(Portable):
 
     def make_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty Cache of `length` slots; in the dtype of the weights, or in another."""
+        calls.check_slots(batch, length)
         s, like = self.config.sizes, self.query.weight
         dtype = like.dtype if dtype is None else DTYPES.get(dtype, dtype)
         make = {"dtype": jnp.dtype(dtype)}

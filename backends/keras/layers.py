@@ -275,6 +275,7 @@ class MultiHeadAttention(Portable):
     @as_is
     def make_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty Cache of `length` slots; in the policy's compute dtype, or in another."""
+        calls.check_slots(batch, length)
         s, dtype = self.config.sizes, self.compute_dtype if dtype is None else dtype
         return Cache(
             ops.zeros((batch, length, s.kv_heads, s.head), dtype),

@@ -220,6 +220,29 @@ def integers(name: str, given: Any, device: Any) -> Array:
     return found.to(device, torch.int32)
 
 
+def check_tensors(**given: Any) -> None:
+    """What is given is on no host: torch's modules read tensors."""
+    for name, x in given.items():
+        if x is not None and not isinstance(x, torch.Tensor):
+            raise TypeError(
+                f"`{name}` must be a torch.Tensor. "
+                f"Got {type(x).__module__}.{type(x).__name__}: torch.as_tensor({name}) makes one."
+            )
+
+
+def check_dtype(part: Any, **given: Any) -> None:
+    """Inputs have the dtype of the torch.nn.Linear that reads them, but under autocast."""
+    if type(part) is not torch.nn.Linear or torch.is_autocast_enabled(part.weight.device.type):
+        return
+    for name, x in given.items():
+        if x.dtype != part.weight.dtype:
+            ours, got = [str(y.dtype).split(".")[-1] for y in (part.weight, x)]
+            raise TypeError(
+                f"`{name}` must be of the layer's dtype, {ours}. Got {got}: cast it, or the layer "
+                f"with `.to(torch.{got})`."
+            )
+
+
 def indices(x: Array) -> Array:
     """The indices of the rows of x (B, T, ..), int32 (1, T)."""
     return torch.arange(x.shape[1], dtype=torch.int32, device=x.device)[None]

@@ -13,6 +13,8 @@ from attn_core.backends.torch.layer_parts import (
     Array,
     Norm,
     Portable,
+    check_dtype,
+    check_tensors,
     indices,
     integers,
     known,
@@ -126,6 +128,9 @@ class MultiHeadAttention(Portable):
         if memory is None:
             key = query if key is None else key
             value = key if value is None else value
+            check_tensors(query=query, key=key, value=value)
+        else:
+            check_tensors(query=query)
         self._check(query, key, value, memory, cache, kv_lengths, query_offset)
         if positions is not None:
             positions = integers("positions", positions, query.device)
@@ -181,6 +186,7 @@ class MultiHeadAttention(Portable):
 
     def make_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty Cache of `length` slots; in the dtype of the weights, or in another."""
+        calls.check_slots(batch, length)
         s, like = self.config.sizes, self.query.weight
         dtype = like.dtype if dtype is None else DTYPES.get(dtype, dtype)
         make = {"device": like.device, "dtype": dtype}
@@ -208,6 +214,10 @@ class MultiHeadAttention(Portable):
         query_offset: Any,
     ) -> None:
         c = self.config
+        check_dtype(self.query, query=query)
+        if memory is None:
+            check_dtype(self.key, key=key)
+            check_dtype(self.value, value=value)
         if memory is not None:
             calls.check_memory(value, kv_lengths, cache)
             calls.check_inputs(c, query.shape, None, ())

@@ -18,6 +18,7 @@ from attn_core.backends.torch.layer_parts import (
     Array,
     Norm,
     Portable,
+    check_tensors,
     embedding,
     hidden_dropout,
     indices,
@@ -291,6 +292,7 @@ class Transformer(Portable):
                 has been computed.
         """
         c = self.config
+        check_tensors(given=given, source=source, types=types)
         if cache is not None:
             calls.check_kind("cache", cache, ModelCache)
         kept = None if cache is None else bool(cache.memories)
@@ -363,6 +365,7 @@ class Transformer(Portable):
         Every step asks the same question of a cache of T + steps - 1 positions: a compiled model
         (`model.compile()`) is compiled once for the prompt and once for all steps.
         """
+        check_tensors(prompt=prompt, source=source)
         calls.check_prompt(prompt.shape, steps)
         options = {"source": source, "source_lengths": source_lengths}
         batch, rows = prompt.shape

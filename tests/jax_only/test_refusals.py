@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from attn_core.backends.jax import MultiHeadAttention, Transformer
+import attn_core
+from attn_core import AttentionConfig
+from attn_core.backends.jax import MultiHeadAttention, Transformer, linen
 from attn_core.backends.jax.layer_parts import Linear
 
 ENCODER = {"kind": "encoder", "width": 8, "depth": 1, "heads": 2, "vocabulary": 11, "classes": 3}
@@ -68,3 +72,16 @@ def test_lengths_that_are_traced_answer_from_their_own_row() -> None:
     model.eval()
     found = jax.jit(lambda n: model.generate(prompt, 3, lengths=n))(jnp.array([9, 2]))
     assert np.array_equal(found, model.generate(prompt, 3, lengths=[4, 2]))
+
+
+def test_a_linen_module_says_how_its_weights_are_saved(tmp_path: Path) -> None:
+    module = linen.MultiHeadAttention(AttentionConfig(8, 2), seed=1)
+    with pytest.raises(TypeError, match=r"module.export_weights\(variables\), module.settings"):
+        attn_core.save_weights(tmp_path / "w", module)
+    variables = module.init(jax.random.key(0), jnp.ones((1, 2, 8)))
+    attn_core.save_weights(tmp_path / "w", module.export_weights(variables), module.settings)
+
+
+def test_a_cache_has_no_negative_size() -> None:
+    with pytest.raises(ValueError, match="`length` must be at least 0"):
+        Transformer(DECODER).make_cache(2, -1)

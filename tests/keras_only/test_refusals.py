@@ -49,3 +49,8 @@ def test_positions_beyond_int32_are_refused() -> None:
     for wrong in ([0, 1, 2**31], np.arange(3) + 2**33, np.arange(3) - 2**33):
         with pytest.raises(ValueError, match="`positions` must be within int32"):
             layer(x, positions=wrong)
+
+
+def test_a_cache_has_no_negative_size() -> None:
+    with pytest.raises(ValueError, match="`length` must be at least 0"):
+        Transformer(DECODER).make_cache(2, -1)

@@ -82,3 +82,31 @@ def test_lengths_that_cannot_be_read_answer_from_their_own_row() -> None:
         torch.tensor([[9, 0]])
     )
     assert torch.equal(found[0, :1], own[:1])
+
+
+def test_what_is_no_tensor_or_of_another_dtype_is_named() -> None:
+    layer, model = MultiHeadAttention(width=8, heads=2), Transformer(DECODER)
+    x, tokens = torch.ones(1, 3, 8), torch.tensor([[1, 2]])
+    for call, words in (
+        (lambda: layer(x.numpy()), "`query` must be a torch.Tensor. Got numpy.ndarray"),
+        (lambda: layer(x, x.tolist()), "`key` must be a torch.Tensor. Got builtins.list"),
+        (lambda: model(tokens.numpy()), "`given` must be a torch.Tensor. Got numpy.ndarray"),
+        (lambda: model.generate([[1, 2]], 2), "`prompt` must be a torch.Tensor. Got builtins.list"),
+        (lambda: layer(x.double()), "`query` must be of the layer's dtype, float32. Got float64"),
+        (lambda: layer(x, x.half()), "`key` must be of the layer's dtype, float32. Got float16"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.bfloat16()).isfinite().all()
+    for narrow in (torch.uint8, torch.int16):
+        with pytest.raises(ValueError, match=r"`given` must be int tokens .* int32 or int64. Got"):
+            model(tokens.to(narrow))
+
+
+def test_a_cache_has_no_negative_size() -> None:
+    for batch, length in ((2, -1), (-1, 2)):
+        with pytest.raises(ValueError, match=r"must be at least 0. Got -1"):
+            MultiHeadAttention(width=8, heads=2).make_cache(batch, length)
+    with pytest.raises(ValueError, match="`length` must be at least 0"):
+        Transformer(DECODER).make_cache(2, -1)
