@@ -171,8 +171,7 @@ def check_types(config: TransformerConfig, shape: Shape, dtype: str, given: Shap
         )
     if len(shape) != 2 or not fits(shape, given) or dtype not in TOKENS:
         raise ValueError(
-            f"`types` must be ints (B, T) = {show(given)}, one for each token, "
-            f"{' or '.join(TOKENS)}. "
+            f"`types` must be ints (B, T) = {show(given)}, one for each token. "
             f"Got {dtype} of {show(shape)}."
         )
 
