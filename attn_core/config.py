@@ -152,13 +152,18 @@ def load(source: str | Path | Mapping[str, Any]) -> None:
             stray = next(key for key in settings if key != "attn_core")
             raise ValueError(f"a config must hold its keys in one place. Got {stray!r} beside it.")
         settings = as_mapping(settings["attn_core"], "`attn_core` of a config")
-    for key in settings:
+    set(**settings_of(settings))
+
+
+def settings_of(held: Mapping[str, Any]) -> dict[str, str | None]:
+    """`backend` and `impl` as a config file's table `attn_core` has them, found to be such."""
+    for key in held:
         if key not in SETTINGS:
             raise ValueError(
                 f"a config must hold only {' and '.join(SETTINGS)}. "
                 f"Got {key!r}.{nearest(key, SETTINGS)}"
             )
-    set(**settings)
+    return {key: None if name is None else _CHECKS[key](name) for key, name in held.items()}
 
 
 def as_mapping(found: Any, what: str) -> dict[str, Any]:
@@ -191,7 +196,17 @@ def _toml(text: str) -> Any:
 def _json(text: str) -> Any:
     import json
 
-    return json.loads(text)
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of pairs, none of whose keys comes twice: neither value would be the right one."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"each key must stand once. Got {key!r} twice.")
+        found[key] = value
+    return found
 
 
 def _yaml(text: str) -> Any:
@@ -203,7 +218,16 @@ def _yaml(text: str) -> Any:
         ) from error
 
     class Loader(yaml.SafeLoader):
-        """PyYAML follows YAML 1.1, in which 1e-6 is a word; here it is a number."""
+        """PyYAML follows YAML 1.1, in which 1e-6 is a word; here it is a number.
+
+        Of a key that comes twice it would take the last value; here it is refused.
+        """
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            _once([(key.value, None) for key in keys])
+            return node
 
     number = re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))

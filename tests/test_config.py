@@ -241,6 +241,7 @@ def test_set_clears_with_none():
         ("a.toml", '[other]\nx = 1\n[attn_core]\nbackend = "jax"\nimpl = "chunked"\n'),
         ("a.yaml", "backend: jax\nimpl: chunked\n"),
         ("a.yml", "attn_core:\n  backend: jax\n  impl: chunked\n"),
+        ("a.yml", "x: &x {backend: tf}\nattn_core: {<<: *x, backend: jax, impl: chunked}"),
         ("a.json", '{"attn_core": {"backend": "jax", "impl": "chunked"}}'),
     ],
 )
@@ -311,6 +312,9 @@ def test_load_refuses_and_changes_nothing(name):
         ("a.yaml", "", ValueError, "must be a mapping. Got NoneType"),
         ("a.toml", "backend = \n", ValueError, "Invalid value"),
         ("a.toml", 'backend = "jaxx"', ValueError, "Did you mean 'jax'?"),
+        ("a.yaml", "backend: jax\nbackend: tf\n", ValueError, "Got 'backend' twice"),
+        ("a.yaml", "attn_core: {impl: auto, impl: auto}", ValueError, "Got 'impl' twice"),
+        ("a.json", '{"backend": "jax", "backend": "tf"}', ValueError, "Got 'backend' twice"),
     ],
 )
 def test_files_that_are_refused(name, content, error, words, tmp_path):

@@ -86,7 +86,7 @@ def test_a_config_goes_into_a_mapping_and_back(config):
     held = config.to_mapping()
     assert None not in held.values()
     assert type(config).load(held) == config
-    assert read_config({config.TABLE: held, "attn_core": {"backend": "jax"}}) == config
+    assert read_config({config.TABLE: held, "title": "a"}) == config
     assert hash(type(config).load(held)) == hash(config)
 
 
@@ -113,6 +113,21 @@ def test_unknown_keys_are_refused_with_the_nearest(kind, held, words):
     with pytest.raises(ValueError) as caught:
         kind.load(held)
     assert words in str(caught.value)
+
+
+def test_fields_by_name_are_refused_with_the_nearest_and_with_our_word():
+    for call, words in (
+        (lambda: AttentionConfig(width=8, heads=2, kv_head=1), "Did you mean 'kv_heads'"),
+        (lambda: TransformerConfig(**MODEL, dropuot=0.1), "Did you mean 'dropout'"),
+        (
+            lambda: AttentionConfig(embed_dim=8, num_heads=2),
+            "Did you mean 'width'",
+        ),
+        (lambda: AttentionConfig.load({"num_heads": 2}), "Did you mean 'heads'"),
+        (lambda: AttentionConfig.of(width=8, heads=2, is_causal=True), "Did you mean 'causal'"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            call()
 
 
 def test_fields_beside_their_table_are_refused():
@@ -450,6 +465,32 @@ def test_build_asks_the_call_then_the_config_then_the_flag(monkeypatch):
         assert attn_core.build(silent, seed=3) == ("tf", silent, 3)
         assert attn_core.build(spoken)[0] == "jax"
         assert attn_core.build(spoken, backend="torch")[0] == "torch"
+
+
+def test_the_table_of_the_flag_says_what_a_config_leaves_open(tmp_path, monkeypatch):
+    from attn_core import registry
+
+    class Backend:
+        MultiHeadAttention = staticmethod(lambda config, seed: ("torch", config.impl))
+
+    monkeypatch.setitem(registry._loaded, "torch", Backend())
+    monkeypatch.delenv("ATTN_CORE_BACKEND", raising=False)
+    path = tmp_path / "model.toml"
+    path.write_text(
+        '[attn_core]\nbackend = "torch"\nimpl = "reference"\n[attention]\nwidth = 8\nheads = 2'
+    )
+    assert attn_core.build(path) == ("torch", "reference")
+    said = {"attn_core": {"backend": "torch"}}
+    assert attn_core.build({**LAYER, **said}) == ("torch", "auto")
+    assert read_config({**LAYER, **said}) == AttentionConfig(**LAYER, backend="torch")
+    for held, words in (
+        ({**LAYER, "backend": "jax", **said}, "`backend` must be the same.*Got 'jax' and 'torch'"),
+        ({**LAYER, "attn_core": {"backnd": "jax"}}, "Did you mean 'backend'"),
+        ({**LAYER, "attn_core": {"backend": "jxa"}}, "Did you mean 'jax'"),
+        ({**LAYER, "attn_core": 3}, "`attn_core` of a config must be a mapping"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read_config(held)
 
 
 def test_build_reads_either_kind_and_not_both(tmp_path):

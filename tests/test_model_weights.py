@@ -1,5 +1,6 @@
 """The plan of parameters, their first values, and files of weights."""
 
+import dataclasses
 import json
 import math
 import re
@@ -152,7 +153,7 @@ def test_weights_go_into_a_file_and_back(config, dtype, tmp_path):
     saved = weights(config, dtype)
     attn_core.save_weights(tmp_path / "w.safetensors", saved, config)
     loaded = attn_core.load_weights(str(tmp_path / "w.safetensors"))
-    assert loaded.config == config
+    assert loaded.config == dataclasses.replace(config, dtype=np.dtype(dtype).name)
     assert list(loaded.weights) == list(parameters(config))
     for name, x in saved.items():
         assert loaded.weights[name].dtype == x.dtype
@@ -170,6 +171,18 @@ def test_a_layer_saves_itself(tmp_path):
 
     attn_core.save_weights(tmp_path / "w", Layer())
     assert attn_core.load_weights(tmp_path / "w").config == LAYER
+
+
+def test_what_is_written_belongs_to_no_framework_and_is_read_as_it_was_held(tmp_path):
+    chosen = dataclasses.replace(LAYER, backend="tf", impl="reference")
+    attn_core.save_weights(tmp_path / "w", weights(LAYER, "float64"), chosen)
+    config = attn_core.load_weights(tmp_path / "w").config
+    assert config == dataclasses.replace(LAYER, dtype="float64")
+    found = weights_for(config, parameters(config), tmp_path / "w")
+    assert found["out.bias"].dtype == np.float64
+    mixed = {**weights(LAYER, "float16"), "out.bias": weights(LAYER)["out.bias"]}
+    attn_core.save_weights(tmp_path / "w", mixed, LAYER)
+    assert attn_core.load_weights(tmp_path / "w").config.dtype == "float32"
 
 
 def test_transposed_arrays_are_written_as_they_are_read(tmp_path):

@@ -7,9 +7,13 @@ attends to the lengths[b] + n[b] slots that are filled then:
     slot t of b takes new row t - lengths[b], where that is in [0, n[b]), else stays as it was
     query_offset = lengths,   kv_lengths = lengths + n,   the new Cache's lengths = lengths + n
 
-so that a step gives what the same rows give in one call. Where lengths + n exceeds S there is no
-room: with known numbers that is a ValueError before anything is computed; where they are traced,
-every row of that batch entry answers NaN, and so does every later call with that cache.
+so that steps give what the same rows give in one call if the config (`causal`, or its `mask`) or
+every call's own mask hides from each row those after it. Where nothing hides them, a row sees what
+is filled when its call ends: all rows of its own call, later ones too, and none of a later call.
+That is a prefix read both ways and then tokens one by one, and not what one call gives. Where
+lengths + n exceeds S there is no room: with known numbers that is a ValueError before anything is
+computed; where they are traced, every row of that batch entry answers NaN, and so does every later
+call with that cache.
 
 A Memory is the same for cross-attention: keys and values of a source, projected once.
 

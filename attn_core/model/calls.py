@@ -5,7 +5,10 @@ Sizes of heads, masks, scores, bias and lengths are checked where they always ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from attn_core.check_arrays import fits, show
 from attn_core.model import fields
@@ -14,6 +17,8 @@ from attn_core.model.config import AttentionConfig
 from attn_core.model.transformer import TransformerConfig
 
 Shape = tuple[Any, ...]
+TOKENS = ("int32", "int64")
+"""Dtypes of tokens: narrower ones look nothing up in torch, and cannot hold every answer."""
 
 
 def check_inputs(config: AttentionConfig, query: Shape, key: Shape | None, value: Shape) -> None:
@@ -64,6 +69,13 @@ def check_kept(name: str, config: AttentionConfig, key: Shape, value: Shape, que
             f"({query[0]}, S, {s.kv_heads}, {s.head}) and values of width {s.value}. "
             f"Got {show(key)} and {show(value)}."
         )
+
+
+def check_slots(batch: Any, length: Any) -> None:
+    """The sizes of an empty cache, none negative; those that are not known yet are left alone."""
+    for name, size in (("batch", batch), ("length", length)):
+        if isinstance(size, (int, float, np.number)):
+            fields.count(name, size, 0)
 
 
 def check_kind(name: str, given: Any, kind: type) -> None:
@@ -134,9 +146,9 @@ def check_read(config: TransformerConfig, stack: str, name: str, shape: Shape, d
                 f"`{name}` must be vectors (B, T, {config.inputs}), which this {stack} reads. "
                 f"Got {dtype} of {show(shape)}."
             )
-    elif len(shape) != 2 or "int" not in dtype:
+    elif len(shape) != 2 or dtype not in TOKENS:
         raise ValueError(
-            f"`{name}` must be int tokens (B, T), which this {stack} reads. "
+            f"`{name}` must be int tokens (B, T), which this {stack} reads, {' or '.join(TOKENS)}. "
             f"Got {dtype} of {show(shape)}."
         )
     check_length(config, name, shape[1])
@@ -157,7 +169,7 @@ def check_types(config: TransformerConfig, shape: Shape, dtype: str, given: Shap
         raise ValueError(
             f"`types` must be left out in a model without `token_types`. Got shape {show(shape)}."
         )
-    if len(shape) != 2 or not fits(shape, given) or "int" not in dtype:
+    if len(shape) != 2 or not fits(shape, given) or dtype not in TOKENS:
         raise ValueError(
             f"`types` must be ints (B, T) = {show(given)}, one for each token. "
             f"Got {dtype} of {show(shape)}."
@@ -217,10 +229,46 @@ def check_prompt(prompt: Shape, steps: Any) -> None:
         raise ValueError(f"`prompt` must be int tokens (B, T), T at least 1. Got {show(prompt)}.")
 
 
-def check_blocks(config: TransformerConfig, stack: str, blocks: int, size: Any) -> None:
-    """A model's cache has a cache for each block, none longer than the positions there are."""
-    if blocks != config.blocks(stack):
+def check_reach(
+    name: str, given: Any, least: int, most: int | None, known: Callable[[Any], bool]
+) -> None:
+    """Lengths lie within [least, most], where their numbers can be read.
+
+    known: whether a framework's array can be read; where it cannot, the caller clamps.
+    """
+    if given is None:
+        return
+    if not isinstance(given, (int, list, tuple, np.integer, np.ndarray)):
+        if not known(given):
+            return
+        given = given.tolist() if hasattr(given, "tolist") else given.numpy().tolist()
+    given = given if isinstance(given, (list, tuple)) else np.ravel(given).tolist()
+    for value in given:
+        if not isinstance(value, (int, np.integer)):
+            continue  # of an array that cannot be read here, or refused for its dtype
+        high = most is not None and value > most
+        if value < least or high:
+            reach = f"at least {least}" if most is None else f"within [{least}, {most}]"
+            raise ValueError(f"`{name}` must be {reach} for every row of the batch. Got {value}.")
+
+
+def check_int32(name: str, least: int, most: int) -> None:
+    """The least and most of integers that are given are numbers in which positions are computed."""
+    for value in (least, most):
+        if not -(2**31) <= value < 2**31:
+            raise ValueError(f"`{name}` must be within int32, as positions are. Got {value}.")
+
+
+def check_blocks(config: TransformerConfig, stack: str, keys: list[Shape], given: Shape) -> None:
+    """A model's cache has a cache for each block, of this batch, and no more than its positions.
+
+    keys: the shapes of the blocks' keys. given: the shape of what the stack reads.
+    """
+    if len(keys) != config.blocks(stack):
         raise ValueError(
-            f"`cache` must be one of this model, of {config.blocks(stack)} blocks. Got {blocks}."
+            f"`cache` must be one of this model, of {config.blocks(stack)} blocks. Got {len(keys)}."
         )
-    check_length(config, "cache", size)
+    for key in keys:
+        if not fits(key[:1], given[:1]):
+            raise ValueError(f"`cache` must be one of this batch, {given[0]}. Got {key[0]}.")
+    check_length(config, "cache", keys[0][1])

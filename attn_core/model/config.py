@@ -18,7 +18,7 @@ reads, since another one switches it off, must keep its default.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -60,8 +60,42 @@ class Sizes(NamedTuple):
     out: int
 
 
+STOCK = {
+    "embed_dim": "width",
+    "num_heads": "heads",
+    "key_dim": "head_width",
+    "value_dim": "value_width",
+    "kdim": "key_input",
+    "vdim": "value_input",
+    "num_key_value_heads": "kv_heads",
+    "use_bias": "bias",
+    "is_causal": "causal",
+    "use_causal_mask": "causal",
+    "dropout_rate": "dropout",
+    "units": "width",
+}
+"""What the frameworks' own layers call a field."""
+
+
+def _meant(key: Any, known: Iterable[str]) -> str:
+    names = tuple(known)
+    close = STOCK.get(key) if isinstance(key, str) else None
+    return f" Did you mean {close!r}?" if close in names else nearest(key, names)
+
+
 class Config:
     """What both configs can do: be loaded, written down, and changed in a few fields."""
+
+    def __new__(cls, *args: Any, **given: Any) -> Self:
+        """Fields by name are known ones: a dataclass alone names none that is near."""
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for key in given:
+            if key not in known:
+                raise TypeError(
+                    f"{cls.__name__} must be given its fields only. "
+                    f"Got {key!r}.{_meant(key, known)}"
+                )
+        return super().__new__(cls)
 
     TABLE: ClassVar[str]
     WORDS: ClassVar[tuple[str, ...]] = ()
@@ -97,7 +131,7 @@ class Config:
             if key not in known:
                 raise ValueError(
                     f"a config of {cls.__name__} must hold its fields only. "
-                    f"Got {key!r}.{nearest(key, tuple(known))}"
+                    f"Got {key!r}.{_meant(key, known)}"
                 )
         for name, field in known.items():
             if field.default is dataclasses.MISSING and name not in held:

@@ -1,7 +1,9 @@
 """Weights as files: safetensors, the names of `parameters`, and in the metadata
 
     format   "attn-core/1", the version of the naming scheme
-    config   JSON, {"attention": {..}}, {"additive": {..}} or {"transformer": {..}}
+    config   JSON, {"attention": {..}}, {"additive": {..}} or {"transformer": {..}}, in which
+             `dtype` is that of the arrays, and which names no `backend` and no `impl`: weights
+             belong to every framework, and who reads them chooses
 
 A file, or a mapping of names to arrays, is checked whole before anything is set, and written whole
 before it takes its place: neither is ever half there.
@@ -27,6 +29,8 @@ from attn_core.spec import DTYPES, WIDTH
 
 FREE = ("dtype", "backend", "impl", "dropout", "attention_dropout")
 """Fields of a config that do not change what weights mean."""
+CHOSEN = ("backend", "impl")
+"""Fields that who builds chooses: they do not travel with weights."""
 
 
 class Loaded(NamedTuple):
@@ -42,7 +46,8 @@ def save_weights(path: str | os.PathLike[str], weights: Any, config: Any = None)
     Args:
         path: of the file; what is there is replaced once the new one is complete.
         weights: name -> array, as `export_weights` gives; or a layer or model itself.
-        config: AttentionConfig or TransformerConfig; a layer's own where left out.
+        config: AttentionConfig, AdditiveConfig or TransformerConfig; a layer's own where left
+            out. Its `backend` and `impl` are not written, and its `dtype` is that of the weights.
 
     Raises:
         TypeError, ValueError: the weights are not those of the config; nothing has been written.
@@ -60,7 +65,9 @@ def save_weights(path: str | os.PathLike[str], weights: Any, config: Any = None)
     plan = parameters(config)
     found = checked(plan, weights, None)
     library = _safetensors()
-    metadata = {"format": VERSION, "config": json.dumps({config.TABLE: config.to_mapping()})}
+    held = {**config.to_mapping(), "dtype": _widest([x.dtype.name for x in found.values()])}
+    held = {name: value for name, value in held.items() if name not in CHOSEN}
+    metadata = {"format": VERSION, "config": json.dumps({config.TABLE: held})}
     whole = Path(path)
     part = whole.with_name(f"{whole.name}.{os.getpid()}.part")
     try:
@@ -134,6 +141,18 @@ def weights_for(
     return checked(plan, source, held or dict.fromkeys(plan, config.dtype))
 
 
+def check_held(name: str, shape: Any, wanted: tuple[int, ...]) -> None:
+    """What a layer holds under a name is still the plan's: its owner can put other parts there.
+
+    shape: of the parameter; None where there is none of that name.
+    """
+    if shape is None or tuple(shape) != wanted:
+        raise ValueError(
+            f"`{name}` must be a parameter of shape {wanted} in the layer, as its config says. "
+            f"Got {'none' if shape is None else tuple(shape)}: the part has been replaced."
+        )
+
+
 def checked(plan: Plan, weights: Any, held: Mapping[str, str] | None) -> dict[str, np.ndarray]:
     """The weights in the plan's order, if they are exactly those of the plan.
 
@@ -184,6 +203,12 @@ def _fitting(name: str, array: Any, shape: tuple[int, ...], dtype: str | None) -
 def _holds(wide: str, narrow: str) -> bool:
     """Whether every number of `narrow` is one of `wide`; the two of 16 bits hold each other not."""
     return wide == narrow or WIDTH[wide] > WIDTH[narrow]
+
+
+def _widest(dtypes: list[str]) -> str:
+    """The narrowest dtype that holds them all; of the two of 16 bits together, float32."""
+    found = max(dtypes, key=lambda dtype: WIDTH[dtype])
+    return found if all(_holds(found, dtype) for dtype in dtypes) else "float32"
 
 
 def _more(names: list[str]) -> str:

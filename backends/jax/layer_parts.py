@@ -15,6 +15,7 @@ from flax import nnx
 from attn_core.backends.jax import philox
 from attn_core.backends.jax.arrays import DTYPES, from_host, is_wide, x64
 from attn_core.language.values import Dropout, drop_threshold
+from attn_core.model import calls
 from attn_core.model import parameters as plans
 from attn_core.model import positions as places
 from attn_core.model import rules as laws
@@ -22,7 +23,7 @@ from attn_core.model.initial import initial
 from attn_core.model.parameters import Plan
 from attn_core.model.positions import LOW, TURN
 from attn_core.model.seeds import step_seed
-from attn_core.model.weights import weights_for
+from attn_core.model.weights import check_held, weights_for
 
 Array = Any
 
@@ -57,9 +58,10 @@ class Portable(nnx.Module):
 
         Raises:
             ValueError, TypeError: a weight is missing, unknown, of another shape or wider dtype,
-                or the file is damaged or another model's; nothing has been set.
+                or the file is damaged or another model's; a parameter is no longer the plan's;
+                nothing has been set.
         """
-        held = {name: self.get_parameter(name).dtype.name for name in self.plan}
+        held = {name: x.dtype.name for name, x in self._parameters_of_plan().items()}
         self._set(weights_for(self.config, self.plan, source, held))
 
     def initialise(self, seed: int) -> None:
@@ -74,10 +76,20 @@ class Portable(nnx.Module):
         return found
 
     def _set(self, weights: dict[str, np.ndarray]) -> None:
-        for name in self.plan:
-            parameter = self.get_parameter(name)
+        for name, parameter in self._parameters_of_plan().items():
             x = np.asarray(weights[name]).astype(parameter.dtype)
             put(parameter, beside(parameter[...], from_host(x)))
+
+    def _parameters_of_plan(self) -> dict[str, nnx.Param]:
+        """Name -> parameter, every one of them found to be the plan's."""
+        found = {}
+        for name, (wanted, _) in self.plan.items():
+            try:
+                found[name] = self.get_parameter(name)
+            except AttributeError:
+                check_held(name, None, wanted)
+            check_held(name, getattr(found[name], "shape", None), wanted)
+        return found
 
 
 def beside(held: Array, x: Array) -> Array:
@@ -218,11 +230,23 @@ def hidden_dropout(
 
 
 def integers(name: str, given: Any) -> Array:
-    """Host ints or an array as int32."""
-    found = jnp.asarray(given)
+    """Host ints or an array as int32.
+
+    What int32 does not hold is refused where it can be read, and else held at its ends.
+    """
+    if isinstance(given, int) or (isinstance(given, (list, tuple)) and all(map(known, given))):
+        given = np.asarray(given)  # which jnp would narrow
+    found = given if isinstance(given, np.ndarray) else jnp.asarray(given)
     if not jnp.issubdtype(found.dtype, jnp.integer):
         raise TypeError(f"`{name}` must be integers. Got {found.dtype.name}.")
-    return found.astype(jnp.int32)
+    if found.dtype.name in ("int64", "uint32", "uint64"):
+        if known(found) and found.size:
+            numbers = np.asarray(found)
+            calls.check_int32(name, int(numbers.min()), int(numbers.max()))
+        elif isinstance(found, jax.Array):
+            least = 0 if found.dtype.name[0] == "u" else -(2**31)
+            found = found.clip(least, 2**31 - 1)
+    return jnp.asarray(found.astype(np.int32))
 
 
 def indices(x: Array) -> Array:

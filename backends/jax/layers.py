@@ -110,7 +110,9 @@ class MultiHeadAttention(Portable):
                 instead of row + query_offset.
             seed: of a training step, an int or an integer scalar; read with dropout in training.
             cache: what earlier calls left (`make_cache`): the new rows stand after what it holds,
-                and attend to that and to themselves. `q_lengths` says how many of them count.
+                and attend to that and to themselves. `q_lengths` says how many of them count. Steps
+                give what one call gives where causal or a mask hides from each row those after it;
+                else rows of one call see one another, and none of a later call.
             return_weights: also return the softmax weights (B, Hq, Tq, Tk), before dropout.
 
         A row that may see no key, and a padded row, gives out's bias.
@@ -183,6 +185,7 @@ class MultiHeadAttention(Portable):
 
     def make_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty Cache of `length` slots; in the dtype of the weights, or in another."""
+        calls.check_slots(batch, length)
         s, like = self.config.sizes, self.query.weight
         dtype = like.dtype if dtype is None else DTYPES.get(dtype, dtype)
         make = {"dtype": jnp.dtype(dtype)}

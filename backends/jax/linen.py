@@ -50,8 +50,13 @@ class Wrapped(linen.Module):
         """The config, read."""
         raise NotImplementedError
 
-    def export_weights(self, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def export_weights(self, variables: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
         """The params among `variables` under their neutral names, matrices (in, out), NumPy."""
+        if variables is None:
+            raise TypeError(
+                "`variables` must be given, as a module of linen holds none: "
+                "save_weights(path, module.export_weights(variables), module.settings). Got none."
+            )
         plan, held = parameters(self.settings), traverse_util.flatten_dict(variables["params"])
         return {name: np.array(held[tuple(name.split("."))]) for name in plan}
 

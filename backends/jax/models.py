@@ -24,6 +24,7 @@ from attn_core.backends.jax.layer_parts import (
     hidden_dropout,
     indices,
     integers,
+    known,
     made,
     shape,
     sinusoidal,
@@ -278,7 +279,7 @@ class Transformer(Portable):
         if types is not None:
             calls.check_types(c, shape(types), types.dtype.name, shape(given))
         if cache is not None:
-            calls.check_blocks(c, stack, len(cache.blocks), shape(cache.blocks[0].key)[1])
+            calls.check_blocks(c, stack, [shape(b.key) for b in cache.blocks], shape(given))
         options = {"seed": seed, "return_weights": return_weights}
         memories, weights = () if cache is None else cache.memories, {}
         if source is not None:
@@ -345,8 +346,14 @@ class Transformer(Portable):
         """
         calls.check_prompt(jnp.shape(prompt), steps)
         definition, state = nnx.split(self)
-        told = {"source": source, "lengths": lengths, "source_lengths": source_lengths}
-        told = {name: None if x is None else jnp.asarray(x) for name, x in told.items()}
+        calls.check_reach("lengths", lengths, 1, jnp.shape(prompt)[1], known)
+        if source is not None:
+            calls.check_reach("source_lengths", source_lengths, 0, jnp.shape(source)[1], known)
+        told = {"lengths": lengths, "source_lengths": source_lengths}
+        told = {name: None if x is None else integers(name, x) for name, x in told.items()}
+        if lengths is not None:
+            calls.check_lengths("lengths", shape(told["lengths"]), jnp.shape(prompt))
+        told["source"] = None if source is None else jnp.asarray(source)
         return _generated(definition, steps, stop, state, jnp.asarray(prompt), told)
 
     def _encode(self, source: Array, lengths: Any, options: dict[str, Any]) -> tuple[Array, Any]:
@@ -381,7 +388,7 @@ def _generated(
     cache = model.make_cache(batch, rows + max(steps - 1, 0), **told)  # the last is not read
     found = model(prompt, lengths=lengths, cache=cache)
     last = integers("lengths", rows if lengths is None else lengths)
-    last = jnp.broadcast_to(last, (batch,)) - 1
+    last = jnp.broadcast_to(last.clip(1, rows), (batch,)) - 1
     logits = jnp.take_along_axis(found.out, last[:, None, None], 1)[:, 0]
     first = logits.argmax(-1).astype(prompt.dtype)
 

@@ -13,6 +13,7 @@ from keras import ops
 
 from attn_core import registry
 from attn_core.language.values import Dropout, Mask, Score, drop_threshold
+from attn_core.model import calls
 from attn_core.model.initial import initial
 from attn_core.model.parameters import Plan, parameters
 from attn_core.model.positions import LOW, TURN, wheel
@@ -334,10 +335,25 @@ def hidden_dropout(
 
 
 def integers(name: str, given: Any) -> Array:
-    """Host ints or a tensor as int32."""
+    """Host ints or a tensor as int32.
+
+    What int32 does not hold is refused where it can be read, and else held at its ends.
+    """
+    if isinstance(given, (int, list, tuple)):
+        flat = given if isinstance(given, (list, tuple)) else [given]
+        if flat and all(isinstance(x, int) for x in flat):  # before JAX narrows them
+            calls.check_int32(name, min(flat), max(flat))
+    elif isinstance(given, np.ndarray) and given.dtype.kind in "iu" and given.size:
+        calls.check_int32(name, int(given.min()), int(given.max()))
     found = ops.convert_to_tensor(given)
     if "int" not in dtype_of(found):
         raise TypeError(f"`{name}` must be integers. Got {dtype_of(found)}.")
+    if dtype_of(found) in ("int64", "uint32", "uint64"):
+        if known(found) and math.prod(found.shape):
+            numbers = ops.convert_to_numpy(found)
+            calls.check_int32(name, int(numbers.min()), int(numbers.max()))
+        elif dtype_of(found) == "int64":
+            found = within(found, -(2**31), 2**31 - 1)
     return ops.cast(found, "int32")
 
 

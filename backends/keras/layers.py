@@ -146,7 +146,9 @@ class MultiHeadAttention(Portable):
                 instead of row + query_offset.
             seed: of a training step, an int or an integer scalar; read with dropout in training.
             cache: what earlier calls left (`make_cache`): the new rows stand after what it holds,
-                and attend to that and to themselves. `q_lengths` says how many of them count.
+                and attend to that and to themselves. `q_lengths` says how many of them count. Steps
+                give what one call gives where causal or a mask hides from each row those after it;
+                else rows of one call see one another, and none of a later call.
             return_weights: also return the softmax weights (B, Hq, Tq, Tk), before dropout.
             training: as in every layer of Keras.
             query_mask, key_mask, value_mask: boolean (B, T), False = padding, which Keras hands on
@@ -273,6 +275,7 @@ class MultiHeadAttention(Portable):
     @as_is
     def make_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty Cache of `length` slots; in the policy's compute dtype, or in another."""
+        calls.check_slots(batch, length)
         s, dtype = self.config.sizes, self.compute_dtype if dtype is None else dtype
         return Cache(
             ops.zeros((batch, length, s.kv_heads, s.head), dtype),

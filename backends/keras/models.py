@@ -17,6 +17,7 @@ from attn_core.backends.keras.layer_parts import (
     dtype_of,
     indices,
     integers,
+    known,
     leaf,
     opened,
     product,
@@ -243,7 +244,11 @@ class Transformer(Portable):
         batch, rows = ops.shape(prompt)
         last = integers("lengths", rows if lengths is None else lengths)
         calls.check_lengths("lengths", shape(last), shape(prompt))
-        last = ops.broadcast_to(last, (batch,)) - 1
+        calls.check_reach("lengths", lengths, 1, shape(prompt)[1], known)
+        if source is not None:
+            source = tensor(source)
+            calls.check_reach("source_lengths", source_lengths, 0, shape(source)[1], known)
+        last = ops.broadcast_to(within(last, 1, rows), (batch,)) - 1
         options = {"source": source, "source_lengths": source_lengths}
         # The last token is not read.
         cache = self.make_cache(batch, rows + max(steps - 1, 0), **options)
@@ -297,7 +302,7 @@ class Transformer(Portable):
         if source is not None:
             calls.check_read(c, "encoder", "source", shape(source), dtype_of(source))
         if cache is not None:
-            calls.check_blocks(c, stack, len(cache.blocks), shape(cache.blocks[0].key)[1])
+            calls.check_blocks(c, stack, [shape(b.key) for b in cache.blocks], shape(given))
         return stack
 
     def _encode(self, source: Array, lengths: Any, options: dict[str, Any]) -> tuple[Array, Any]:

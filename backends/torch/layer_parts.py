@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from attn_core.backends.torch.arrays import DTYPES
 from attn_core.backends.torch.philox import keep
 from attn_core.language.values import Dropout, drop_threshold
+from attn_core.model import calls
 from attn_core.model.initial import initial
 from attn_core.model.parameters import Plan
 from attn_core.model.positions import LOW, TURN, wheel
 from attn_core.model.seeds import step_seed
-from attn_core.model.weights import weights_for
+from attn_core.model.weights import check_held, weights_for
 
 Array = Any
 
@@ -45,11 +46,19 @@ class Portable(torch.nn.Module):
 
         Raises:
             ValueError, TypeError: a weight is missing, unknown, of another shape or wider dtype,
-                or the file is damaged or another model's; nothing has been set.
+                or the file is damaged or another model's; a parameter is on the device "meta", or
+                no longer the plan's; nothing has been set.
         """
         from attn_core.backends.torch import describe
 
-        held = {name: describe(self.get_parameter(name)).dtype for name in self.plan}
+        parameters = self._parameters_of_plan()
+        for name, parameter in parameters.items():
+            if parameter.is_meta:
+                raise ValueError(
+                    f"`{name}` must be on a device that holds values: build the layer on one. "
+                    "Got meta."
+                )
+        held = {name: describe(parameter).dtype for name, parameter in parameters.items()}
         self._set(weights_for(self.config, self.plan, source, held))
 
     def initialise(self, seed: int) -> None:
@@ -59,9 +68,22 @@ class Portable(torch.nn.Module):
     def _set(self, weights: dict[str, np.ndarray]) -> None:
         from attn_core.backends.torch import from_numpy
 
+        parameters = self._parameters_of_plan()
         with torch.no_grad():
-            for name, (_, kind) in self.plan.items():
-                self.get_parameter(name).copy_(from_numpy(_turned(weights[name], kind)))
+            for name, parameter in parameters.items():
+                parameter.copy_(from_numpy(_turned(weights[name], self.plan[name].kind)))
+
+    def _parameters_of_plan(self) -> dict[str, torch.nn.Parameter]:
+        """Name -> parameter, every one of them found to be the plan's."""
+        found = {}
+        for name, (shape, kind) in self.plan.items():
+            try:
+                found[name] = self.get_parameter(name)
+            except AttributeError:
+                check_held(name, None, shape)
+            held = tuple(found[name].shape)
+            check_held(name, held[::-1] if kind == "matrix" else held, shape)
+        return found
 
 
 def _turned(array: np.ndarray, kind: str) -> np.ndarray:
@@ -180,13 +202,45 @@ def hidden_dropout(
 
 
 def integers(name: str, given: Any, device: Any) -> Array:
-    """Host ints or a tensor as int32, on the device."""
+    """Host ints or a tensor as int32, on the device.
+
+    What int32 does not hold is refused where it lies on the host, and else held at its ends.
+    """
     if isinstance(given, int) and not isinstance(given, bool):
+        calls.check_int32(name, given, given)
         return torch.full((), given, dtype=torch.int32, device=device)  # without a copy
-    found = torch.as_tensor(given, device=device)
+    found = torch.as_tensor(given)
     if found.is_floating_point() or found.dtype == torch.bool:
         raise TypeError(f"`{name}` must be integers. Got {str(found.dtype).split('.')[-1]}.")
-    return found.to(torch.int32)
+    if found.dtype in (torch.int64, torch.uint32, torch.uint64):
+        if found.is_cpu and known(found) and found.numel():
+            calls.check_int32(name, *[int(x) for x in found.to(torch.int64).aminmax()])
+        else:
+            found = found.to(torch.int64).clamp(-(2**31), 2**31 - 1)
+    return found.to(device, torch.int32)
+
+
+def check_tensors(**given: Any) -> None:
+    """What is given is on no host: torch's modules read tensors."""
+    for name, x in given.items():
+        if x is not None and not isinstance(x, torch.Tensor):
+            raise TypeError(
+                f"`{name}` must be a torch.Tensor. "
+                f"Got {type(x).__module__}.{type(x).__name__}: torch.as_tensor({name}) makes one."
+            )
+
+
+def check_dtype(part: Any, **given: Any) -> None:
+    """Inputs have the dtype of the torch.nn.Linear that reads them, but under autocast."""
+    if type(part) is not torch.nn.Linear or torch.is_autocast_enabled(part.weight.device.type):
+        return
+    for name, x in given.items():
+        if x.dtype != part.weight.dtype:
+            ours, got = [str(y.dtype).split(".")[-1] for y in (part.weight, x)]
+            raise TypeError(
+                f"`{name}` must be of the layer's dtype, {ours}. Got {got}: cast it, or the layer "
+                f"with `.to(torch.{got})`."
+            )
 
 
 def indices(x: Array) -> Array:

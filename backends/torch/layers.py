@@ -13,6 +13,8 @@ from attn_core.backends.torch.layer_parts import (
     Array,
     Norm,
     Portable,
+    check_dtype,
+    check_tensors,
     indices,
     integers,
     known,
@@ -109,7 +111,9 @@ class MultiHeadAttention(Portable):
                 instead of row + query_offset.
             seed: of a training step, an int or an integer scalar; read with dropout in training.
             cache: what earlier calls left (`make_cache`): the new rows stand after what it holds,
-                and attend to that and to themselves. `q_lengths` says how many of them count.
+                and attend to that and to themselves. `q_lengths` says how many of them count. Steps
+                give what one call gives where causal or a mask hides from each row those after it;
+                else rows of one call see one another, and none of a later call.
             return_weights: also return the softmax weights (B, Hq, Tq, Tk), before dropout.
 
         A row that may see no key, and a padded row, gives out's bias.
@@ -124,6 +128,9 @@ class MultiHeadAttention(Portable):
         if memory is None:
             key = query if key is None else key
             value = key if value is None else value
+            check_tensors(query=query, key=key, value=value)
+        else:
+            check_tensors(query=query)
         self._check(query, key, value, memory, cache, kv_lengths, query_offset)
         if positions is not None:
             positions = integers("positions", positions, query.device)
@@ -179,6 +186,7 @@ class MultiHeadAttention(Portable):
 
     def make_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty Cache of `length` slots; in the dtype of the weights, or in another."""
+        calls.check_slots(batch, length)
         s, like = self.config.sizes, self.query.weight
         dtype = like.dtype if dtype is None else DTYPES.get(dtype, dtype)
         make = {"device": like.device, "dtype": dtype}
@@ -206,6 +214,10 @@ class MultiHeadAttention(Portable):
         query_offset: Any,
     ) -> None:
         c = self.config
+        check_dtype(self.query, query=query)
+        if memory is None:
+            check_dtype(self.key, key=key)
+            check_dtype(self.value, value=value)
         if memory is not None:
             calls.check_memory(value, kv_lengths, cache)
             calls.check_inputs(c, query.shape, None, ())

@@ -18,10 +18,12 @@ from attn_core.backends.torch.layer_parts import (
     Array,
     Norm,
     Portable,
+    check_tensors,
     embedding,
     hidden_dropout,
     indices,
     integers,
+    known,
     linear,
     made,
     sinusoidal,
@@ -290,6 +292,7 @@ class Transformer(Portable):
                 has been computed.
         """
         c = self.config
+        check_tensors(given=given, source=source, types=types)
         if cache is not None:
             calls.check_kind("cache", cache, ModelCache)
         kept = None if cache is None else bool(cache.memories)
@@ -300,7 +303,7 @@ class Transformer(Portable):
         if types is not None:
             calls.check_types(c, types.shape, describe(types).dtype, given.shape)
         if cache is not None:
-            calls.check_blocks(c, stack, len(cache.blocks), cache.blocks[0].key.shape[1])
+            calls.check_blocks(c, stack, [b.key.shape for b in cache.blocks], given.shape)
         options = {"seed": seed, "return_weights": return_weights}
         memories, weights = () if cache is None else cache.memories, {}
         if source is not None:
@@ -363,13 +366,18 @@ class Transformer(Portable):
         Every step asks the same question of a cache of T + steps - 1 positions: a compiled model
         (`model.compile()`) is compiled once for the prompt and once for all steps.
         """
+        check_tensors(prompt=prompt, source=source)
         calls.check_prompt(prompt.shape, steps)
         options = {"source": source, "source_lengths": source_lengths}
         batch, rows = prompt.shape
+        last = integers("lengths", rows if lengths is None else lengths, prompt.device)
+        calls.check_lengths("lengths", last.shape, prompt.shape)
+        calls.check_reach("lengths", lengths, 1, rows, known)
+        if source is not None:
+            calls.check_reach("source_lengths", source_lengths, 0, source.shape[1], known)
         cache = self.make_cache(batch, rows + max(steps - 1, 0), **options)  # the last is not read
         found = self(prompt, lengths=lengths, cache=cache)
-        last = integers("lengths", rows if lengths is None else lengths, prompt.device)
-        last = last.expand(batch) - 1
+        last = last.clamp(1, rows).expand(batch) - 1
         logits = found.out[torch.arange(batch, device=prompt.device), last.to(torch.int64)]
         made = [logits.argmax(-1).to(prompt.dtype)]
         for _ in range(steps - 1):

@@ -1,0 +1,56 @@
+"""What Keras' layers and models refuse, on whichever backend Keras runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from keras_support import array, tensor
+
+from attn_core.backends.keras import MultiHeadAttention, Transformer
+
+DECODER = {"kind": "decoder", "width": 8, "depth": 1, "heads": 2, "vocabulary": 11}
+PAIR = {**DECODER, "kind": "encoder-decoder"}
+PROMPT = [[1, 2, 3, 4], [5, 6, 7, 8]]
+
+
+def tokens_of(rows: list[list[int]] | list[int]) -> Any:
+    return tensor(np.array(rows, np.int32))
+
+
+def test_generate_refuses_lengths_out_of_reach() -> None:
+    model, pair, prompt = Transformer(DECODER), Transformer(PAIR), tokens_of(PROMPT)
+    for name, least, wrong in [
+        ("lengths", 1, ([5, 2], [-1, 2], [0, 2], np.array([1, 9]), tokens_of([9, 2]), 0)),
+        ("source_lengths", 0, ([9, 1], [-1, 1], tokens_of([5, 1]), 5)),
+    ]:
+        for lengths in wrong:
+            more = {"source": prompt} if name == "source_lengths" else {}
+            with pytest.raises(ValueError, match=rf"`{name}` must be within \[{least}, 4\]"):
+                (pair if more else model).generate(prompt, 3, **{name: lengths}, **more)
+    with pytest.raises(ValueError, match="`lengths` must be an int or have shape"):
+        model.generate(prompt, 3, lengths=[1, 2, 3])
+    assert pair.generate(prompt, 2, source=prompt, source_lengths=[0, 4]).shape == (2, 2)
+
+
+def test_a_cache_of_another_batch_is_refused() -> None:
+    model = Transformer(DECODER)
+    for tokens, batch in (([[1, 2]], 3), (PROMPT, 1)):
+        with pytest.raises(ValueError, match=f"`cache` must be one of this batch.*Got {batch}"):
+            model(tokens_of(tokens), cache=model.make_cache(batch, 4))
+
+
+def test_positions_beyond_int32_are_refused() -> None:
+    layer = MultiHeadAttention(width=8, heads=2, positions="rotary")
+    x = tensor(np.ones((1, 3, 8), "float32"))
+    least = array(layer(x, positions=[-(2**31), 0, 2**31 - 1]))
+    assert np.isfinite(least).all()
+    for wrong in ([0, 1, 2**31], np.arange(3) + 2**33, np.arange(3) - 2**33):
+        with pytest.raises(ValueError, match="`positions` must be within int32"):
+            layer(x, positions=wrong)
+
+
+def test_a_cache_has_no_negative_size() -> None:
+    with pytest.raises(ValueError, match="`length` must be at least 0"):
+        Transformer(DECODER).make_cache(2, -1)
