@@ -109,6 +109,29 @@ def bare(x: Any) -> Any:
     return x.value if isinstance(x, Leaf) else x
 
 
+def with_mask(options: dict[str, Any], mask: Any) -> dict[str, Any]:
+    """The options of a call with its `mask` as `attention_mask`.
+
+    Keras writes a mask of padding down as `mask` where a call has an argument of that name, and
+    gives it to that name again: so no `call` here has one.
+    """
+    if mask is not None and options.get("attention_mask") is not None:
+        raise ValueError(
+            "`mask` and `attention_mask` must not both be given: they are two names of one "
+            "argument. Got both."
+        )
+    mask = options.pop("attention_mask", None) if mask is None else mask
+    return options if mask is None else {**options, "attention_mask": leaf(mask)}
+
+
+def padding_of(x: Any) -> Any:
+    """The mask of padding that Keras has put on a tensor, boolean (B, T); None without one.
+
+    Keras hands it to `query_mask` itself, but where query is the only tensor of a call.
+    """
+    return getattr(x, "_keras_mask", None)
+
+
 def as_is(method: Any) -> Any:
     """Mark a method as AutoGraph marks what it does not rewrite."""
     method.autograph_info__ = None

@@ -17,12 +17,13 @@ from attn_core.backends.keras.layer_parts import (
     dtype_of,
     indices,
     integers,
-    leaf,
     opened,
+    padding_of,
     product,
     shape,
     tanh,
     tensor,
+    with_mask,
     within,
 )
 from attn_core.backends.keras.model_parts import Stack
@@ -76,8 +77,9 @@ class Transformer(Portable):
 
     def __call__(self, given: Any, source: Any = None, *, mask: Any = None, **options: Any) -> Any:
         """`call`, in which Keras has given the name `mask` to something else."""
-        if mask is not None:
-            options["attention_mask"] = leaf(mask)
+        options = with_mask(options, mask)
+        if source is None and options.get("given_mask") is None:
+            options["given_mask"] = padding_of(given)
         if options.get("types") is not None:
             options["types"] = tensor(options["types"])
         return super().__call__(tensor(given), tensor(source), **options)
@@ -95,7 +97,6 @@ class Transformer(Portable):
         cache: ModelCache | None = None,
         return_weights: bool = False,
         training: bool | None = None,
-        mask: Any = None,
         given_mask: Any = None,
         source_mask: Any = None,
     ) -> Any:
@@ -112,7 +113,7 @@ class Transformer(Portable):
             cache: what earlier calls left (`make_cache`): tokens stand after those.
             return_weights: also the attention weights of every block.
             training: as in every layer of Keras.
-            mask, given_mask, source_mask: of padding, which Keras hands on, and which are refused:
+            given_mask, source_mask: of padding, which Keras hands on, and which are refused:
                 `lengths` say it.
 
         Returns:
@@ -123,7 +124,7 @@ class Transformer(Portable):
                 has been computed.
         """
         c = self.config
-        padding = mask, given_mask, source_mask
+        padding = given_mask, source_mask
         stack = self._check(given, source, source_lengths, cache, padding, types)
         options = {"seed": seed, "return_weights": return_weights, "training": training}
         memories, weights = () if cache is None else cache.memories, {}
@@ -159,7 +160,6 @@ class Transformer(Portable):
         source_lengths: Any = None,
         cache: Any = None,
         return_weights: bool = False,
-        mask: Any = None,
         given_mask: Any = None,
         source_mask: Any = None,
         **options: Any,
@@ -171,7 +171,7 @@ class Transformer(Portable):
                 "`cache` and `return_weights` must be left out in a graph of KerasTensors, whose "
                 "nodes return one tensor. Got a symbolic call."
             )
-        padding = mask, given_mask, source_mask
+        padding = given_mask, source_mask
         self._check(given, source, source_lengths, None, padding, types)
         batch, rows = given.shape[:2]
         if c.kind != "encoder":
