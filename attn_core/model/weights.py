@@ -121,6 +121,18 @@ def weights_for(
     return checked(plan, source, held or dict.fromkeys(plan, config.dtype))
 
 
+def check_held(name: str, shape: Any, wanted: tuple[int, ...]) -> None:
+    """What a layer holds under a name is still the plan's: its owner can put other parts there.
+
+    shape: of the parameter; None where there is none of that name.
+    """
+    if shape is None or tuple(shape) != wanted:
+        raise ValueError(
+            f"`{name}` must be a parameter of shape {wanted} in the layer, as its config says. "
+            f"Got {'none' if shape is None else tuple(shape)}: the part has been replaced."
+        )
+
+
 def checked(plan: Plan, weights: Any, held: Mapping[str, str] | None) -> dict[str, np.ndarray]:
     """The weights in the plan's order, if they are exactly those of the plan.
 

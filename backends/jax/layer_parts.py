@@ -22,7 +22,7 @@ from attn_core.model.initial import initial
 from attn_core.model.parameters import Plan
 from attn_core.model.positions import LOW, TURN
 from attn_core.model.seeds import step_seed
-from attn_core.model.weights import weights_for
+from attn_core.model.weights import check_held, weights_for
 
 Array = Any
 
@@ -57,9 +57,10 @@ class Portable(nnx.Module):
 
         Raises:
             ValueError, TypeError: a weight is missing, unknown, of another shape or wider dtype,
-                or the file is damaged or another model's; nothing has been set.
+                or the file is damaged or another model's; a parameter is no longer the plan's;
+                nothing has been set.
         """
-        held = {name: self.get_parameter(name).dtype.name for name in self.plan}
+        held = {name: x.dtype.name for name, x in self._parameters_of_plan().items()}
         self._set(weights_for(self.config, self.plan, source, held))
 
     def initialise(self, seed: int) -> None:
@@ -74,10 +75,20 @@ class Portable(nnx.Module):
         return found
 
     def _set(self, weights: dict[str, np.ndarray]) -> None:
-        for name in self.plan:
-            parameter = self.get_parameter(name)
+        for name, parameter in self._parameters_of_plan().items():
             x = np.asarray(weights[name]).astype(parameter.dtype)
             put(parameter, beside(parameter[...], from_host(x)))
+
+    def _parameters_of_plan(self) -> dict[str, nnx.Param]:
+        """Name -> parameter, every one of them found to be the plan's."""
+        found = {}
+        for name, (wanted, _) in self.plan.items():
+            try:
+                found[name] = self.get_parameter(name)
+            except AttributeError:
+                check_held(name, None, wanted)
+            check_held(name, getattr(found[name], "shape", None), wanted)
+        return found
 
 
 def beside(held: Array, x: Array) -> Array:

@@ -17,7 +17,7 @@ from attn_core.model.initial import initial
 from attn_core.model.parameters import Plan
 from attn_core.model.positions import LOW, TURN, wheel
 from attn_core.model.seeds import step_seed
-from attn_core.model.weights import weights_for
+from attn_core.model.weights import check_held, weights_for
 
 Array = Any
 
@@ -45,11 +45,19 @@ class Portable(torch.nn.Module):
 
         Raises:
             ValueError, TypeError: a weight is missing, unknown, of another shape or wider dtype,
-                or the file is damaged or another model's; nothing has been set.
+                or the file is damaged or another model's; a parameter is on the device "meta", or
+                no longer the plan's; nothing has been set.
         """
         from attn_core.backends.torch import describe
 
-        held = {name: describe(self.get_parameter(name)).dtype for name in self.plan}
+        parameters = self._parameters_of_plan()
+        for name, parameter in parameters.items():
+            if parameter.is_meta:
+                raise ValueError(
+                    f"`{name}` must be on a device that holds values: build the layer on one. "
+                    "Got meta."
+                )
+        held = {name: describe(parameter).dtype for name, parameter in parameters.items()}
         self._set(weights_for(self.config, self.plan, source, held))
 
     def initialise(self, seed: int) -> None:
@@ -59,9 +67,22 @@ class Portable(torch.nn.Module):
     def _set(self, weights: dict[str, np.ndarray]) -> None:
         from attn_core.backends.torch import from_numpy
 
+        parameters = self._parameters_of_plan()
         with torch.no_grad():
-            for name, (_, kind) in self.plan.items():
-                self.get_parameter(name).copy_(from_numpy(_turned(weights[name], kind)))
+            for name, parameter in parameters.items():
+                parameter.copy_(from_numpy(_turned(weights[name], self.plan[name].kind)))
+
+    def _parameters_of_plan(self) -> dict[str, torch.nn.Parameter]:
+        """Name -> parameter, every one of them found to be the plan's."""
+        found = {}
+        for name, (shape, kind) in self.plan.items():
+            try:
+                found[name] = self.get_parameter(name)
+            except AttributeError:
+                check_held(name, None, shape)
+            held = tuple(found[name].shape)
+            check_held(name, held[::-1] if kind == "matrix" else held, shape)
+        return found
 
 
 def _turned(array: np.ndarray, kind: str) -> np.ndarray:

@@ -1,0 +1,27 @@
+"""What JAX's layers and models refuse, and that nothing has happened then."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from attn_core.backends.jax import Transformer
+from attn_core.backends.jax.layer_parts import Linear
+
+ENCODER = {"kind": "encoder", "width": 8, "depth": 1, "heads": 2, "vocabulary": 11, "classes": 3}
+
+
+def test_a_part_that_was_replaced_is_named_before_anything_is_set() -> None:
+    weights = Transformer(ENCODER, seed=5).export_weights()
+    for part, words in (
+        (nnx.Linear(8, 20, rngs=nnx.Rngs(0)), "`head.weight` must be a parameter.*Got none"),
+        (Linear(8, 20, True, "float32"), r"`head.weight` must be .*\(8, 3\).*Got \(8, 20\)"),
+    ):
+        model = Transformer(ENCODER, seed=1)
+        model.head = part
+        before = jax.tree.leaves(nnx.state(model))
+        with pytest.raises(ValueError, match=words):
+            model.load_weights(weights)
+        assert all(map(np.array_equal, before, jax.tree.leaves(nnx.state(model))))

@@ -1,0 +1,32 @@
+"""What torch's layers and models refuse, and that nothing has happened then."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import attn_core
+from attn_core.backends.torch import Transformer
+
+ENCODER = {"kind": "encoder", "width": 8, "depth": 1, "heads": 2, "vocabulary": 11, "classes": 3}
+
+
+def test_a_part_that_was_replaced_is_named_before_anything_is_set() -> None:
+    weights = Transformer(ENCODER, seed=5).export_weights()
+    for part, words in (
+        (torch.nn.Linear(8, 20), r"`head.weight` must be .*\(8, 3\).*Got \(8, 20\)"),
+        (torch.nn.Linear(8, 3, bias=False), r"`head.bias` must be a parameter.*Got none"),
+    ):
+        model = Transformer(ENCODER, seed=1)
+        model.head = part
+        before = [x.detach().clone() for x in model.parameters()]
+        with pytest.raises(ValueError, match=words):
+            model.load_weights(weights)
+        assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_no_weights_are_loaded_onto_meta() -> None:
+    weights = Transformer(ENCODER, seed=5).export_weights()
+    model = attn_core.build(ENCODER, backend="torch", device="meta")
+    with pytest.raises(ValueError, match="must be on a device that holds values"):
+        model.load_weights(weights)
