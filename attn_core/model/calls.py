@@ -190,8 +190,14 @@ def check_source(
         )
 
 
-def check_prompt(prompt: Shape, steps: Any) -> None:
-    """What generation starts from, and how far it goes."""
+def check_prompt(config: TransformerConfig, prompt: Shape, steps: Any, stop: Any) -> None:
+    """What generation starts from, how far it goes, and after which token it repeats that one."""
+    if stop is not None:
+        fields.count("stop", stop, 0)
+        if config.vocabulary is not None and stop >= config.vocabulary:
+            raise ValueError(
+                f"`stop` must be below the vocabulary, {config.vocabulary}. Got {stop}."
+            )
     fields.count("steps", steps, 0)
     if len(prompt) != 2 or prompt[1] == 0:
         raise ValueError(f"`prompt` must be int tokens (B, T), T at least 1. Got {show(prompt)}.")

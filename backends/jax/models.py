@@ -342,7 +342,7 @@ class Transformer(Portable):
         steps: the prompt fills a cache of T + steps - 1 positions, and a loop on the device, whose
         body is compiled once, makes the tokens.
         """
-        calls.check_prompt(jnp.shape(prompt), steps)
+        calls.check_prompt(self.config, jnp.shape(prompt), steps, stop)
         definition, state = nnx.split(self)
         told = {"source": source, "lengths": lengths, "source_lengths": source_lengths}
         told = {name: None if x is None else jnp.asarray(x) for name, x in told.items()}

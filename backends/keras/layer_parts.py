@@ -17,7 +17,7 @@ from attn_core.model.initial import initial
 from attn_core.model.parameters import Plan, parameters
 from attn_core.model.positions import LOW, TURN, wheel
 from attn_core.model.seeds import step_seed
-from attn_core.model.weights import weights_for
+from attn_core.model.weights import check_held, weights_for
 
 Array = Any
 
@@ -72,8 +72,10 @@ class Portable(keras.layers.Layer):
 
         Raises:
             ValueError, TypeError: a weight is missing, unknown, of another shape or wider dtype,
-                or the file is damaged or another model's; nothing has been set.
+                or the file is damaged or another model's, or a part is no longer the plan's;
+                nothing has been set.
         """
+        self._variables_of_plan()
         self._set(weights_for(self.config, self.plan, source))
 
     def get_parameter(self, name: str) -> Any:
@@ -87,9 +89,19 @@ class Portable(keras.layers.Layer):
 
     def _set(self, weights: dict[str, np.ndarray]) -> None:
         make = room().from_numpy
-        for name in self.plan:
-            held = variable(self, name)
+        for name, held in self._variables_of_plan().items():
             held.assign(ops.cast(make(weights[name]), held.dtype))
+
+    def _variables_of_plan(self) -> dict[str, Any]:
+        """Name -> variable, every one of them found to be the plan's."""
+        found = {}
+        for name, (shape, _) in self.plan.items():
+            try:
+                found[name] = variable(self, name)
+            except AttributeError:
+                found[name] = None
+            check_held(name, getattr(found[name], "shape", None), shape)
+        return found
 
 
 class Leaf:

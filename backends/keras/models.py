@@ -239,11 +239,12 @@ class Transformer(Portable):
         traced once.
         """
         prompt = tensor(prompt)
-        calls.check_prompt(shape(prompt), steps)
+        calls.check_prompt(self.config, shape(prompt), steps, stop)
         batch, rows = ops.shape(prompt)
         last = integers("lengths", rows if lengths is None else lengths)
         calls.check_lengths("lengths", shape(last), shape(prompt))
-        last = ops.broadcast_to(last, (batch,)) - 1
+        # A length out of range that nobody could read takes a row of its own sequence.
+        last = within(ops.broadcast_to(last, (batch,)) - 1, 0, rows - 1)
         options = {"source": source, "source_lengths": source_lengths}
         # The last token is not read.
         cache = self.make_cache(batch, rows + max(steps - 1, 0), **options)

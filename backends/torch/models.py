@@ -362,7 +362,7 @@ class Transformer(Portable):
         Every step asks the same question of a cache of T + steps - 1 positions: a compiled model
         (`model.compile()`) is compiled once for the prompt and once for all steps.
         """
-        calls.check_prompt(prompt.shape, steps)
+        calls.check_prompt(self.config, prompt.shape, steps, stop)
         options = {"source": source, "source_lengths": source_lengths}
         batch, rows = prompt.shape
         cache = self.make_cache(batch, rows + max(steps - 1, 0), **options)  # the last is not read

@@ -25,3 +25,10 @@ def test_a_part_that_was_replaced_is_named_before_anything_is_set() -> None:
         with pytest.raises(ValueError, match=words):
             model.load_weights(weights)
         assert all(map(np.array_equal, before, jax.tree.leaves(nnx.state(model))))
+
+
+@pytest.mark.parametrize("stop", [[1, 2], 1.5, 99])
+def test_a_stop_is_one_token(stop: object) -> None:
+    model = Transformer(kind="decoder", width=8, depth=1, heads=2, vocabulary=11)
+    with pytest.raises((TypeError, ValueError), match="`stop` must be"):
+        model.generate(np.ones((2, 3), np.int32), 2, stop=stop)

@@ -144,6 +144,25 @@ def test_names_are_the_plans() -> None:
 
 
 @keras_reads
+def test_a_part_that_was_replaced_is_named_before_anything_is_set() -> None:
+    weights = Transformer({**ENCODER, "classes": 3}, seed=5).export_weights()
+    wide = keras.layers.Dense(20)
+    wide.build((None, ENCODER["width"]))
+    other = Transformer({**ENCODER, "classes": 4}).head
+    for part, words in (
+        (wide, "`head.weight` must be a parameter .* Got none: the part has been replaced"),
+        (other, r"`head.weight` must be a parameter of shape \(\d+, 3\) .* Got \(\d+, 4\)"),
+    ):
+        model = Transformer({**ENCODER, "classes": 3}, seed=1)
+        model.head = part
+        before = [array(x.value).copy() for x in model.variables]
+        with pytest.raises(ValueError, match=words):
+            model.load_weights(weights)
+        after = [array(x.value) for x in model.variables]
+        assert all(map(np.array_equal, before, after))
+
+
+@keras_reads
 def test_files_configs_and_graphs(tmp_path: Any) -> None:
     case = CASES["encoder-decoder"]
     model, inputs = model_of(case), inputs_of(case)
@@ -198,6 +217,10 @@ REFUSED = {
         lambda: Transformer(DECODER).generate(TOKENS, -1),
         "`steps` must be at least 0. Got -1",
     ),
+    "a stop that is no token": (
+        lambda: Transformer(DECODER).generate(TOKENS, 2, stop=99),
+        "`stop` must be below the vocabulary, .* Got 99",
+    ),
     "lengths of another batch in a prompt": (
         lambda: Transformer(DECODER).generate(TOKENS, 2, lengths=np.array([1, 2, 3])),
         r"`lengths` must be an int or have shape \(B,\) = \(2,\). Got \(3,\)",
@@ -251,6 +274,7 @@ MISTYPED = {
         "`cache` must be a ModelCache, .* Got ModelOutput: its `.cache`",
     ),
     "steps": (lambda: Transformer(DECODER).generate(TOKENS, 2.0), "`steps` must be an int"),
+    "stops": (lambda: Transformer(DECODER).generate(TOKENS, 2, stop=[1, 2]), "`stop` must be an"),
     "lengths of a prompt": (
         lambda: Transformer(DECODER).generate(TOKENS, 2, lengths=[1.5, 2.0]),
         "`lengths` must be integers. Got float32",
@@ -381,6 +405,20 @@ def test_generate_traced_does_not_grow_with_its_steps() -> None:
     for b in range(B):
         tokens = array(given)[b].tolist()
         assert traced[b].tolist() == greedy(model, tokens, 7, array(source)[b : b + 1])
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="generation is not traced there")
+@pytest.mark.parametrize("lengths", [[5, 0], [0, 5], [9, 2], [-3, 9]])
+def test_generate_of_lengths_that_nobody_read_never_reads_another_row(lengths: list[int]) -> None:
+    """Traced and out of range: each row of the batch answers as it would on its own."""
+    model = Transformer({**DECODER, "positions": "rotary"}, seed=3)
+    run = Traced(lambda prompt, lengths: model.generate(prompt, 4, lengths=lengths))
+    told = np.array(lengths, np.int32)
+    found = array(run(TOKENS, tensor(told)))
+    alone = [array(run(TOKENS[b : b + 1], tensor(told[b : b + 1])))[0] for b in range(B)]
+    assert np.array_equal(found, np.stack(alone))
+    other = tensor(np.concatenate([array(TOKENS)[:1], (array(TOKENS)[1:] + 1) % 7]))
+    assert np.array_equal(array(run(other, tensor(told)))[0], found[0])
 
 
 def test_generate_as_far_as_positions_go() -> None:

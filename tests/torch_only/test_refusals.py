@@ -30,3 +30,10 @@ def test_no_weights_are_loaded_onto_meta() -> None:
     model = attn_core.build(ENCODER, backend="torch", device="meta")
     with pytest.raises(ValueError, match="must be on a device that holds values"):
         model.load_weights(weights)
+
+
+@pytest.mark.parametrize("stop", [[1, 2], 1.5, 99])
+def test_a_stop_is_one_token(stop: object) -> None:
+    model = Transformer(kind="decoder", width=8, depth=1, heads=2, vocabulary=11)
+    with pytest.raises((TypeError, ValueError), match="`stop` must be"):
+        model.generate(torch.ones(2, 3, dtype=torch.int64), 2, stop=stop)
