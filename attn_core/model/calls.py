@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from attn_core.check_arrays import fits, show
 from attn_core.model import fields
 from attn_core.model.additive import AdditiveConfig
@@ -148,6 +150,22 @@ def check_length(config: TransformerConfig, name: str, length: Any) -> None:
         raise ValueError(
             f"`{name}` must not be longer than `max_length` = {config.max_length}, the table of "
             f"learned positions. Got {length}."
+        )
+
+
+def check_tokens(
+    name: str, tokens: np.ndarray | None, rows: int | None, of: str = "the vocabulary"
+) -> None:
+    """Tokens are rows of their table, where the host holds their values.
+
+    tokens: None where it does not: nobody waits for a device. rows: None where no table is read.
+    """
+    if tokens is None or rows is None or not tokens.size:
+        return
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= rows:
+        raise ValueError(
+            f"`{name}` must be within {of}, from 0 to {rows - 1}. Got {low if low < 0 else high}."
         )
 
 

@@ -25,6 +25,7 @@ from attn_core.backends.jax.layer_parts import (
     indices,
     integers,
     made,
+    on_host,
     shape,
     sinusoidal,
     wheel,
@@ -274,8 +275,10 @@ class Transformer(Portable):
         calls.check_source(c, source is not None, kept, source_lengths)
         stack = c.stacks[-1]
         calls.check_read(c, stack, "given", shape(given), given.dtype.name)
+        calls.check_tokens("given", on_host(given), c.tokens(stack))
         if types is not None:
             calls.check_types(c, shape(types), types.dtype.name, shape(given))
+            calls.check_tokens("types", on_host(types), c.token_types, "`token_types`")
         if cache is not None:
             calls.check_blocks(c, stack, len(cache.blocks), shape(cache.blocks[0].key)[1])
         options = {"seed": seed, "return_weights": return_weights}
@@ -346,10 +349,15 @@ class Transformer(Portable):
         definition, state = nnx.split(self)
         told = {"source": source, "lengths": lengths, "source_lengths": source_lengths}
         told = {name: None if x is None else jnp.asarray(x) for name, x in told.items()}
+        # What follows is compiled, and sees no values.
+        calls.check_tokens("prompt", on_host(jnp.asarray(prompt)), self.config.vocabulary)
+        if source is not None:
+            calls.check_tokens("source", on_host(told["source"]), self.config.tokens("encoder"))
         return _generated(definition, steps, stop, state, jnp.asarray(prompt), told)
 
     def _encode(self, source: Array, lengths: Any, options: dict[str, Any]) -> tuple[Array, Any]:
         calls.check_read(self.config, "encoder", "source", shape(source), source.dtype.name)
+        calls.check_tokens("source", on_host(source), self.config.tokens("encoder"))
         x, seen, _ = self.encoder(source, lengths=lengths, **options)
         return x, seen
 

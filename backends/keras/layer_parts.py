@@ -220,7 +220,10 @@ class Linear(keras.layers.Layer):
 
 
 class Embedding(keras.layers.Layer):
-    """Rows of a table, in the policy's compute dtype."""
+    """Rows of a table, in the policy's compute dtype; where there is no such row, NaN.
+
+    Left to themselves, Keras' backends answer with another row, with NaN, or fail each in its way.
+    """
 
     def __init__(self, rows: int, width: int, **make: Any) -> None:
         super().__init__(**make)
@@ -228,7 +231,10 @@ class Embedding(keras.layers.Layer):
         self.built = True
 
     def call(self, x: Array) -> Array:
-        return ops.take(ops.cast(self.weight, self.compute_dtype), x, axis=0)
+        inside = ops.logical_and(x >= 0, x < self.weight.shape[0])
+        at = ops.where(inside, x, ops.zeros_like(x))
+        found = ops.take(ops.cast(self.weight, self.compute_dtype), at, axis=0)
+        return ops.where(inside[..., None], found, ops.full_like(found, np.nan))
 
 
 class Norm(keras.layers.Layer):
@@ -394,6 +400,13 @@ def shape(x: Any) -> tuple[int | None, ...]:
 def tensor(x: Any) -> Any:
     """A NumPy array as a tensor; anything else stays."""
     return ops.convert_to_tensor(x) if isinstance(x, np.ndarray) else x
+
+
+def on_host(x: Any) -> np.ndarray | None:
+    """The values of a tensor that the host holds; None where it would have to wait for them."""
+    if isinstance(x, keras.KerasTensor) or not known(x) or room().describe(x).device != "cpu":
+        return None
+    return np.asarray(room().to_numpy(x))
 
 
 def known(x: Array) -> bool:

@@ -17,6 +17,7 @@ from attn_core.backends.keras.layer_parts import (
     dtype_of,
     indices,
     integers,
+    on_host,
     opened,
     padding_of,
     product,
@@ -293,8 +294,10 @@ class Transformer(Portable):
         calls.check_source(c, source is not None, kept, source_lengths)
         stack: str = c.stacks[-1]
         calls.check_read(c, stack, "given", shape(given), dtype_of(given))
+        calls.check_tokens("given", on_host(given), c.tokens(stack))
         if types is not None:
             calls.check_types(c, shape(types), dtype_of(types), shape(given))
+            calls.check_tokens("types", on_host(types), c.token_types, "`token_types`")
         if source is not None:
             calls.check_read(c, "encoder", "source", shape(source), dtype_of(source))
         if cache is not None:
@@ -303,6 +306,7 @@ class Transformer(Portable):
 
     def _encode(self, source: Array, lengths: Any, options: dict[str, Any]) -> tuple[Array, Any]:
         calls.check_read(self.config, "encoder", "source", shape(source), dtype_of(source))
+        calls.check_tokens("source", on_host(source), self.config.tokens("encoder"))
         x, seen, _ = self.encoder.call(source, lengths=lengths, **options)
         return x, seen
 

@@ -24,6 +24,7 @@ from attn_core.backends.torch.layer_parts import (
     integers,
     linear,
     made,
+    on_host,
     sinusoidal,
     wheel_of,
 )
@@ -296,8 +297,10 @@ class Transformer(Portable):
         calls.check_source(c, source is not None, kept, source_lengths)
         stack = c.stacks[-1]
         calls.check_read(c, stack, "given", given.shape, describe(given).dtype)
+        calls.check_tokens("given", on_host(given), c.tokens(stack))
         if types is not None:
             calls.check_types(c, types.shape, describe(types).dtype, given.shape)
+            calls.check_tokens("types", on_host(types), c.token_types, "`token_types`")
         if cache is not None:
             calls.check_blocks(c, stack, len(cache.blocks), cache.blocks[0].key.shape[1])
         options = {"seed": seed, "return_weights": return_weights}
@@ -379,6 +382,7 @@ class Transformer(Portable):
 
     def _encode(self, source: Array, lengths: Any, options: dict[str, Any]) -> tuple[Array, Any]:
         calls.check_read(self.config, "encoder", "source", source.shape, describe(source).dtype)
+        calls.check_tokens("source", on_host(source), self.config.tokens("encoder"))
         x, seen, _ = self.encoder(source, lengths=lengths, **options)
         return x, seen
 

@@ -296,6 +296,27 @@ def test_of_another_type(name: str) -> None:
     assert all(np.array_equal(array(x), y) for x, y in zip(after, before, strict=True))
 
 
+@pytest.mark.parametrize("token", [-1, 11])
+def test_a_token_beyond_the_vocabulary_is_named_or_gives_nan(token: int) -> None:
+    """Named where the host holds the values; traced, its own row of the table is NaN."""
+    model = Transformer(kind="encoder-decoder", width=8, depth=1, heads=2, vocabulary=11)
+    good, bad = tensor(np.array([[1, 10, 3]], np.int32)), np.array([[1, token, 3]], np.int32)
+    bad, words = tensor(bad), "must be within the vocabulary, from 0 to 10. Got "
+    with pytest.raises(ValueError, match=f"`given` {words}{token}"):
+        model(bad, good)
+    with pytest.raises(ValueError, match=f"`source` {words}{token}"):
+        model.generate(good, 2, source=bad)
+    typed = Transformer({**ENCODER, "token_types": 2})
+    with pytest.raises(ValueError, match="`types` must be within `token_types`, from 0 to 1"):
+        typed(tensor(np.ones((1, 3), np.int32)), types=bad)
+    assert np.isfinite(array(model(good, good))).all()
+    run = Traced(model.decoder.embedding)
+    found, want = array(run(bad)), array(run(good))
+    assert np.isnan(found[0]).all(1).tolist() == [False, True, False]
+    assert np.array_equal(found[:, ::2], want[:, ::2])
+    assert np.isfinite(want).all()
+
+
 # --- Step by step. --------------------------------------------------------------------------------
 
 STEPPED = ["decoder", "encoder-decoder", "learned", "rotary", "alibi", "everything", "as Gemma"]
