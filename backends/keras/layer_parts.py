@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from attn_core import registry
+from attn_core.language.text import parse, text
 from attn_core.language.values import Dropout, Mask, Score, drop_threshold
 from attn_core.model.initial import initial
 from attn_core.model.parameters import Plan, parameters
@@ -104,11 +105,28 @@ class Portable(keras.layers.Layer):
         return found
 
 
+@keras.saving.register_keras_serializable(package="attn_core")
 class Leaf:
-    """A Mask or Score on its way through Keras, which would look for tensors within."""
+    """A Mask or Score on its way through Keras, which would look for tensors within.
+
+    Keras saves a graph with the arguments of its calls: a mask is saved as its text.
+    """
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+    def get_config(self) -> dict[str, Any]:
+        if not isinstance(self.value, Mask) or self.value.arrays:
+            raise ValueError(
+                "a graph that is saved must hold no score and no mask with arrays in its calls, "
+                "only masks that are a text: give such a one to the model as an input, or to the "
+                f"layer's config. Got {self.value!r}."
+            )
+        return {"mask": text(self.value.tree)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Leaf:
+        return cls(Mask(parse(config["mask"])))
 
 
 def leaf(x: Any) -> Any:

@@ -136,3 +136,16 @@ def test_one_mask_under_both_names_is_refused(call: Any) -> None:
     one, two = array(call(x, mask=seen)), array(call(x, attention_mask=seen))
     assert np.array_equal(one, two)
     assert abs(one - array(call(x))).max() > 1e-3
+
+
+def test_a_mask_of_the_call_is_saved_with_the_graph(tmp_path: Any) -> None:
+    x = keras.Input((SIZE, 8))
+    model = keras.Model(x, LAYER(x, mask=masks.causal() & masks.window(left=1)))
+    model.save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    want = array(model(tensor(X)))
+    assert np.array_equal(array(loaded(tensor(X))), want)
+    assert abs(want - array(LAYER(tensor(X)))).max() > 1e-3
+    held = keras.Model(x, LAYER(x, mask=masks.dense(np.tri(SIZE, dtype=bool)[None, None])))
+    with pytest.raises(ValueError, match="a graph that is saved must hold no score and no mask"):
+        held.save(tmp_path / "n.keras")
