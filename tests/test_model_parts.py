@@ -225,9 +225,34 @@ CALLS = {
         lambda: calls.check_source(BOTH, False, True, [1]),
         "`source_lengths` must be left out where no `source` is given",
     ),
-    "an empty prompt": (lambda: calls.check_prompt((2, 0), 3), r"T at least 1. Got \(2, 0\)"),
-    "a prompt of vectors": (lambda: calls.check_prompt((2, 3, 4), 3), "`prompt` must be int"),
-    "steps back": (lambda: calls.check_prompt((2, 3), -1), "`steps` must be at least 0. Got -1"),
+    "an empty prompt": (
+        lambda: calls.check_prompt(DECODER, (2, 0), 3, None),
+        r"T at least 1. Got \(2, 0\)",
+    ),
+    "a prompt of vectors": (
+        lambda: calls.check_prompt(DECODER, (2, 3, 4), 3, None),
+        "`prompt` must be int",
+    ),
+    "steps back": (
+        lambda: calls.check_prompt(DECODER, (2, 3), -1, None),
+        "`steps` must be at least 0. Got -1",
+    ),
+    "a stop that is no int": (
+        lambda: calls.check_prompt(DECODER, (2, 3), 1, 1.5),
+        "`stop` must be an int. Got 1.5",
+    ),
+    "a stop for each row": (
+        lambda: calls.check_prompt(DECODER, (2, 3), 1, [1, 2]),
+        r"`stop` must be an int. Got \[1, 2\]",
+    ),
+    "a stop that is no token": (
+        lambda: calls.check_prompt(DECODER, (2, 3), 1, DECODER.vocabulary),
+        "`stop` must be below the vocabulary",
+    ),
+    "a stop below all tokens": (
+        lambda: calls.check_prompt(DECODER, (2, 3), 1, -1),
+        "`stop` must be at least 0. Got -1",
+    ),
     "what a call returned as the cache": (
         lambda: calls.check_kind("cache", cache.LayerOutput(1), cache.Cache),
         "`cache` must be a Cache, as `make_cache` gives it. Got LayerOutput",
@@ -256,7 +281,9 @@ def test_right_calls_and_unknown_sizes():
     for shape in ((), (2,)):
         calls.check_lengths("q_lengths", shape, Q)
     calls.check_source(BOTH, True, None, [1])
-    calls.check_prompt((None, 3), 0)
+    calls.check_prompt(DECODER, (None, 3), 0, None)
+    for stop in (0, np.int64(DECODER.vocabulary - 1)):
+        calls.check_prompt(DECODER, (2, 3), 1, stop)
     rotary = AttentionConfig(8, 2, positions="rotary")
     calls.check_positions(rotary, (3,), Q, True)
     calls.check_positions(rotary, (2, 3), Q, True)

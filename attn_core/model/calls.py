@@ -163,6 +163,22 @@ def check_length(config: TransformerConfig, name: str, length: Any) -> None:
         )
 
 
+def check_tokens(
+    name: str, tokens: np.ndarray | None, rows: int | None, of: str = "the vocabulary"
+) -> None:
+    """Tokens are rows of their table, where the host holds their values.
+
+    tokens: None where it does not: nobody waits for a device. rows: None where no table is read.
+    """
+    if tokens is None or rows is None or not tokens.size:
+        return
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= rows:
+        raise ValueError(
+            f"`{name}` must be within {of}, from 0 to {rows - 1}. Got {low if low < 0 else high}."
+        )
+
+
 def check_types(config: TransformerConfig, shape: Shape, dtype: str, given: Shape) -> None:
     """The types of the tokens that an encoder reads, int like those."""
     if config.token_types is None:
@@ -222,8 +238,14 @@ def check_source(
         )
 
 
-def check_prompt(prompt: Shape, steps: Any) -> None:
-    """What generation starts from, and how far it goes."""
+def check_prompt(config: TransformerConfig, prompt: Shape, steps: Any, stop: Any) -> None:
+    """What generation starts from, how far it goes, and after which token it repeats that one."""
+    if stop is not None:
+        fields.count("stop", stop, 0)
+        if config.vocabulary is not None and stop >= config.vocabulary:
+            raise ValueError(
+                f"`stop` must be below the vocabulary, {config.vocabulary}. Got {stop}."
+            )
     fields.count("steps", steps, 0)
     if len(prompt) != 2 or prompt[1] == 0:
         raise ValueError(f"`prompt` must be int tokens (B, T), T at least 1. Got {show(prompt)}.")

@@ -259,6 +259,15 @@ def shape(x: Array) -> tuple[int | None, ...]:
     return tuple([n if isinstance(n, int) else None for n in x.shape])
 
 
+def on_host(x: Any) -> np.ndarray | None:
+    """The values of an array that the host holds; None where it would have to wait for them."""
+    if isinstance(x, np.ndarray):
+        return x
+    if not known(x) or not x.is_fully_addressable:
+        return None
+    return np.asarray(x) if all(d.platform == "cpu" for d in x.devices()) else None
+
+
 def known(x: Array) -> bool:
     """Whether the values of an array can be read: nothing traces or transforms it."""
     return not isinstance(x, jax.core.Tracer)

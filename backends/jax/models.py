@@ -26,6 +26,7 @@ from attn_core.backends.jax.layer_parts import (
     integers,
     known,
     made,
+    on_host,
     shape,
     sinusoidal,
     wheel,
@@ -276,8 +277,10 @@ class Transformer(Portable):
         stack = c.stacks[-1]
         calls.check_read(c, stack, "given", shape(given), given.dtype.name)
         calls.check_classes(c, mask, lengths, shape(given))
+        calls.check_tokens("given", on_host(given), c.tokens(stack))
         if types is not None:
             calls.check_types(c, shape(types), types.dtype.name, shape(given))
+            calls.check_tokens("types", on_host(types), c.token_types, "`token_types`")
         if cache is not None:
             calls.check_blocks(c, stack, [shape(b.key) for b in cache.blocks], shape(given))
         options = {"seed": seed, "return_weights": return_weights}
@@ -344,7 +347,7 @@ class Transformer(Portable):
         steps: the prompt fills a cache of T + steps - 1 positions, and a loop on the device, whose
         body is compiled once, makes the tokens.
         """
-        calls.check_prompt(jnp.shape(prompt), steps)
+        calls.check_prompt(self.config, jnp.shape(prompt), steps, stop)
         definition, state = nnx.split(self)
         calls.check_reach("lengths", lengths, 1, jnp.shape(prompt)[1], known)
         if source is not None:
@@ -354,10 +357,15 @@ class Transformer(Portable):
         if lengths is not None:
             calls.check_lengths("lengths", shape(told["lengths"]), jnp.shape(prompt))
         told["source"] = None if source is None else jnp.asarray(source)
+        # What follows is compiled, and sees no values.
+        calls.check_tokens("prompt", on_host(jnp.asarray(prompt)), self.config.vocabulary)
+        if source is not None:
+            calls.check_tokens("source", on_host(told["source"]), self.config.tokens("encoder"))
         return _generated(definition, steps, stop, state, jnp.asarray(prompt), told)
 
     def _encode(self, source: Array, lengths: Any, options: dict[str, Any]) -> tuple[Array, Any]:
         calls.check_read(self.config, "encoder", "source", shape(source), source.dtype.name)
+        calls.check_tokens("source", on_host(source), self.config.tokens("encoder"))
         x, seen, _ = self.encoder(source, lengths=lengths, **options)
         return x, seen
 

@@ -16,13 +16,13 @@ from attn_core.backends.keras.layer_parts import (
     Portable,
     bare,
     integers,
-    leaf,
     opened,
     product,
     shape,
     tanh,
     tensor,
     weights_dropout,
+    with_mask,
     within,
 )
 from attn_core.backends.keras.layers import padding_mask, starts
@@ -79,8 +79,7 @@ class AdditiveAttention(Portable):
         self, query: Any, key: Any, value: Any = None, *, mask: Any = None, **options: Any
     ) -> Any:
         """`call`, in which Keras has given the name `mask` to something else."""
-        if mask is not None:
-            options["attention_mask"] = leaf(mask)
+        options = with_mask(options, mask)
         found = super().__call__(tensor(query), tensor(key), tensor(value), **options)
         return LayerOutput(*found) if isinstance(found, tuple) else found
 

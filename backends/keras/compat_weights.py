@@ -26,7 +26,7 @@ def from_multi_head_attention(layer: Any, **changes: Any) -> Converted:
         ValueError: it is not built, attends over other axes than one of time, or its output is of
             several axes.
     """
-    if not isinstance(layer, keras.layers.MultiHeadAttention):
+    if type(layer) is not keras.layers.MultiHeadAttention:  # a subclass may compute otherwise
         raise TypeError(
             f"`layer` must be a keras.layers.MultiHeadAttention. Got {type(layer).__name__}."
         )
@@ -43,7 +43,7 @@ def from_group_query_attention(layer: Any, **changes: Any) -> Converted:
 
     As `from_multi_head_attention`.
     """
-    if not isinstance(layer, keras.layers.GroupQueryAttention):
+    if type(layer) is not keras.layers.GroupQueryAttention:
         raise TypeError(
             f"`layer` must be a keras.layers.GroupQueryAttention. Got {type(layer).__name__}."
         )

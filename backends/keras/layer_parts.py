@@ -12,13 +12,14 @@ import numpy as np
 from keras import ops
 
 from attn_core import registry
+from attn_core.language.text import parse, text
 from attn_core.language.values import Dropout, Mask, Score, drop_threshold
 from attn_core.model import calls
 from attn_core.model.initial import initial
 from attn_core.model.parameters import Plan, parameters
 from attn_core.model.positions import LOW, TURN, wheel
 from attn_core.model.seeds import step_seed
-from attn_core.model.weights import weights_for
+from attn_core.model.weights import check_held, weights_for
 
 Array = Any
 
@@ -73,8 +74,10 @@ class Portable(keras.layers.Layer):
 
         Raises:
             ValueError, TypeError: a weight is missing, unknown, of another shape or wider dtype,
-                or the file is damaged or another model's; nothing has been set.
+                or the file is damaged or another model's, or a part is no longer the plan's;
+                nothing has been set.
         """
+        self._variables_of_plan()
         self._set(weights_for(self.config, self.plan, source))
 
     def get_parameter(self, name: str) -> Any:
@@ -88,16 +91,43 @@ class Portable(keras.layers.Layer):
 
     def _set(self, weights: dict[str, np.ndarray]) -> None:
         make = room().from_numpy
-        for name in self.plan:
-            held = variable(self, name)
+        for name, held in self._variables_of_plan().items():
             held.assign(ops.cast(make(weights[name]), held.dtype))
 
+    def _variables_of_plan(self) -> dict[str, Any]:
+        """Name -> variable, every one of them found to be the plan's."""
+        found = {}
+        for name, (shape, _) in self.plan.items():
+            try:
+                found[name] = variable(self, name)
+            except AttributeError:
+                found[name] = None
+            check_held(name, getattr(found[name], "shape", None), shape)
+        return found
 
+
+@keras.saving.register_keras_serializable(package="attn_core")
 class Leaf:
-    """A Mask or Score on its way through Keras, which would look for tensors within."""
+    """A Mask or Score on its way through Keras, which would look for tensors within.
+
+    Keras saves a graph with the arguments of its calls: a mask is saved as its text.
+    """
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+    def get_config(self) -> dict[str, Any]:
+        if not isinstance(self.value, Mask) or self.value.arrays:
+            raise ValueError(
+                "a graph that is saved must hold no score and no mask with arrays in its calls, "
+                "only masks that are a text: give such a one to the model as an input, or to the "
+                f"layer's config. Got {self.value!r}."
+            )
+        return {"mask": text(self.value.tree)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Leaf:
+        return cls(Mask(parse(config["mask"])))
 
 
 def leaf(x: Any) -> Any:
@@ -108,6 +138,29 @@ def leaf(x: Any) -> Any:
 def bare(x: Any) -> Any:
     """The argument again."""
     return x.value if isinstance(x, Leaf) else x
+
+
+def with_mask(options: dict[str, Any], mask: Any) -> dict[str, Any]:
+    """The options of a call with its `mask` as `attention_mask`.
+
+    Keras writes a mask of padding down as `mask` where a call has an argument of that name, and
+    gives it to that name again: so no `call` here has one.
+    """
+    if mask is not None and options.get("attention_mask") is not None:
+        raise ValueError(
+            "`mask` and `attention_mask` must not both be given: they are two names of one "
+            "argument. Got both."
+        )
+    mask = options.pop("attention_mask", None) if mask is None else mask
+    return options if mask is None else {**options, "attention_mask": leaf(mask)}
+
+
+def padding_of(x: Any) -> Any:
+    """The mask of padding that Keras has put on a tensor, boolean (B, T); None without one.
+
+    Keras hands it to `query_mask` itself, but where query is the only tensor of a call.
+    """
+    return getattr(x, "_keras_mask", None)
 
 
 def as_is(method: Any) -> Any:
@@ -186,7 +239,10 @@ class Linear(keras.layers.Layer):
 
 
 class Embedding(keras.layers.Layer):
-    """Rows of a table, in the policy's compute dtype."""
+    """Rows of a table, in the policy's compute dtype; where there is no such row, NaN.
+
+    Left to themselves, Keras' backends answer with another row, with NaN, or fail each in its way.
+    """
 
     def __init__(self, rows: int, width: int, **make: Any) -> None:
         super().__init__(**make)
@@ -194,7 +250,10 @@ class Embedding(keras.layers.Layer):
         self.built = True
 
     def call(self, x: Array) -> Array:
-        return ops.take(ops.cast(self.weight, self.compute_dtype), x, axis=0)
+        inside = ops.logical_and(x >= 0, x < self.weight.shape[0])
+        at = ops.where(inside, x, ops.zeros_like(x))
+        found = ops.take(ops.cast(self.weight, self.compute_dtype), at, axis=0)
+        return ops.where(inside[..., None], found, ops.full_like(found, np.nan))
 
 
 class Norm(keras.layers.Layer):
@@ -375,6 +434,13 @@ def shape(x: Any) -> tuple[int | None, ...]:
 def tensor(x: Any) -> Any:
     """A NumPy array as a tensor; anything else stays."""
     return ops.convert_to_tensor(x) if isinstance(x, np.ndarray) else x
+
+
+def on_host(x: Any) -> np.ndarray | None:
+    """The values of a tensor that the host holds; None where it would have to wait for them."""
+    if isinstance(x, keras.KerasTensor) or not known(x) or room().describe(x).device != "cpu":
+        return None
+    return np.asarray(room().to_numpy(x))
 
 
 def known(x: Array) -> bool:

@@ -25,11 +25,13 @@ from attn_core.backends.keras.layer_parts import (
     leaf,
     merged,
     opened,
+    padding_of,
     room,
     rotated,
     shape,
     tensor,
     weights_dropout,
+    with_mask,
     within,
     words_of,
 )
@@ -103,10 +105,11 @@ class MultiHeadAttention(Portable):
         self, query: Any, key: Any = None, value: Any = None, *, mask: Any = None, **options: Any
     ) -> Any:
         """`call`, in which Keras has given the name `mask` to something else."""
-        if mask is not None:
-            options["attention_mask"] = leaf(mask)
+        options = with_mask(options, mask)
         if "score" in options:
             options["score"] = leaf(options["score"])
+        if key is None and options.get("query_mask") is None:
+            options["query_mask"] = padding_of(query)
         found = super().__call__(tensor(query), tensor(key), tensor(value), **options)
         return LayerOutput(*found) if isinstance(found, tuple) else found
 
@@ -127,7 +130,6 @@ class MultiHeadAttention(Portable):
         cache: Cache | None = None,
         return_weights: bool = False,
         training: bool | None = None,
-        mask: Any = None,
         query_mask: Any = None,
         key_mask: Any = None,
         value_mask: Any = None,
@@ -152,8 +154,7 @@ class MultiHeadAttention(Portable):
             return_weights: also return the softmax weights (B, Hq, Tq, Tk), before dropout.
             training: as in every layer of Keras.
             query_mask, key_mask, value_mask: boolean (B, T), False = padding, which Keras hands on
-                from layers before (and calls the first `mask` where query is all there is): the
-                rows of padding see nothing, and nobody sees them.
+                from layers before: the rows of padding see nothing, and nobody sees them.
 
         A row that may see no key, and a padded row, gives out's bias.
 
@@ -163,9 +164,7 @@ class MultiHeadAttention(Portable):
                 which it has no room answers NaN instead.
         """
         c, own = self.config, key is None and value is None
-        padding = padding_mask(
-            mask if query_mask is None else query_mask, key_mask, value_mask, key
-        )
+        padding = padding_mask(query_mask, key_mask, value_mask, key)
         memory = key if isinstance(key, Memory) else None
         if key is None and cache is None and query_offset is None and shape(query)[1] is None:
             query_offset = 0  # of unknown sizes, too: keys are the rows themselves

@@ -18,12 +18,14 @@ from attn_core.backends.keras.layer_parts import (
     indices,
     integers,
     known,
-    leaf,
+    on_host,
     opened,
+    padding_of,
     product,
     shape,
     tanh,
     tensor,
+    with_mask,
     within,
 )
 from attn_core.backends.keras.model_parts import Stack
@@ -77,8 +79,9 @@ class Transformer(Portable):
 
     def __call__(self, given: Any, source: Any = None, *, mask: Any = None, **options: Any) -> Any:
         """`call`, in which Keras has given the name `mask` to something else."""
-        if mask is not None:
-            options["attention_mask"] = leaf(mask)
+        options = with_mask(options, mask)
+        if source is None and options.get("given_mask") is None:
+            options["given_mask"] = padding_of(given)
         if options.get("types") is not None:
             options["types"] = tensor(options["types"])
         return super().__call__(tensor(given), tensor(source), **options)
@@ -96,7 +99,6 @@ class Transformer(Portable):
         cache: ModelCache | None = None,
         return_weights: bool = False,
         training: bool | None = None,
-        mask: Any = None,
         given_mask: Any = None,
         source_mask: Any = None,
     ) -> Any:
@@ -113,7 +115,7 @@ class Transformer(Portable):
             cache: what earlier calls left (`make_cache`): tokens stand after those.
             return_weights: also the attention weights of every block.
             training: as in every layer of Keras.
-            mask, given_mask, source_mask: of padding, which Keras hands on, and which are refused:
+            given_mask, source_mask: of padding, which Keras hands on, and which are refused:
                 `lengths` say it.
 
         Returns:
@@ -124,8 +126,9 @@ class Transformer(Portable):
                 has been computed.
         """
         c = self.config
-        padding = mask, given_mask, source_mask
+        padding = given_mask, source_mask
         stack = self._check(given, source, source_lengths, cache, padding, types)
+        calls.check_classes(c, attention_mask, lengths, shape(given))
         options = {"seed": seed, "return_weights": return_weights, "training": training}
         memories, weights = () if cache is None else cache.memories, {}
         if source is not None:
@@ -160,7 +163,6 @@ class Transformer(Portable):
         source_lengths: Any = None,
         cache: Any = None,
         return_weights: bool = False,
-        mask: Any = None,
         given_mask: Any = None,
         source_mask: Any = None,
         **options: Any,
@@ -172,7 +174,7 @@ class Transformer(Portable):
                 "`cache` and `return_weights` must be left out in a graph of KerasTensors, whose "
                 "nodes return one tensor. Got a symbolic call."
             )
-        padding = mask, given_mask, source_mask
+        padding = given_mask, source_mask
         self._check(given, source, source_lengths, None, padding, types)
         batch, rows = given.shape[:2]
         if c.kind != "encoder":
@@ -240,7 +242,7 @@ class Transformer(Portable):
         traced once.
         """
         prompt = tensor(prompt)
-        calls.check_prompt(shape(prompt), steps)
+        calls.check_prompt(self.config, shape(prompt), steps, stop)
         batch, rows = ops.shape(prompt)
         last = integers("lengths", rows if lengths is None else lengths)
         calls.check_lengths("lengths", shape(last), shape(prompt))
@@ -297,8 +299,10 @@ class Transformer(Portable):
         calls.check_source(c, source is not None, kept, source_lengths)
         stack: str = c.stacks[-1]
         calls.check_read(c, stack, "given", shape(given), dtype_of(given))
+        calls.check_tokens("given", on_host(given), c.tokens(stack))
         if types is not None:
             calls.check_types(c, shape(types), dtype_of(types), shape(given))
+            calls.check_tokens("types", on_host(types), c.token_types, "`token_types`")
         if source is not None:
             calls.check_read(c, "encoder", "source", shape(source), dtype_of(source))
         if cache is not None:
@@ -307,6 +311,7 @@ class Transformer(Portable):
 
     def _encode(self, source: Array, lengths: Any, options: dict[str, Any]) -> tuple[Array, Any]:
         calls.check_read(self.config, "encoder", "source", shape(source), dtype_of(source))
+        calls.check_tokens("source", on_host(source), self.config.tokens("encoder"))
         x, seen, _ = self.encoder.call(source, lengths=lengths, **options)
         return x, seen
 

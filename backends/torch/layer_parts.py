@@ -248,6 +248,11 @@ def indices(x: Array) -> Array:
     return torch.arange(x.shape[1], dtype=torch.int32, device=x.device)[None]
 
 
+def on_host(x: Array) -> np.ndarray | None:
+    """The values of a tensor that the host holds; None where it would have to wait for them."""
+    return x.detach().numpy() if x.device.type == "cpu" and known(x) else None
+
+
 def known(x: Array) -> bool:
     """Whether the values of a tensor can be read: nothing traces, transforms or records."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

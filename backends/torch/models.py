@@ -26,6 +26,7 @@ from attn_core.backends.torch.layer_parts import (
     known,
     linear,
     made,
+    on_host,
     sinusoidal,
     wheel_of,
 )
@@ -300,8 +301,10 @@ class Transformer(Portable):
         stack = c.stacks[-1]
         calls.check_read(c, stack, "given", given.shape, describe(given).dtype)
         calls.check_classes(c, mask, lengths, given.shape)
+        calls.check_tokens("given", on_host(given), c.tokens(stack))
         if types is not None:
             calls.check_types(c, types.shape, describe(types).dtype, given.shape)
+            calls.check_tokens("types", on_host(types), c.token_types, "`token_types`")
         if cache is not None:
             calls.check_blocks(c, stack, [b.key.shape for b in cache.blocks], given.shape)
         options = {"seed": seed, "return_weights": return_weights}
@@ -367,7 +370,7 @@ class Transformer(Portable):
         (`model.compile()`) is compiled once for the prompt and once for all steps.
         """
         check_tensors(prompt=prompt, source=source)
-        calls.check_prompt(prompt.shape, steps)
+        calls.check_prompt(self.config, prompt.shape, steps, stop)
         options = {"source": source, "source_lengths": source_lengths}
         batch, rows = prompt.shape
         last = integers("lengths", rows if lengths is None else lengths, prompt.device)
@@ -388,6 +391,7 @@ class Transformer(Portable):
 
     def _encode(self, source: Array, lengths: Any, options: dict[str, Any]) -> tuple[Array, Any]:
         calls.check_read(self.config, "encoder", "source", source.shape, describe(source).dtype)
+        calls.check_tokens("source", on_host(source), self.config.tokens("encoder"))
         x, seen, _ = self.encoder(source, lengths=lengths, **options)
         return x, seen
 

@@ -85,3 +85,29 @@ def test_a_linen_module_says_how_its_weights_are_saved(tmp_path: Path) -> None:
 def test_a_cache_has_no_negative_size() -> None:
     with pytest.raises(ValueError, match="`length` must be at least 0"):
         Transformer(DECODER).make_cache(2, -1)
+
+
+@pytest.mark.parametrize("stop", [[1, 2], 1.5, 99])
+def test_a_stop_is_one_token(stop: object) -> None:
+    model = Transformer(kind="decoder", width=8, depth=1, heads=2, vocabulary=11)
+    with pytest.raises((TypeError, ValueError), match="`stop` must be"):
+        model.generate(np.ones((2, 3), np.int32), 2, stop=stop)
+
+
+@pytest.mark.parametrize("token", [-1, 11])
+def test_a_token_beyond_the_vocabulary_is_named(token: int) -> None:
+    model = Transformer(kind="encoder-decoder", width=8, depth=1, heads=2, vocabulary=11)
+    good, bad = jnp.array([[1, 10]]), jnp.array([[1, token]])
+    words = "must be within the vocabulary, from 0 to 10. Got "
+    with pytest.raises(ValueError, match=f"`given` {words}{token}"):
+        model(bad, good)
+    with pytest.raises(ValueError, match=f"`source` {words}{token}"):
+        model.generate(good, 2, source=bad)
+    with pytest.raises(ValueError, match=f"`prompt` {words}{token}"):
+        model.generate(bad, 2, source=good)
+    typed = Transformer({**ENCODER, "token_types": 2})
+    with pytest.raises(ValueError, match="`types` must be within `token_types`, from 0 to 1"):
+        typed(good, types=bad)
+    assert jnp.isfinite(model(good, good)).all()
+    # Traced, nobody can be told when.
+    assert jnp.isnan(nnx.jit(lambda model, x: model(x, good))(model, bad)).any()

@@ -84,6 +84,12 @@ def test_what_no_config_says_is_refused():
         from_group_query_attention(unbuilt)
     with pytest.raises(TypeError, match=r"must be a keras\.layers\.MultiHeadAttention"):
         from_multi_head_attention(keras.layers.Dense(3))
+
+    class Other(keras.layers.MultiHeadAttention):
+        """What it computes, nobody knows."""
+
+    with pytest.raises(TypeError, match=r"must be a keras\.layers\.MultiHead.* Got Other"):
+        from_multi_head_attention(Other(4, 3))
     image = layers.draw(3, 2, 4, 5, 12)
     spread = keras.layers.MultiHeadAttention(4, 3, attention_axes=(1, 2))
     spread(image, image)

@@ -144,6 +144,25 @@ def test_names_are_the_plans() -> None:
 
 
 @keras_reads
+def test_a_part_that_was_replaced_is_named_before_anything_is_set() -> None:
+    weights = Transformer({**ENCODER, "classes": 3}, seed=5).export_weights()
+    wide = keras.layers.Dense(20)
+    wide.build((None, ENCODER["width"]))
+    other = Transformer({**ENCODER, "classes": 4}).head
+    for part, words in (
+        (wide, "`head.weight` must be a parameter .* Got none: the part has been replaced"),
+        (other, r"`head.weight` must be a parameter of shape \(\d+, 3\) .* Got \(\d+, 4\)"),
+    ):
+        model = Transformer({**ENCODER, "classes": 3}, seed=1)
+        model.head = part
+        before = [array(x.value).copy() for x in model.variables]
+        with pytest.raises(ValueError, match=words):
+            model.load_weights(weights)
+        after = [array(x.value) for x in model.variables]
+        assert all(map(np.array_equal, before, after))
+
+
+@keras_reads
 def test_files_configs_and_graphs(tmp_path: Any) -> None:
     case = CASES["encoder-decoder"]
     model, inputs = model_of(case), inputs_of(case)
@@ -169,6 +188,10 @@ SOURCE = tensor(inputs_of(CASES["encoder-decoder"])[1])
 HOLDS = Transformer(BOTH)
 HELD = HOLDS.make_cache(B, 9, source=SOURCE)
 REFUSED = {
+    "classes, and padding as a mask": (
+        lambda: Transformer({**ENCODER, "classes": 3})(TOKENS, mask=np.ones((B, 1, 1, 5), bool)),
+        r"`lengths` must say which rows count .* Got `mask` \(2, 1, 1, 5\)",
+    ),
     "vectors": (lambda: Transformer(DECODER)(ops.zeros((B, 5, 1))), "int tokens"),
     "tokens for vectors": (
         lambda: Transformer(CASES["vectors"].config)(TOKENS),
@@ -197,6 +220,10 @@ REFUSED = {
     "steps below 0": (
         lambda: Transformer(DECODER).generate(TOKENS, -1),
         "`steps` must be at least 0. Got -1",
+    ),
+    "a stop that is no token": (
+        lambda: Transformer(DECODER).generate(TOKENS, 2, stop=99),
+        "`stop` must be below the vocabulary, .* Got 99",
     ),
     "lengths of another batch in a prompt": (
         lambda: Transformer(DECODER).generate(TOKENS, 2, lengths=np.array([1, 2, 3])),
@@ -251,6 +278,7 @@ MISTYPED = {
         "`cache` must be a ModelCache, .* Got ModelOutput: its `.cache`",
     ),
     "steps": (lambda: Transformer(DECODER).generate(TOKENS, 2.0), "`steps` must be an int"),
+    "stops": (lambda: Transformer(DECODER).generate(TOKENS, 2, stop=[1, 2]), "`stop` must be an"),
     "lengths of a prompt": (
         lambda: Transformer(DECODER).generate(TOKENS, 2, lengths=[1.5, 2.0]),
         "`lengths` must be integers. Got float32",
@@ -270,6 +298,27 @@ def test_of_another_type(name: str) -> None:
         bad()
     after = [x for x in keras.tree.flatten(HELD) if x is not None]
     assert all(np.array_equal(array(x), y) for x, y in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("token", [-1, 11])
+def test_a_token_beyond_the_vocabulary_is_named_or_gives_nan(token: int) -> None:
+    """Named where the host holds the values; traced, its own row of the table is NaN."""
+    model = Transformer(kind="encoder-decoder", width=8, depth=1, heads=2, vocabulary=11)
+    good, bad = tensor(np.array([[1, 10, 3]], np.int32)), np.array([[1, token, 3]], np.int32)
+    bad, words = tensor(bad), "must be within the vocabulary, from 0 to 10. Got "
+    with pytest.raises(ValueError, match=f"`given` {words}{token}"):
+        model(bad, good)
+    with pytest.raises(ValueError, match=f"`source` {words}{token}"):
+        model.generate(good, 2, source=bad)
+    typed = Transformer({**ENCODER, "token_types": 2})
+    with pytest.raises(ValueError, match="`types` must be within `token_types`, from 0 to 1"):
+        typed(tensor(np.ones((1, 3), np.int32)), types=bad)
+    assert np.isfinite(array(model(good, good))).all()
+    run = Traced(model.decoder.embedding)
+    found, want = array(run(bad)), array(run(good))
+    assert np.isnan(found[0]).all(1).tolist() == [False, True, False]
+    assert np.array_equal(found[:, ::2], want[:, ::2])
+    assert np.isfinite(want).all()
 
 
 # --- Step by step. --------------------------------------------------------------------------------
@@ -381,6 +430,20 @@ def test_generate_traced_does_not_grow_with_its_steps() -> None:
     for b in range(B):
         tokens = array(given)[b].tolist()
         assert traced[b].tolist() == greedy(model, tokens, 7, array(source)[b : b + 1])
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="generation is not traced there")
+@pytest.mark.parametrize("lengths", [[5, 0], [0, 5], [9, 2], [-3, 9]])
+def test_generate_of_lengths_that_nobody_read_never_reads_another_row(lengths: list[int]) -> None:
+    """Traced and out of range: each row of the batch answers as it would on its own."""
+    model = Transformer({**DECODER, "positions": "rotary"}, seed=3)
+    run = Traced(lambda prompt, lengths: model.generate(prompt, 4, lengths=lengths))
+    told = np.array(lengths, np.int32)
+    found = array(run(TOKENS, tensor(told)))
+    alone = [array(run(TOKENS[b : b + 1], tensor(told[b : b + 1])))[0] for b in range(B)]
+    assert np.array_equal(found, np.stack(alone))
+    other = tensor(np.concatenate([array(TOKENS)[:1], (array(TOKENS)[1:] + 1) % 7]))
+    assert np.array_equal(array(run(other, tensor(told)))[0], found[0])
 
 
 def test_generate_as_far_as_positions_go() -> None:

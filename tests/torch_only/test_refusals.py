@@ -110,3 +110,25 @@ def test_a_cache_has_no_negative_size() -> None:
             MultiHeadAttention(width=8, heads=2).make_cache(batch, length)
     with pytest.raises(ValueError, match="`length` must be at least 0"):
         Transformer(DECODER).make_cache(2, -1)
+
+
+@pytest.mark.parametrize("stop", [[1, 2], 1.5, 99])
+def test_a_stop_is_one_token(stop: object) -> None:
+    model = Transformer(kind="decoder", width=8, depth=1, heads=2, vocabulary=11)
+    with pytest.raises((TypeError, ValueError), match="`stop` must be"):
+        model.generate(torch.ones(2, 3, dtype=torch.int64), 2, stop=stop)
+
+
+@pytest.mark.parametrize("token", [-1, 11])
+def test_a_token_beyond_the_vocabulary_is_named(token: int) -> None:
+    model = Transformer(kind="encoder-decoder", width=8, depth=1, heads=2, vocabulary=11)
+    good, bad = torch.tensor([[1, 10]]), torch.tensor([[1, token]])
+    words = "must be within the vocabulary, from 0 to 10. Got "
+    with pytest.raises(ValueError, match=f"`given` {words}{token}"):
+        model(bad, good)
+    with pytest.raises(ValueError, match=f"`source` {words}{token}"):
+        model.generate(good, 2, source=bad)
+    typed = Transformer({**ENCODER, "token_types": 2})
+    with pytest.raises(ValueError, match="`types` must be within `token_types`, from 0 to 1"):
+        typed(good, types=bad)
+    assert model(good, good).isfinite().all()
