@@ -409,7 +409,7 @@ def integers(name: str, given: Any) -> Array:
         raise TypeError(f"`{name}` must be integers. Got {dtype_of(found)}.")
     if dtype_of(found) in ("int64", "uint32", "uint64"):
         if known(found) and math.prod(found.shape):
-            numbers = ops.convert_to_numpy(found)
+            numbers = room().to_numpy(found)
             calls.check_int32(name, int(numbers.min()), int(numbers.max()))
         elif dtype_of(found) == "int64":
             found = within(found, -(2**31), 2**31 - 1)
