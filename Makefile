@@ -43,10 +43,11 @@ NATIVE := $(patsubst %,--subject %:native,$(filter torch jax,$(FRAMEWORKS)))
 
 COMPILED := aot_eager inductor function dynamic xla jit
 
-# XLA spends half of a small problem's compile time on machine code that is run once. What eager JAX
+# XLA spends most of a small problem's time on making machine code that is run once. What eager JAX
 # answers with is judged as it is shipped; a compiled form adds its tracing, and JAX's unit tests
-# compile hundreds of problems: there LLVM's optimisations, and nothing else, are left out.
-PLAIN_CODE := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+# compile hundreds of problems: there code that is made quickly does. The flags are in this file.
+PLAIN := $(VENV)/.plain-code
+PLAIN_CODE := $$(cat $(PLAIN))
 
 # Kernels, in Triton's interpreter: what it can be trusted with, on any machine that has Triton.
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/attn-core conformance run --failures --subject torch:triton
@@ -61,7 +62,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 # The tests of one framework run in processes that import no other; conformance starts its own.
-test: $(STAMP)
+test: $(STAMP) $(PLAIN)
 	$(PYTEST) --doctest-glob='*.md' tests docs
 	@set -e; for name in $(FRAMEWORKS) $(patsubst torch,kernels,$(filter torch,$(FRAMEWORKS))); do \
 		echo "== tests/$${name}_only"; \
@@ -92,7 +93,7 @@ ifneq ($(strip $(FRAMEWORKS)),)
 endif
 
 # What stands in tests/ starts processes of its own: one after the other.
-test-slow: $(STAMP)
+test-slow: $(STAMP) $(PLAIN)
 	$(PYTEST) -n 0 -m slow tests
 ifneq ($(filter jax,$(FRAMEWORKS)),)
 	XLA_FLAGS="$$XLA_FLAGS $(PLAIN_CODE)" $(PYTEST) -m slow tests/jax_only
@@ -141,3 +142,6 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation \
 		--editable ".[$(subst $(space),$(comma),$(strip $(EXTRAS)))]"
 	touch $@
+
+$(PLAIN): $(STAMP) tools/plain_code.py
+	$(BIN)/python tools/plain_code.py > $@
