@@ -6,7 +6,7 @@ and scores of the language are made by `attn_core`, and told to the judge apart,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import layer_judge
@@ -157,15 +157,22 @@ CASES: dict[str, Case] = {
 
 
 ALONG = {
-    "positions": ("rotary_base", "rotary_fraction", "rotary_pairs"),
+    "positions": ("rotary_base", "rotary_fraction", "rotary_pairs", "max_length"),
     "qk_norm": ("norm_epsilon",),
+    "window": ("window_blocks",),
+    "token_types": ("types",),
 }
+"""What an option of a layer or a model alone reads."""
 
 
-def without(case: Any, option: str) -> dict[str, Any]:
-    """A case's config with an option at its default, and those too that it alone reads."""
+def without(case: Any, option: str) -> Any:
+    """A case, of layers or of models, with an option left out, and what goes with it."""
     gone = (option, *ALONG.get(option, ()))
-    return {name: x for name, x in case.config.items() if name not in gone}
+    config, call = [
+        {name: x for name, x in held.items() if name not in gone}
+        for held in (case.config, case.call)
+    ]
+    return replace(case, config=config, call=call)
 
 
 def inputs_of(case: Case) -> list[np.ndarray]:

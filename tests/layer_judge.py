@@ -162,6 +162,7 @@ def _kept(
     least = min(round(rate * 2**32), 2**32 - 1)
     found = np.zeros((batch, count, len(at[0]), keys), bool)
     for b, h, i, k in np.ndindex(found.shape):
-        words = philox([k // 4, at[b][i] % 2**32, h, b], seed % 2**32, site)
+        low, high = seed % 2**32, seed // 2**32 % 2**32 * 0x6A09E667 + site
+        words = philox([k // 4, at[b][i] % 2**32, h, b], low, high % 2**32)
         found[b, h, i, k] = words[k % 4] >= least
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import layer_cases
 import model_judge
 import numpy as np
 
@@ -139,20 +138,6 @@ CASES: dict[str, Case] = {
 
 GRADED = ["everything", "norms after", "gelu", "learned", "classes", "as Gemma", "as BERT"]
 """Cases whose gradients are judged."""
-ALONG = {
-    "positions": ("max_length", *layer_cases.ALONG["positions"]),
-    "window": ("window_blocks",),
-    "token_types": ("types",),
-}
-
-
-def without(case: Case, option: str) -> Case:
-    """The case with an option left out, and what goes with it."""
-    gone = (option, *ALONG.get(option, ()))
-    config, call = [
-        {n: x for n, x in held.items() if n not in gone} for held in (case.config, case.call)
-    ]
-    return Case(config, call, case.training)
 
 
 def inputs_of(case: Case) -> list[np.ndarray]:

@@ -160,6 +160,64 @@ def test_a_model_of_files_in_bfloat16(tmp_path):
     np.testing.assert_array_equal(np.array(said[1:], float), want)
 
 
+def sharded(folder, arrays, shards=2):
+    """A model in several files, and their index as transformers writes it."""
+    from safetensors.numpy import save_file
+
+    places = {}
+    for number in range(shards):
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        held = dict(list(arrays.items())[number::shards])
+        save_file(held, folder / file)
+        places.update(dict.fromkeys(held, file))
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return index, places
+
+
+def test_a_model_of_several_files(tmp_path):
+    import transformers_cases as cases
+
+    arrays = cases.weights(cases.GPT2)
+    constants = {"h.0.attn.bias": np.ones((1, 1, 4, 4), bool)}
+    index, _ = sharded(tmp_path, arrays | constants, shards=3)
+    found, want = [compat.from_transformers(cases.GPT2, x) for x in (str(index), arrays)]
+    assert found.config == want.config
+    assert found.weights.keys() == want.weights.keys()
+    for name, x in want.weights.items():
+        np.testing.assert_array_equal(found.weights[name], x)
+
+
+def test_indices_that_are_wrong(tmp_path):
+    import transformers_cases as cases
+
+    index, places = sharded(tmp_path, cases.weights(cases.GPT2))
+    name, file = next(iter(places.items()))
+    other = next(x for x in places.values() if x != file)
+
+    def refused(error, words, told):
+        index.write_text(told if isinstance(told, str) else json.dumps(told))
+        with pytest.raises(error, match=words):
+            compat.from_transformers(cases.GPT2, index)
+
+    moved = {"weight_map": {**places, name: other}}
+    refused(ValueError, f"{other} must hold {name!r}, as {index.name} says. Got none", moved)
+    left = {"weight_map": {n: x for n, x in places.items() if n != name}}
+    refused(ValueError, f"must name every array of its files. Got {name!r}", left)
+    refused(ValueError, r"an index with a `weight_map` .* Got the keys 'model_type'", cases.GPT2)
+    refused(ValueError, "an index with a `weight_map`", {"weight_map": {}})
+    refused(ValueError, "must be complete JSON", '{"weight_map": {')
+    for place in (f"../{file}", f"/tmp/{file}", 3):
+        refused(ValueError, "must name files beside it", {"weight_map": {**places, name: place}})
+    gone = {"weight_map": {**places, name: "pytorch_model.bin"}}
+    refused(ValueError, "must name safetensors files. Got 'pytorch_model.bin'", gone)
+    gone = {"weight_map": {**places, name: "model-00009.safetensors"}}
+    refused(FileNotFoundError, "names model-00009.safetensors, which must lie beside", gone)
+    index.unlink()
+    with pytest.raises(FileNotFoundError):
+        compat.from_transformers(cases.GPT2, index)
+
+
 def test_what_is_no_config_of_transformers():
     with pytest.raises(TypeError, match=r"`config` must be the path of a config\.json, .* Got int"):
         compat.from_transformers(3, {})

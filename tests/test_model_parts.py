@@ -126,11 +126,18 @@ def test_every_place_that_drops_has_a_number_of_its_own():
 
 
 def test_seeds_of_a_step():
-    assert seeds.step_seed(7) == 7
-    assert seeds.step_seed(-1) == 2**32 - 1
-    assert seeds.step_seed(np.int64(2**40 + 3)) == 3
-    assert type(seeds.step_seed(np.array(5, np.uint8))) is int
-    assert Dropout(0.1, (seeds.step_seed(2**32 + 9), 4)).seed == (9, 4)
+    assert seeds.step_seed(7) == (7, 0)
+    assert seeds.step_seed(-1) == (2**32 - 1, 2**32 - 1)
+    assert seeds.step_seed(np.int64(2**40 + 3)) == (3, 2**8)
+    assert seeds.step_seed(2**64 + 3) == seeds.step_seed(3)
+    assert type(seeds.step_seed(np.array(5, np.uint8))[0]) is int
+    assert Dropout(0.1, seeds.key((9, 0), 4)).seed == (9, 4)  # below 2**32 the seed and the site
+    keys = {
+        seeds.key(seeds.step_seed(run << 32 | 7), site) for run in range(99) for site in range(99)
+    }
+    assert len(keys) == 99 * 99  # runs side by side, and no two of their places alike
+    assert seeds.key((0, 2**32 - 1), 2**20)[1] == ((2**32 - 1) * seeds.MIX + 2**20) % 2**32
+    assert (2**32 - 1) * seeds.MIX + 2**32 < 2**63  # in an int64
     for wrong in (True, 1.5, "1", np.array(1.5)):
         with pytest.raises(TypeError, match="`seed` must be an int or an integer scalar array"):
             seeds.step_seed(wrong)

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 
 from attn_core.check_arrays import fits, show
+from attn_core.language.text import text
+from attn_core.language.tree import Tree
+from attn_core.language.values import Mask
 from attn_core.model import fields
 from attn_core.model.additive import AdditiveConfig
 from attn_core.model.config import AttentionConfig
@@ -19,6 +22,16 @@ from attn_core.model.transformer import TransformerConfig
 Shape = tuple[Any, ...]
 TOKENS = ("int32", "int64")
 """Dtypes of tokens: narrower ones look nothing up in torch, and cannot hold every answer."""
+
+
+def check_given(make: str, **given: Any) -> None:
+    """What is read is an array, and no list: `make` is what makes one of it."""
+    for name, x in given.items():
+        if x is not None and not (hasattr(x, "shape") and hasattr(x, "dtype")):
+            raise TypeError(
+                f"`{name}` must be an array. "
+                f"Got {type(x).__module__}.{type(x).__name__}: {make}({name}) makes one."
+            )
 
 
 def check_inputs(config: AttentionConfig, query: Shape, key: Shape | None, value: Shape) -> None:
@@ -195,18 +208,52 @@ def check_types(config: TransformerConfig, shape: Shape, dtype: str, given: Shap
 def check_classes(config: TransformerConfig, mask: Any, lengths: Any, given: Shape) -> None:
     """Classes are read off the mean of the rows that `lengths` counts, and a mask counts none.
 
-    One that hides the same keys from every row and head, as `from_hf_mask` gives it, hides padding:
-    without lengths its rows would be averaged in.
+    An array that hides the same keys from every row and head, as `from_hf_mask` gives it, hides
+    padding, also as a Mask and beside others: without lengths its rows would be averaged in. A rule
+    that reads no array is no padding.
     """
-    hidden = tuple(getattr(mask, "shape", ()))
-    if config.classes is None or lengths is not None or len(hidden) not in (2, 4):
+    if config.classes is None or lengths is not None or fits(given[1:2], (1,)):
         return
-    if all(size == 1 for size in hidden[-3:-1]) and not fits(given[1:2], (1,)):
+    if isinstance(mask, Mask):
+        parts = _conjuncts(mask.tree, mask.tree.results[0])
+        found = text(mask.tree) if any(_hides_padding(mask, part) for part in parts) else None
+    else:
+        hidden = tuple(getattr(mask, "shape", ()))
+        alike = len(hidden) in (2, 4) and all(size == 1 for size in hidden[-3:-1])
+        found = show(hidden) if alike else None
+    if found is not None:
         raise ValueError(
             "`lengths` must say which rows count in a model with `classes`, whose mean reads them: "
-            f"a mask hides keys alone. Got `mask` {show(hidden)}, the same keys for every row, and "
-            "no lengths; padding must stand at the end."
+            f"a mask hides keys alone. Got `mask` {found}, the same keys for every row, and no "
+            "lengths; padding must stand at the end."
         )
+
+
+def _conjuncts(tree: Tree, at: int) -> list[int]:
+    """The conditions that must all hold where the one at `at` does."""
+    step = tree.steps[at]
+    if step.op != "and" or step.kind != "bool":
+        return [at]
+    return [part for arg in step.args for part in _conjuncts(tree, arg)]
+
+
+def _hides_padding(mask: Mask, at: int) -> bool:
+    """Whether the condition at `at` looks an array up, and says the same of every row and head."""
+    read, open_, seen, arrays = set(), [at], set(), False
+    while open_:
+        at = open_.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        step = mask.tree.steps[at]
+        args = list(step.args)
+        if step.op == "index":
+            read.add(step.value)
+        elif step.op == "lookup":
+            arrays, sizes = True, mask.arrays[int(step.value or 0)].shape
+            args = [arg for arg, size in zip(args, sizes, strict=True) if size != 1]
+        open_ += args
+    return arrays and "k" in read and not read & {"row", "q", "h"}
 
 
 def check_source(

@@ -2,11 +2,13 @@
 
 Whoever trains counts steps and passes `seed=step`, an int or an integer scalar of the framework.
 Every place in a model where something is dropped has a static number, its *site*, in the order of
-`sites`; a layer on its own has site 0. The key of Philox is then
+`sites`; a layer on its own has site 0. A seed is taken mod 2**64, as `attn_core.Dropout` takes it,
+and is read whole. With seed = high * 2**32 + low the key of Philox is
 
-    (low, high) = (seed mod 2**32, site)
+    (low, (high * MIX + site) mod 2**32)
 
-so the same step drops the same entries in every framework, and no two places share a stream.
+so the same step drops the same entries in every framework, and no two places share a stream. Below
+2**32 that is (seed, site); above, seeds that differ in `high` by little lie many sites apart.
 
 Attention weights are dropped as `attn_core.Dropout` says. A hidden entry x[b, i, c] at position
 p = i + offset[b] is kept by the same rule, read at batch b, head 0, query p and key c, and divided
@@ -20,6 +22,9 @@ from typing import Any
 import numpy as np
 
 from attn_core.model.transformer import TransformerConfig
+
+MIX = 0x6A09E667
+"""The square root of 2 in 31 bits, odd: times 32 bits, and a site added, it stays in an int64."""
 
 
 def sites(config: TransformerConfig) -> dict[str, int]:
@@ -36,7 +41,7 @@ def sites(config: TransformerConfig) -> dict[str, int]:
 
 
 def step_seed(seed: Any) -> Any:
-    """The seed of a step, if it is one: a Python int within 2**32, or an integer scalar array.
+    """The seed of a step, if it is one: host words (low, high), or an integer scalar array.
 
     Raises:
         ValueError: there is none, or an array that is no scalar.
@@ -51,7 +56,7 @@ def step_seed(seed: Any) -> Any:
     if isinstance(seed, np.ndarray) and seed.shape == ():
         seed = seed[()]
     if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
-        return int(seed) % 2**32
+        return (int(seed) % 2**32, int(seed) // 2**32 % 2**32)
     if not hasattr(seed, "dtype") or "int" not in str(seed.dtype):
         raise TypeError(
             f"`seed` must be an int or an integer scalar array. Got {type(seed).__name__}."
@@ -61,3 +66,9 @@ def step_seed(seed: Any) -> Any:
             f"`seed` must be one number for the whole step. Got shape {tuple(seed.shape)}."
         )
     return seed
+
+
+def key(words: tuple[Any, Any], site: int) -> tuple[Any, Any]:
+    """The key of Philox at a site, from a seed's words: host ints, or arrays that hold 64 bits."""
+    low, high = words
+    return low, (high * MIX + site) & 0xFFFFFFFF

@@ -24,6 +24,7 @@ from attn_core.config import nearest
 from attn_core.model.additive import AdditiveConfig
 from attn_core.model.config import AttentionConfig
 from attn_core.model.parameters import VERSION, Plan, parameters
+from attn_core.model.shards import read_index
 from attn_core.model.transformer import TransformerConfig
 from attn_core.spec import DTYPES, WIDTH
 
@@ -100,18 +101,27 @@ def load_weights(path: str | os.PathLike[str]) -> Loaded:
 
 
 def read_arrays(path: str | os.PathLike[str], without: str) -> dict[str, np.ndarray]:
-    """The arrays of anybody's safetensors file; those of bfloat16 are ml_dtypes'.
+    """The arrays of anybody's safetensors file, or of the index of several; see `shards.py`.
+
+    Those of bfloat16 are ml_dtypes'.
 
     without: a pattern of names that are left out, whatever they hold.
 
     Raises:
-        ValueError: the file is cut short or no safetensors, or holds something but floats.
+        ValueError: a file is cut short or no safetensors, or holds something but floats; or what
+            an index says is not what its files hold.
         FileNotFoundError: there is none.
         ImportError: safetensors is missing.
     """
-    path = Path(path)
-    read, _ = _opened(path)
-    return {name: _array(path, name, x) for name, x in read if not re.search(without, name)}
+    path, found = Path(path), {}
+    index = read_index(path) if path.suffix == ".json" else None
+    for file in [path] if index is None else index.files:
+        read, _ = _opened(file)
+        kept = [(name, x) for name, x in read if not re.search(without, name)]
+        if index is not None:
+            index.check(file, [name for name, _ in read], [name for name, _ in kept])
+        found.update({name: _array(file, name, x) for name, x in kept})
+    return found
 
 
 def weights_for(

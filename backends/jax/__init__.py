@@ -18,7 +18,7 @@ from attn_core.api import attention
 from attn_core.backends.jax import accounts, chunked, native, reference
 from attn_core.backends.jax import pytrees as _pytrees
 from attn_core.backends.jax.arrays import from_host, is_wide, x64
-from attn_core.backends.jax.documents import scaled_dot_product_attention
+from attn_core.backends.jax.documents import attention_module, scaled_dot_product_attention
 from attn_core.backends.jax.philox import keep
 from attn_core.language.operands import Table
 from attn_core.language.values import Dropout, Mask, Score, seed_array
@@ -28,6 +28,7 @@ __all__ = [
     "AdditiveAttention",
     "MultiHeadAttention",
     "Transformer",
+    "attention_module",
     "keep",
     "scaled_dot_product_attention",
 ]

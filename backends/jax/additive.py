@@ -27,6 +27,7 @@ from attn_core.model import calls, fields
 from attn_core.model.additive import AdditiveConfig, tile
 from attn_core.model.cache import LayerOutput
 from attn_core.model.rules import at_rows, joined_mask
+from attn_core.model.words import in_our_words
 
 
 class AdditiveAttention(Portable):
@@ -59,6 +60,7 @@ class AdditiveAttention(Portable):
         self.score = blank((s.width,), **make)
         self.initialise(seed)
 
+    @in_our_words
     @widened
     def __call__(
         self,
@@ -85,6 +87,7 @@ class AdditiveAttention(Portable):
             TypeError, ValueError: an argument is not of its form.
         """
         value = key if value is None else value
+        calls.check_given("jnp.asarray", query=query, key=key, value=value)
         calls.check_additive(self.config, shape(query), shape(key), shape(value))
         batch, rows, keys = query.shape[0], query.shape[1], key.shape[1]
         calls.check_rows(mask, shape(query)[1])

@@ -1,4 +1,4 @@
-"""The documents' `scaled_dot_product_attention`, with any leading dimensions."""
+"""The documents' functions, with any leading dimensions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import numpy as np
 
 from attn_core import config
 from attn_core.api import attention
-from attn_core.backends.jax.arrays import from_host
+from attn_core.backends.jax.arrays import from_host, x64
 from attn_core.check_arrays import documents_mask
 from attn_core.language.values import Dropout
+from attn_core.model import calls, module
+from attn_core.model.module import ModuleOutput
 
 
 def scaled_dot_product_attention(
@@ -74,6 +76,130 @@ def scaled_dot_product_attention(
     with config.use(backend="jax"):
         out = attention(*folded, scale=scale, **kwargs)
     return out.reshape(*lead, q.shape[-2], v.shape[-1])
+
+
+def attention_module(
+    query: Any,
+    key: Any | None = None,
+    value: Any | None = None,
+    mask: Any | None = None,
+    dropout_rate: float = 0.0,
+    *,
+    parameters: Any,
+    heads: int | None = None,
+    scale: float | None = None,
+    seed: Any | None = None,
+) -> ModuleOutput:
+    """The documents' module: project, attend by heads, project; over any leading dimensions.
+
+        q, k, v = query Wq + bq, key Wk + bk, value Wv + bv, cut into heads
+        weights = softmax(scale * q kᵀ + mask)        out = (dropped(weights) v) Wo + bo
+
+        query (..., Tq, E), key (..., Tk, Ek), value (..., Tk, Ev) -> (..., Tq, O), (..., H, Tq, Tk)
+
+    The documents name the module and leave its arguments and the order of its results open: this is
+    our reading. `out, weights = attention_module(x, parameters=layer)`.
+
+    Args:
+        query, key, value: arrays of one dtype with equal leading dimensions; NumPy's come back
+            as NumPy. Self-attention where `key` is left out; `value` is the key where left out.
+        mask: broadcast to (..., H, Tq, Tk), of rank 2 or of that rank. A float mask is added to the
+            scores, a boolean one selects, True = attend.
+        dropout_rate: on the weights, after softmax; needs `seed`. The weights that are returned
+            are those before.
+        parameters: a MultiHeadAttention, whose config then says all that is static, and
+            whose training mode whether it drops; or a mapping of arrays, JAX's or NumPy's,
+            under its portable names, matrices (in, out), of the query's dtype:
+            query.weight (E, H D), key.weight (Ek, Hk D), value.weight (Ev, Hk Dv),
+            out.weight (H Dv, O), and query.bias, key.bias, value.bias, out.bias.
+        heads: H, with a mapping; H / Hk query heads share a head of keys.
+        scale: host number; 1 / √D when left out.
+        seed: of the dropout, as in `attn_core.Dropout`; of a layer, the number of the step.
+
+    A row that may see no key gives out's bias, and weights of 0.
+
+    Raises:
+        TypeError, ValueError: an argument is not of its form, or something is given that the layer
+            says; nothing has been computed.
+    """
+    host = all(x is None or isinstance(x, np.ndarray) for x in (query, key, value))
+    inputs = {"query": query, "key": key, "value": value}
+    inputs = {name: x for name, x in inputs.items() if x is not None}
+    for name, x in inputs.items():
+        if not host and not isinstance(x, jax.Array):
+            raise TypeError(
+                f"`{name}` must be an array of JAX, or all of them NumPy. Got {type(x).__name__}."
+            )
+    module.check_shapes({name: tuple(x.shape) for name, x in inputs.items()}, tuple.__eq__)
+    layer = module.is_layer(parameters, dropout_rate=dropout_rate, heads=heads, scale=scale)
+    with x64(query.dtype.name == "float64"):
+        options = {"heads": heads, "dropout_rate": dropout_rate, "scale": scale, "seed": seed}
+        inputs = {name: from_host(x) if host else x for name, x in inputs.items()}
+        found = _module(inputs, mask, parameters, layer, options)
+    return ModuleOutput(*map(np.asarray, found)) if host else found
+
+
+def _module(
+    inputs: dict[str, Any], mask: Any, parameters: Any, layer: bool, told: dict[str, Any]
+) -> ModuleOutput:
+    query = inputs["query"]
+    lead, dtype = tuple(query.shape[:-2]), query.dtype.name
+    batch = math.prod(lead)
+    inputs = {name: x.reshape(batch, *x.shape[-2:]) for name, x in inputs.items()}
+    if not layer:
+        held = _held(parameters)
+        config = module.config_of({name: x.shape for name, x in held.items()}, told["heads"])
+        module.check_dtypes({name: x.dtype.name for name, x in {**inputs, **held}.items()}, dtype)
+    else:
+        config = parameters.config
+    q, k = inputs["query"], inputs.get("key", inputs["query"])
+    options: dict[str, Any] = {"return_weights": True}
+    if mask is not None:
+        mask = mask if isinstance(mask, jax.Array) else _array(mask)
+        full = (*lead, config.heads, q.shape[1], k.shape[1])
+        module.check_mask(mask.dtype.name, dtype, mask.shape, full)
+        mask = jnp.atleast_2d(mask)
+        if mask.ndim > 2:
+            mask = jnp.broadcast_to(mask, (*lead, *mask.shape[-3:]))
+            mask = mask.reshape(batch, *mask.shape[-3:])
+        options["mask" if mask.dtype == bool else "bias"] = mask
+    if layer:
+        options["seed"] = told["seed"]
+        found = parameters(q, inputs.get("key"), inputs.get("value"), **options)
+        out = found.out
+    else:
+        v = inputs.get("value", k)
+        calls.check_inputs(config, q.shape, k.shape, v.shape)
+        if told["dropout_rate"]:
+            options["dropout"] = Dropout(told["dropout_rate"], told["seed"])
+        s = config.sizes
+        q = _projected(held, "query", q).reshape(*q.shape[:2], s.heads, s.head)
+        k = _projected(held, "key", k).reshape(*k.shape[:2], s.kv_heads, s.head)
+        v = _projected(held, "value", v).reshape(*v.shape[:2], s.kv_heads, s.value)
+        found = attention(q, k, v, scale=told["scale"], layout="BTHD", **options)
+        out = _projected(held, "out", found.out.reshape(*q.shape[:2], s.heads * s.value))
+    weights = found.weights
+    return ModuleOutput(
+        out.reshape(*lead, *out.shape[-2:]), weights.reshape(*lead, *weights.shape[-3:])
+    )
+
+
+def _held(parameters: Any) -> dict[str, Any]:
+    """A mapping's arrays as JAX's."""
+    held = {}
+    for name, x in parameters.items():
+        if not isinstance(x, (jax.Array, np.ndarray)):
+            raise TypeError(
+                f"`{name}` of `parameters` must be an array of JAX or of NumPy. "
+                f"Got {type(x).__name__}."
+            )
+        held[name] = from_host(x) if isinstance(x, np.ndarray) else x
+    return held
+
+
+def _projected(held: dict[str, Any], part: str, x: Any) -> Any:
+    y = x @ held[f"{part}.weight"]
+    return y + held[f"{part}.bias"] if f"{part}.bias" in held else y
 
 
 def _array(mask: Any) -> Any:

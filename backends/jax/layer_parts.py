@@ -22,7 +22,7 @@ from attn_core.model import rules as laws
 from attn_core.model.initial import initial
 from attn_core.model.parameters import Plan
 from attn_core.model.positions import LOW, TURN
-from attn_core.model.seeds import step_seed
+from attn_core.model.seeds import MIX, key, step_seed
 from attn_core.model.weights import check_held, weights_for
 
 Array = Any
@@ -211,11 +211,12 @@ def weights_dropout(rate: float, seed: Any, site: int, training: bool) -> Dropou
     if not training or not rate:
         return None
     seed = step_seed(seed)
-    if isinstance(seed, jax.Array):
-        # Low word the step, high word the site.
-        low, _ = philox.words(seed)
-        return Dropout(rate, jnp.stack([low, jnp.full((), site, jnp.uint32)]))
-    return Dropout(rate, (seed, site))
+    if isinstance(seed, tuple):
+        return Dropout(rate, key(seed, site))
+    if not isinstance(seed, jax.Array):
+        raise TypeError(f"`seed` must be an int or an array of JAX. Got {type(seed).__name__}.")
+    low, high = philox.words(seed)
+    return Dropout(rate, jnp.stack([low, high * np.uint32(MIX) + np.uint32(site)]))  # which wraps
 
 
 def hidden_dropout(

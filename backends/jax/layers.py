@@ -32,6 +32,7 @@ from attn_core.model.cache import Cache, Filling, LayerOutput, Memory, check_roo
 from attn_core.model.config import AttentionConfig
 from attn_core.model.positions import offset, turned
 from attn_core.model.rules import Rules, joined_mask, joined_score
+from attn_core.model.words import in_our_words
 
 
 class MultiHeadAttention(Portable):
@@ -79,6 +80,7 @@ class MultiHeadAttention(Portable):
         self.out = Linear(s.heads * s.value, s.out, c.out_bias, **make)
         self.initialise(seed)
 
+    @in_our_words
     @widened
     def __call__(
         self,
@@ -127,6 +129,9 @@ class MultiHeadAttention(Portable):
         if memory is None:
             key = query if key is None else key
             value = key if value is None else value
+            calls.check_given("jnp.asarray", query=query, key=key, value=value)
+        else:
+            calls.check_given("jnp.asarray", query=query)
         self._check(query, key, value, memory, cache, kv_lengths, query_offset)
         if positions is not None:
             positions = integers("positions", positions)
@@ -200,6 +205,7 @@ class MultiHeadAttention(Portable):
     def memory(self, key: Array, value: Array | None = None, lengths: Any = None) -> Memory:
         """A source projected once, to be given as `key` to many calls of cross-attention."""
         value = key if value is None else value
+        calls.check_given("jnp.asarray", key=key, value=value)
         query = (shape(key)[0], 0, self.config.width)
         calls.check_inputs(self.config, query, shape(key), shape(value))
         return Memory(*self._keys(key, value, None), lengths)

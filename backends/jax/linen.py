@@ -1,4 +1,4 @@
-"""The same layer and model as flax.linen modules, params under the words of the plan's names.
+"""The same layers and model as flax.linen modules, params under the words of the plan's names.
 
     layer = MultiHeadAttention(AttentionConfig(width=64, heads=4))
     variables = layer.init(jax.random.key(0), x)          or layer.load_weights("layer.safetensors")
@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx, traverse_util
 
-from attn_core.backends.jax import layers, models
+from attn_core.backends.jax import additive, layers, models
 from attn_core.backends.jax.arrays import DTYPES, x64
 from attn_core.backends.jax.layer_parts import parameters, put
+from attn_core.model.additive import AdditiveConfig
 from attn_core.model.cache import Cache, Memory, ModelCache
 from attn_core.model.config import AttentionConfig
 from attn_core.model.initial import initial
@@ -37,6 +38,7 @@ Array = Any
 _DRAWN = {
     "matrix": jax.nn.initializers.glorot_uniform(),
     "table": jax.nn.initializers.variance_scaling(1.0, "fan_out", "uniform"),
+    "vector": lambda key, shape: jax.nn.initializers.glorot_uniform()(key, (*shape, 1))[..., 0],
     "bias": jax.nn.initializers.zeros,
     "scale": jax.nn.initializers.ones,
 }
@@ -131,6 +133,38 @@ class MultiHeadAttention(Wrapped):
 
     def _blank(self) -> layers.MultiHeadAttention:
         return _blank(layers.MultiHeadAttention, self.settings, site=self.site)
+
+
+class AdditiveAttention(Wrapped):
+    """Additive attention in linear memory: backends/jax/additive.py in linen.
+
+        {"params": {"query": {"weight": ..}, "key": {"weight": ..}, "bias": .., "score": ..}}
+
+    Attributes:
+        config: AdditiveConfig, a path or a mapping.
+        seed, site, deterministic: as of MultiHeadAttention.
+    """
+
+    config: Any
+    seed: int | None = None
+    site: int = 0
+    deterministic: bool | None = None
+
+    def setup(self) -> None:
+        self.held = self._held()
+
+    @property
+    def settings(self) -> AdditiveConfig:
+        """The config, read."""
+        return AdditiveConfig.of(self.config)
+
+    def __call__(self, *inputs: Any, deterministic: bool | None = None, **options: Any) -> Any:
+        """The nnx module's call, whose arguments these are."""
+        dropping = self._dropping(deterministic, self.settings.dropout)
+        return self._filled(self._blank(), dropping)(*inputs, **options)
+
+    def _blank(self) -> additive.AdditiveAttention:
+        return _blank(additive.AdditiveAttention, self.settings, site=self.site)
 
 
 class Transformer(Wrapped):

@@ -37,6 +37,7 @@ from attn_core.model import calls
 from attn_core.model.cache import BlockWeights, Cache, LayerOutput, Memory, ModelCache, ModelOutput
 from attn_core.model.seeds import sites
 from attn_core.model.transformer import TransformerConfig
+from attn_core.model.words import in_our_words
 
 Given = str | PathLike[str] | dict[str, Any] | None
 
@@ -236,6 +237,7 @@ class Transformer(Portable):
         )
         self.initialise(seed)
 
+    @in_our_words
     @widened
     def __call__(
         self,
@@ -270,6 +272,7 @@ class Transformer(Portable):
                 has been computed.
         """
         c = self.config
+        calls.check_given("jnp.asarray", given=given, source=source, types=types)
         if cache is not None:
             calls.check_kind("cache", cache, ModelCache)
         kept = None if cache is None else bool(cache.memories)
@@ -347,6 +350,7 @@ class Transformer(Portable):
         steps: the prompt fills a cache of T + steps - 1 positions, and a loop on the device, whose
         body is compiled once, makes the tokens.
         """
+        calls.check_given("jnp.asarray", prompt=prompt, source=source)
         calls.check_prompt(self.config, jnp.shape(prompt), steps, stop)
         definition, state = nnx.split(self)
         calls.check_reach("lengths", lengths, 1, jnp.shape(prompt)[1], known)
@@ -364,6 +368,7 @@ class Transformer(Portable):
         return _generated(definition, steps, stop, state, jnp.asarray(prompt), told)
 
     def _encode(self, source: Array, lengths: Any, options: dict[str, Any]) -> tuple[Array, Any]:
+        calls.check_given("jnp.asarray", source=source)
         calls.check_read(self.config, "encoder", "source", shape(source), source.dtype.name)
         calls.check_tokens("source", on_host(source), self.config.tokens("encoder"))
         x, seen, _ = self.encoder(source, lengths=lengths, **options)

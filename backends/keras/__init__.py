@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["AdditiveAttention", "MultiHeadAttention", "Transformer"]
+__all__ = ["AdditiveAttention", "MultiHeadAttention", "Steps", "Transformer"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,6 +26,10 @@ def __getattr__(name: str) -> Any:
         from attn_core.backends.keras import models
 
         return models.Transformer
+    if name == "Steps":
+        from attn_core.backends.keras import steps
+
+        return steps.Steps
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -15,6 +15,7 @@ from attn_core.backends.keras.layer_parts import (
     Linear,
     Portable,
     bare,
+    in_our_words,
     integers,
     opened,
     product,
@@ -75,10 +76,12 @@ class AdditiveAttention(Portable):
         self.score = self.add_weight((s.width,), "zeros", name="score")
         self.initialise(seed)
 
+    @in_our_words
     def __call__(
         self, query: Any, key: Any, value: Any = None, *, mask: Any = None, **options: Any
     ) -> Any:
         """`call`, in which Keras has given the name `mask` to something else."""
+        calls.check_given("keras.ops.convert_to_tensor", query=query, key=key, value=value)
         options = with_mask(options, mask)
         found = super().__call__(tensor(query), tensor(key), tensor(value), **options)
         return LayerOutput(*found) if isinstance(found, tuple) else found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from os import PathLike
 from typing import Any
 
@@ -18,8 +19,9 @@ from attn_core.model import calls
 from attn_core.model.initial import initial
 from attn_core.model.parameters import Plan, parameters
 from attn_core.model.positions import LOW, TURN, wheel
-from attn_core.model.seeds import step_seed
+from attn_core.model.seeds import MIX, key, step_seed
 from attn_core.model.weights import check_held, weights_for
+from attn_core.model.words import arguments, check_words
 
 Array = Any
 
@@ -42,6 +44,7 @@ class Portable(keras.layers.Layer):
 
     config: Any
     plan: Plan
+    words: tuple[str, ...]
     # A tf.function runs layers as they are: AutoGraph has nothing to rewrite in them.
     autograph_info__ = None
 
@@ -52,6 +55,10 @@ class Portable(keras.layers.Layer):
         self._convert_input_args = False
         self.config = config
         self.keep(plan=parameters(config))
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.words = ("mask", *arguments(cls.call))
 
     def keep(self, **facts: Any) -> None:
         """Set attributes that Keras and its backend are not to see.
@@ -161,6 +168,17 @@ def padding_of(x: Any) -> Any:
     Keras hands it to `query_mask` itself, but where query is the only tensor of a call.
     """
     return getattr(x, "_keras_mask", None)
+
+
+def in_our_words(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's `__call__`, which says of what `call` does not take how that is called here."""
+
+    @wraps(call)
+    def checked(self: Portable, *args: Any, **options: Any) -> Any:
+        check_words(type(self).__name__, self.words, options)
+        return call(self, *args, **options)
+
+    return as_is(checked)
 
 
 def as_is(method: Any) -> Any:
@@ -372,13 +390,45 @@ def weights_dropout(rate: float, seed: Any, site: int, training: Any) -> Dropout
     if not training or not rate:
         return None
     seed = step_seed(seed)
-    if isinstance(seed, int):
-        return Dropout(rate, (seed, site))
-    # Low word the step, high word the site: two words in JAX, which has no int64, else one.
+    if isinstance(seed, tuple):
+        return Dropout(rate, key(seed, site))
+    seed = _counted(seed)
+    # Both words, of an array that JAX may have no int64 for; elsewhere as one int64, of which the
+    # upper has the sign.
     if keras.backend.backend() == "jax":
-        low = ops.cast(seed, "uint32")
-        return Dropout(rate, ops.stack([low, ops.convert_to_tensor(site, "uint32")]))
-    return Dropout(rate, (ops.cast(seed, "int64") & 0xFFFFFFFF) + (site << 32))
+        low, high = _words(seed)
+        mixed = high * ops.cast(MIX, "uint32") + ops.cast(site, "uint32")  # which wraps
+        return Dropout(rate, ops.stack([low, mixed]))
+    seed = ops.cast(seed, "int64")
+    low, high = key((seed & 0xFFFFFFFF, (seed // 2**32) & 0xFFFFFFFF), site)
+    return Dropout(rate, low + (((high + 2**31) & 0xFFFFFFFF) - 2**31) * 2**32)
+
+
+def _words(seed: Array) -> tuple[Array, Array]:
+    """(low, high), uint32, of an integer scalar of JAX, whose sign is that of all 64 bits."""
+    dtype = dtype_of(seed)
+    if dtype in ("int64", "uint64"):
+        high = ops.right_shift(seed, 32)
+        return ops.cast(seed & 0xFFFFFFFF, "uint32"), ops.cast(high & 0xFFFFFFFF, "uint32")
+    if dtype[0] == "u":
+        return ops.cast(seed, "uint32"), ops.zeros((), "uint32")
+    seed = ops.cast(seed, "int32")
+    return ops.cast(seed, "uint32"), ops.cast(ops.right_shift(seed, 31), "uint32")
+
+
+def _counted(seed: Any) -> Array:
+    """A seed as a tensor; of a variable, its value."""
+    try:
+        return ops.convert_to_tensor(seed)
+    except TypeError as error:
+        if not isinstance(seed, keras.Variable):
+            raise
+        # Keras' training on JAX takes the optimizer's variables away while the model computes.
+        raise ValueError(
+            "`seed` must be a number that the step is traced with. Got the variable "
+            f"{seed.path!r}, whose value Keras gives no model that it trains on JAX: count steps "
+            "with attn_core.backends.keras.Steps, on every backend alike."
+        ) from error
 
 
 def hidden_dropout(

@@ -19,6 +19,7 @@ from attn_core.backends.keras.layer_parts import (
     Words,
     as_is,
     bare,
+    in_our_words,
     indices,
     integers,
     known,
@@ -101,10 +102,13 @@ class MultiHeadAttention(Portable):
             self.out = Linear(s.heads * s.value, s.out, c.out_bias, name="out", **make)
         self.initialise(seed)
 
+    @in_our_words
     def __call__(
         self, query: Any, key: Any = None, value: Any = None, *, mask: Any = None, **options: Any
     ) -> Any:
         """`call`, in which Keras has given the name `mask` to something else."""
+        keys = {} if isinstance(key, Memory) else {"key": key, "value": value}
+        calls.check_given("keras.ops.convert_to_tensor", query=query, **keys)
         options = with_mask(options, mask)
         if "score" in options:
             options["score"] = leaf(options["score"])
@@ -285,6 +289,7 @@ class MultiHeadAttention(Portable):
     @as_is
     def memory(self, key: Array, value: Array | None = None, lengths: Any = None) -> Memory:
         """A source projected once, to be given as `key` to many calls of cross-attention."""
+        calls.check_given("keras.ops.convert_to_tensor", key=key, value=value)
         key, value = tensor(key), tensor(key if value is None else value)
         query = (shape(key)[0], 0, self.config.width)
         calls.check_inputs(self.config, query, shape(key), shape(value))

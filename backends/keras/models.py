@@ -15,6 +15,7 @@ from attn_core.backends.keras.layer_parts import (
     as_is,
     bare,
     dtype_of,
+    in_our_words,
     indices,
     integers,
     known,
@@ -77,8 +78,11 @@ class Transformer(Portable):
         if not trainable:
             self.trainable = False
 
+    @in_our_words
     def __call__(self, given: Any, source: Any = None, *, mask: Any = None, **options: Any) -> Any:
         """`call`, in which Keras has given the name `mask` to something else."""
+        types = options.get("types")
+        calls.check_given("keras.ops.convert_to_tensor", given=given, source=source, types=types)
         options = with_mask(options, mask)
         if source is None and options.get("given_mask") is None:
             options["given_mask"] = padding_of(given)
@@ -127,15 +131,15 @@ class Transformer(Portable):
         """
         c = self.config
         padding = given_mask, source_mask
-        stack = self._check(given, source, source_lengths, cache, padding, types)
-        calls.check_classes(c, attention_mask, lengths, shape(given))
+        reading = bare(attention_mask), lengths
+        stack = self._check(given, source, source_lengths, cache, padding, types, reading)
         options = {"seed": seed, "return_weights": return_weights, "training": training}
         memories, weights = () if cache is None else cache.memories, {}
         if source is not None:
             encoded, seen = self._encode(source, source_lengths, options)
             memories, weights["encoder"] = self._memories(encoded, source_lengths), seen
         # Stacks are not called but run: Keras would look for tensors in what they are given.
-        options |= {"mask": bare(attention_mask), "lengths": lengths}
+        options |= {"mask": reading[0], "lengths": lengths}
         if self.decoder is None:
             x, seen, _ = self.encoder.call(given, types=types, **options)
             out = self._capped(self._classes(x, lengths)) if c.classes is not None else x
@@ -160,6 +164,8 @@ class Transformer(Portable):
         source: Any = None,
         *,
         types: Any = None,
+        attention_mask: Any = None,
+        lengths: Any = None,
         source_lengths: Any = None,
         cache: Any = None,
         return_weights: bool = False,
@@ -175,7 +181,8 @@ class Transformer(Portable):
                 "nodes return one tensor. Got a symbolic call."
             )
         padding = given_mask, source_mask
-        self._check(given, source, source_lengths, None, padding, types)
+        reading = bare(attention_mask), lengths
+        self._check(given, source, source_lengths, None, padding, types, reading)
         batch, rows = given.shape[:2]
         if c.kind != "encoder":
             found: tuple[Any, ...] = (batch, rows, c.vocabulary)
@@ -210,6 +217,7 @@ class Transformer(Portable):
         calls.check_length(c, "length", length if isinstance(length, int) else None)
         memories: tuple[Memory, ...] = ()
         if source is not None:
+            calls.check_given("keras.ops.convert_to_tensor", source=source)
             encoded, _ = self._encode(tensor(source), source_lengths, {})
             memories = self._memories(encoded, source_lengths)
         blocks = [b.attention.make_cache(batch, length, dtype) for b in self.decoder.blocks]
@@ -241,6 +249,7 @@ class Transformer(Portable):
         once for all steps, and within a tf.function or jax.jit they are one loop, whose body is
         traced once.
         """
+        calls.check_given("keras.ops.convert_to_tensor", prompt=prompt, source=source)
         prompt = tensor(prompt)
         calls.check_prompt(self.config, shape(prompt), steps, stop)
         batch, rows = ops.shape(prompt)
@@ -286,8 +295,10 @@ class Transformer(Portable):
         cache: Any,
         padding: tuple[Any, ...],
         types: Any,
+        reading: tuple[Any, Any],
     ) -> str:
         c = self.config
+        calls.check_classes(c, *reading, shape(given))
         if any(one is not None for one in padding):
             raise ValueError(
                 "a padding mask of Keras must be left out: `lengths` and `source_lengths` say "

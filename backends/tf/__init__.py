@@ -12,7 +12,7 @@ import tensorflow as tf
 import attn_core
 from attn_core.api import attention
 from attn_core.backends.tf import accounts, chunked, reference
-from attn_core.backends.tf.documents import scaled_dot_product_attention
+from attn_core.backends.tf.documents import attention_module, scaled_dot_product_attention
 from attn_core.backends.tf.philox import keep
 from attn_core.language.operands import Table
 from attn_core.language.values import Score
@@ -22,6 +22,7 @@ __all__ = [
     "AdditiveAttention",
     "MultiHeadAttention",
     "Transformer",
+    "attention_module",
     "keep",
     "scaled_dot_product_attention",
 ]
@@ -46,7 +47,7 @@ def _leave_alone(functions: list[Any]) -> None:
 
 for _module in (attn_core, attn_core.masks, attn_core.scores):
     _leave_alone([getattr(_module, name) for name in _module.__all__])
-_leave_alone([scaled_dot_product_attention])
+_leave_alone([attention_module, scaled_dot_product_attention])
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from attn_core.api import attention
 from attn_core.backends.torch import accounts, chunked, native, reference, triton
 from attn_core.backends.torch import pytrees as _pytrees
 from attn_core.backends.torch.arrays import DTYPES
-from attn_core.backends.torch.documents import scaled_dot_product_attention
+from attn_core.backends.torch.documents import attention_module, scaled_dot_product_attention
 from attn_core.backends.torch.layer_parts import known
 from attn_core.backends.torch.philox import keep
 from attn_core.backends.torch.tiles import constant
@@ -27,6 +27,7 @@ __all__ = [
     "AdditiveAttention",
     "MultiHeadAttention",
     "Transformer",
+    "attention_module",
     "keep",
     "known",
     "scaled_dot_product_attention",

@@ -13,6 +13,8 @@ from attn_core.api import attention
 from attn_core.backends.torch.layer_parts import (
     Array,
     Portable,
+    check_dtype,
+    check_tensors,
     integers,
     linear,
     made,
@@ -25,6 +27,7 @@ from attn_core.model.additive import AdditiveConfig, tile
 from attn_core.model.cache import LayerOutput
 from attn_core.model.parameters import parameters
 from attn_core.model.rules import at_rows, joined_mask
+from attn_core.model.words import in_our_words
 
 
 class AdditiveAttention(Portable):
@@ -61,6 +64,7 @@ class AdditiveAttention(Portable):
         self.score = torch.nn.Parameter(torch.empty(s.width, **make))
         self.initialise(seed)
 
+    @in_our_words
     def forward(
         self,
         query: Array,
@@ -86,6 +90,9 @@ class AdditiveAttention(Portable):
             TypeError, ValueError: an argument is not of its form.
         """
         value = key if value is None else value
+        check_tensors(query=query, key=key, value=value)
+        check_dtype(self.query, query=query)
+        check_dtype(self.key, key=key)
         calls.check_additive(self.config, query.shape, key.shape, value.shape)
         batch, rows, keys = query.shape[0], query.shape[1], key.shape[1]
         calls.check_rows(mask, rows)

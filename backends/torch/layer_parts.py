@@ -11,13 +11,13 @@ import torch
 from torch.nn import functional as F
 
 from attn_core.backends.torch.arrays import DTYPES
-from attn_core.backends.torch.philox import keep
+from attn_core.backends.torch.philox import keep, words
 from attn_core.language.values import Dropout, drop_threshold
 from attn_core.model import calls
 from attn_core.model.initial import initial
 from attn_core.model.parameters import Plan
 from attn_core.model.positions import LOW, TURN, wheel
-from attn_core.model.seeds import step_seed
+from attn_core.model.seeds import key, step_seed
 from attn_core.model.weights import check_held, weights_for
 
 Array = Any
@@ -145,24 +145,24 @@ def wheel_of(base: float, channels: int, make: dict[str, Any]) -> Array | None:
     return torch.as_tensor(wheel(base, channels), device=make["device"]) if channels else None
 
 
-def angles(words: Array, positions: Array, dtype: torch.dtype) -> Array:
+def angles(turns: Array, positions: Array, dtype: torch.dtype) -> Array:
     """Radians of every channel pair, (B, T, pairs), at int positions (B, T); see model.positions.
 
     Words are held in int64, which never overflows here.
     """
-    high, low = words.to(torch.int64)
+    high, low = turns.to(torch.int64)
     whole = positions.to(torch.int64)[..., None] * high
     wrapped = ((whole + 2**31) & 0xFFFFFFFF) - 2**31
     rest = positions[..., None].to(dtype) * low.to(dtype)
     return wrapped.to(dtype) * TURN + rest * LOW
 
 
-def rotated(x: Array, words: Array, positions: Array, pairs: str) -> Array:
+def rotated(x: Array, turns: Array, positions: Array, pairs: str) -> Array:
     """Heads (B, T, H, D) turned by their positions (B or 1, T); the first channels turn."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    angle = angles(words, positions, dtype)[:, :, None]
+    angle = angles(turns, positions, dtype)[:, :, None]
     cos, sin = torch.cos(angle), torch.sin(angle)
-    count = 2 * words.shape[1]
+    count = 2 * turns.shape[1]
     part, rest = x[..., :count].to(dtype), x[..., count:]
     if pairs == "half":
         a, b = part.chunk(2, -1)
@@ -173,9 +173,9 @@ def rotated(x: Array, words: Array, positions: Array, pairs: str) -> Array:
     return torch.cat([part.to(x.dtype), rest], -1)
 
 
-def sinusoidal(words: Array, positions: Array, dtype: torch.dtype) -> Array:
+def sinusoidal(turns: Array, positions: Array, dtype: torch.dtype) -> Array:
     """PE of int positions (B, T), (B, T, width): sines and cosines in turn, float32 at least."""
-    angle = angles(words, positions, torch.float64 if dtype == torch.float64 else torch.float32)
+    angle = angles(turns, positions, torch.float64 if dtype == torch.float64 else torch.float32)
     return torch.stack([torch.sin(angle), torch.cos(angle)], -1).flatten(-2).to(dtype)
 
 
@@ -184,10 +184,11 @@ def weights_dropout(rate: float, seed: Any, site: int, training: bool) -> Dropou
     if not training or not rate:
         return None
     seed = step_seed(seed)
-    if isinstance(seed, torch.Tensor):
-        # Low word the step, high word the site: as one int64.
-        return Dropout(rate, (seed.to(torch.int64) & 0xFFFFFFFF) + (site << 32))
-    return Dropout(rate, (seed, site))
+    low, high = key(seed if isinstance(seed, tuple) else words(seed), site)
+    if isinstance(seed, tuple):
+        return Dropout(rate, (low, high))
+    # Both words as one int64, of which the upper has the sign; no step on the way overflows.
+    return Dropout(rate, low + (((high + 2**31) & 0xFFFFFFFF) - 2**31) * 2**32)
 
 
 def hidden_dropout(

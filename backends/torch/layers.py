@@ -30,6 +30,7 @@ from attn_core.model.config import AttentionConfig
 from attn_core.model.parameters import parameters
 from attn_core.model.positions import offset, turned
 from attn_core.model.rules import joined_mask, joined_score, rules
+from attn_core.model.words import in_our_words
 
 
 class MultiHeadAttention(Portable):
@@ -81,6 +82,7 @@ class MultiHeadAttention(Portable):
         self.register_buffer("wheel", words, persistent=False)
         self.initialise(seed)
 
+    @in_our_words
     def forward(
         self,
         query: Array,
@@ -199,6 +201,7 @@ class MultiHeadAttention(Portable):
     def memory(self, key: Array, value: Array | None = None, lengths: Any = None) -> Memory:
         """A source projected once, to be given as `key` to many calls of cross-attention."""
         value = key if value is None else value
+        check_tensors(key=key, value=value)
         query = (key.shape[0], 0, self.config.width)
         calls.check_inputs(self.config, query, key.shape, value.shape)
         return Memory(*self._keys(key, value, None), lengths)

@@ -36,6 +36,7 @@ from attn_core.model.cache import BlockWeights, Cache, LayerOutput, Memory, Mode
 from attn_core.model.parameters import parameters
 from attn_core.model.seeds import sites
 from attn_core.model.transformer import TransformerConfig
+from attn_core.model.words import in_our_words
 
 Given = str | PathLike[str] | dict[str, Any] | None
 
@@ -260,6 +261,7 @@ class Transformer(Portable):
             self.head = linear(width, predicted, c.bias, **made(c, device))
         self.initialise(seed)
 
+    @in_our_words
     def forward(
         self,
         given: Array,
@@ -390,6 +392,7 @@ class Transformer(Portable):
         return torch.stack(made, 1)[:, :steps]
 
     def _encode(self, source: Array, lengths: Any, options: dict[str, Any]) -> tuple[Array, Any]:
+        check_tensors(source=source)
         calls.check_read(self.config, "encoder", "source", source.shape, describe(source).dtype)
         calls.check_tokens("source", on_host(source), self.config.tokens("encoder"))
         x, seen, _ = self.encoder(source, lengths=lengths, **options)

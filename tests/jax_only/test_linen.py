@@ -14,8 +14,8 @@ from flax import linen as flax_linen
 from flax import nnx
 from layer_cases import B, draw, weights_of
 
-from attn_core import AttentionConfig, TransformerConfig
-from attn_core.backends.jax import MultiHeadAttention, Transformer, linen
+from attn_core import AdditiveConfig, AttentionConfig, TransformerConfig
+from attn_core.backends.jax import AdditiveAttention, MultiHeadAttention, Transformer, linen
 from attn_core.model.initial import initial
 from attn_core.model.parameters import parameters
 
@@ -70,6 +70,39 @@ def test_first_values() -> None:
         else:
             assert (one[name] == (kind == "scale")).all()
     assert not np.array_equal(one["key.weight"], one["value.weight"])
+
+
+def test_additive_attention_is_nnxs() -> None:
+    layer = AdditiveAttention(width=9, query_input=12, key_input=6, dropout=0.3, site=2)
+    layer.load_weights(weights_of(layer.plan))
+    module = linen.AdditiveAttention(AdditiveConfig(9, 12, 6, dropout=0.3), site=2)
+    variables = module.load_weights(layer.export_weights())
+    assert set(variables["params"]) == {"query", "key", "bias", "score"}
+    for name, x in module.export_weights(variables).items():
+        assert np.array_equal(x, layer.export_weights()[name])
+    given, told = (X, jnp.asarray(draw(B, 7, 6))), {"kv_lengths": jnp.asarray([7, 3])}
+    found = module.apply(variables, *given, **told, seed=4, deterministic=False)
+    assert np.array_equal(found, layer(*given, **told, seed=4))
+    layer.eval()
+    plain = module.apply(variables, *given, **told, deterministic=True, return_weights=True)
+    assert np.array_equal(plain.out, layer(*given, **told))
+    assert plain.weights.shape == (B, 1, 5, 7)
+    assert abs(plain.out - found).max() > 1e-3
+    with pytest.raises(ValueError, match="deterministic"):
+        module.apply(variables, *given)
+    slopes = jax.grad(lambda v: (module.apply(v, *given, deterministic=True) ** 2).sum())(variables)
+    assert abs(slopes["params"]["score"]).max() > 1e-3
+
+
+def test_first_values_of_additive_attention() -> None:
+    module = linen.AdditiveAttention({"width": 12}, seed=3, deterministic=True)
+    made = module.export_weights(module.init(jax.random.key(0), X, X))
+    for name, x in initial(parameters(module.settings), 3).items():
+        assert np.array_equal(made[name], x)
+    drawn = module.clone(seed=None)
+    made = drawn.export_weights(drawn.init(jax.random.key(0), X, X))
+    assert not made["bias"].any()
+    assert 0.5 * (6 / 13) ** 0.5 < abs(made["score"]).max() <= (6 / 13) ** 0.5
 
 
 def test_a_layer_within_a_module() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import export
-from layer_cases import draw, weights_of
+from layer_cases import draw, weights_of, without
 from layer_judge import kept
 from model_cases import (
     BOTH,
@@ -24,7 +24,6 @@ from model_cases import (
     inputs_of,
     share,
     slope,
-    without,
 )
 
 import attn_core

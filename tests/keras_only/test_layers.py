@@ -15,7 +15,7 @@ from layer_cases import CASES, B, Case, draw, inputs_of, judged, share, slope, w
 
 import attn_core
 from attn_core import AttentionConfig, masks
-from attn_core.backends.keras import MultiHeadAttention
+from attn_core.backends.keras import MultiHeadAttention, Steps
 from attn_core.backends.keras.layer_parts import variable
 from attn_core.conformance.tolerance import CAP, EPS, JUDGE
 from attn_core.model.cache import Cache, LayerOutput
@@ -115,7 +115,7 @@ def test_every_option_changes_the_output(name: str) -> None:
     for option in case.config:
         if option in ("width", "heads", "dropout", "bias", "out_bias", *shapes):
             continue
-        other = Case(without(case, option), case.inputs, case.call)
+        other = without(case, option)
         made = MultiHeadAttention(**other.config)
         made.load_weights({n: weights[n] for n in made.plan})
         if case.config.get("positions") == "rotary" and option == "positions":
@@ -583,19 +583,18 @@ def test_trained_by_keras() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.attend = MultiHeadAttention(width=12, heads=4, dropout=0.1, causal=True)
-            self.step = self.add_weight((), "zeros", dtype="int32", trainable=False, name="step")
+            self.steps = Steps()
 
         def call(self, x: Any, training: bool = False) -> Any:
-            if training:
-                self.step.assign_add(1)
-            seed = ops.convert_to_tensor(self.step)
+            seed = self.steps.next() if training else None
             return self.attend(x, seed=seed, training=training)
 
     model = Model()
     model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse")
     x = draw(16, 5, 12)
     history = model.fit(x, np.tanh(x), epochs=12, batch_size=8, verbose=0)
-    assert int(array(model.step.value)) == 24
+    model.evaluate(x, np.tanh(x), verbose=0)
+    assert int(array(model.steps.count.value)) == 24
     assert history.history["loss"][-1] < 0.5 * history.history["loss"][0]
 
 
@@ -673,7 +672,12 @@ def test_a_seed_that_changes_is_traced_once_as_a_tensor() -> None:
         assert np.allclose(outs[-1], array(layer(X, seed=seed, training=True)), atol=1e-6)
     assert step.traces == 1
     assert abs(outs[0] - outs[1]).max() > 1e-3
-    assert np.allclose(outs[3], array(layer(X, seed=2**32 - 1, training=True)), atol=1e-6)
+    for seed in (2**32 - 1, 2**40 + 7, 2**63 - 1):  # every word of a seed is read
+        out = array(layer(X, seed=seed, training=True))
+        assert min(abs(out - other).max() for other in outs) > 1e-3
+        with wide():
+            given = tensor(np.array(seed, np.int64))
+            assert np.allclose(array(layer(X, seed=given, training=True)), out, atol=1e-6)
 
 
 @tf_only

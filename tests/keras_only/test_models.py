@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 from keras_support import BACKEND, Traced, array, gradients, tensor, tensors
-from layer_cases import draw, weights_of
+from layer_cases import draw, weights_of, without
 from model_cases import (
     BOTH,
     CASES,
@@ -23,7 +23,6 @@ from model_cases import (
     inputs_of,
     share,
     slope,
-    without,
 )
 
 import attn_core

@@ -13,7 +13,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "LAYERS.md"
 def test_the_pages_python_runs() -> None:
     """The blocks follow one another, as a reader would type them."""
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
-    assert len(blocks) == 6
+    assert len(blocks) == 8
     torch.manual_seed(0)
     names: dict[str, object] = {}
     for block in blocks:

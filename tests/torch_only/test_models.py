@@ -9,7 +9,7 @@ import model_judge
 import numpy as np
 import pytest
 import torch
-from layer_cases import draw, weights_of
+from layer_cases import draw, weights_of, without
 from layer_judge import kept
 from model_cases import (
     BOTH,
@@ -23,7 +23,6 @@ from model_cases import (
     inputs_of,
     share,
     slope,
-    without,
 )
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
