@@ -90,6 +90,7 @@ class Intervals:
         self._offset = Int(offset, offset)
         self._widths = widths(self.tree, size[0] - 1, size[1] - 1)
         rules = self.rules
+        rules.begin()
         q = Int(rules.plus(rows[0], offset), rules.plus(rows[1], offset))
         k = Int(*keys)
         gap = Int(rules.minus(q.lo, k.hi), rules.minus(q.hi, k.lo))
@@ -145,20 +146,24 @@ class Intervals:
                 bound = rules.minus(bound, part.lo) if times > 0 else rules.plus(bound, part.hi)
             name = "d" if cq and ck else "q" if cq else "k"
             if (cq or ck) > 0:
-                high[name] = ops.minimum(high[name], bound)
+                high[name] = rules.least(high[name], bound)
             else:
-                low[name] = ops.maximum(low[name], rules.minus(rules.number(0), bound))
+                low[name] = rules.most(low[name], rules.minus(rules.number(0), bound))
         # One round closes q = k + d: with three variables there is no longer way around.
-        low["d"] = ops.maximum(low["d"], rules.minus(low["q"], high["k"]))
-        high["d"] = ops.minimum(high["d"], rules.minus(high["q"], low["k"]))
+        low["d"] = rules.most(low["d"], rules.minus(low["q"], high["k"]))
+        high["d"] = rules.least(high["d"], rules.minus(high["q"], low["k"]))
         live = (low["q"] <= high["q"]) & (low["k"] <= high["k"]) & (low["d"] <= high["d"])
-        low["q"] = ops.maximum(low["q"], rules.plus(low["k"], low["d"]))
-        high["q"] = ops.minimum(high["q"], rules.plus(high["k"], high["d"]))
-        low["k"] = ops.maximum(low["k"], rules.minus(low["q"], high["d"]))
-        high["k"] = ops.minimum(high["k"], rules.minus(high["q"], low["d"]))
+        low["q"] = rules.most(low["q"], rules.plus(low["k"], low["d"]))
+        high["q"] = rules.least(high["q"], rules.plus(high["k"], high["d"]))
+        low["k"] = rules.most(low["k"], rules.minus(low["q"], high["d"]))
+        high["k"] = rules.least(high["k"], rules.minus(high["q"], low["d"]))
+
         # An empty zone is read over the whole tile instead, and not used.
+        def chosen(new: Array, old: Array) -> Array:
+            return old if new is old else ops.where(live, new, old)
+
         found = [
-            Int(ops.where(live, low[name], old.lo), ops.where(live, high[name], old.hi))
+            Int(chosen(low[name], old.lo), chosen(high[name], old.hi))
             for name, old in (("q", indices["q"]), ("k", indices["k"]), ("d", gap))
         ]
         return live, found[0], found[1], found[2]
@@ -190,7 +195,7 @@ class Intervals:
         """A sum in which q, k or row cancel, or meet as q - k, is known better than its parts."""
         if form.rest == ((at, 1),) or (form.q, form.k) not in ((1, -1), (-1, 1), (0, 0)):
             return value
-        rules, ops = self.rules, self.ops
+        rules = self.rules
         lo = hi = rules.number(0)
         if form.q:
             lo, hi = gap
@@ -202,7 +207,7 @@ class Intervals:
                 lo, hi = rules.plus(lo, part.lo), rules.plus(hi, part.hi)
             else:
                 lo, hi = rules.minus(lo, part.hi), rules.minus(hi, part.lo)
-        return Int(ops.maximum(value.lo, lo), ops.minimum(value.hi, hi))
+        return Int(rules.most(value.lo, lo), rules.least(value.hi, hi))
 
 
 def _divisor(tree: Tree, step: Step) -> int | None:

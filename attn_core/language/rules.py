@@ -26,7 +26,8 @@ class Host:
     `array` makes operands and lengths (int32, wider where they are, or bool), `take` reads the
     flattened array and gives positions' dtype or bool, `floordiv` never sees a divisor of 0, and
     `least`, `most` and `total` reduce the last axis, and `descending` gives the order that sorts
-    it, largest first and equal ones as they stand.
+    it, largest first and equal ones as they stand. A library whose integers are cheap to widen may
+    have `plus` and `minus` of its own, held within int32 as those of `Rules` are.
     """
 
     def where(self, condition: Array, x: Array, y: Array) -> Array:
@@ -96,20 +97,60 @@ class Rules:
     def __init__(self, ops: Any) -> None:
         self.ops = ops
         self._numbers: dict[int, Array] = {}
+        self._known: dict[int, int] = {}
+        self._made: dict[tuple[str, int, int], tuple[Array, Array, Array]] = {}
+
+    def begin(self) -> None:
+        """Forget what was made of the last tiles' arrays."""
+        self._made.clear()
 
     def number(self, value: int) -> Array:
         if value not in self._numbers:
             self._numbers[value] = self.ops.index(value)
+            self._known[id(self._numbers[value])] = value
         return self._numbers[value]
 
+    def least(self, x: Array, y: Array) -> Array:
+        """The smaller one; of an array and itself that array."""
+        return x if x is y else self.ops.minimum(x, y)
+
+    def most(self, x: Array, y: Array) -> Array:
+        """The larger one."""
+        return x if x is y else self.ops.maximum(x, y)
+
     def plus(self, x: Array, y: Array) -> Array:
-        """x + y, held within int32: for bounds, where a bound out of range is no bound."""
+        """x + y, held within int32: for bounds, where a bound out of range is no bound.
+
+        On a GPU every operation is a launch: numbers are added here, and what has been added
+        before, to these very arrays, is not added again.
+        """
+        return self._once("plus", x, y)
+
+    def minus(self, x: Array, y: Array) -> Array:
+        """x - y, held within int32."""
+        return self._once("minus", x, y)
+
+    def _once(self, what: str, x: Array, y: Array) -> Array:
+        numbers = self._known.get(id(x)), self._known.get(id(y))
+        if numbers[1] == 0:
+            return x
+        if what == "plus" and numbers[0] == 0:
+            return y
+        if numbers[0] is not None and numbers[1] is not None:
+            found = numbers[0] + numbers[1] if what == "plus" else numbers[0] - numbers[1]
+            return self.number(max(INT_MIN, min(INT_MAX, found)))
+        key = what, id(x), id(y)
+        if key not in self._made:
+            own = getattr(self.ops, what, None) or getattr(self, f"_{what}")
+            self._made[key] = own(x, y), x, y  # held, so that no other array gets their ids
+        return self._made[key][0]
+
+    def _plus(self, x: Array, y: Array) -> Array:
         zero, ops = self.number(0), self.ops
         up, down = ops.maximum(y, zero), ops.minimum(y, zero)
         return ops.maximum(ops.minimum(x, INT_MAX - up) + up, INT_MIN - down) + down
 
-    def minus(self, x: Array, y: Array) -> Array:
-        """x - y, held within int32."""
+    def _minus(self, x: Array, y: Array) -> Array:
         zero, ops = self.number(0), self.ops
         up, down = ops.maximum(y, zero), ops.minimum(y, zero)
         return ops.minimum(ops.maximum(x, INT_MIN + up) - up, INT_MAX + down) - down

@@ -6,10 +6,13 @@ The names and their order are those of `attn_core.language.rules.Host`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+
+from attn_core.language.tree import INT_MAX, INT_MIN
 
 Array = Any
 
@@ -49,11 +52,29 @@ def _run(first: int, step: int, count: int, options: dict[str, Any]) -> Array:
     return torch.arange(first, first + step * count, step, **options)
 
 
-class Tiles:
-    """Tile positions and operands as int32 (or bool) tensors on `device`."""
+@lru_cache(maxsize=256)
+def _kept(held: bytes, shape: tuple[int, ...], device: torch.device) -> Array:
+    x = np.frombuffer(held, np.int64).reshape(shape).copy()
+    return constant(x if shape else x.item(), torch.int32, device)
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+
+class Tiles:
+    """Tile positions and operands as int32 (or bool) tensors on `device`; sums may be wider.
+
+    Args:
+        keep: whether constants may be kept there for the next one.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", keep: bool = False) -> None:
         self.device = torch.device(device)
+        self.keep = keep
+
+    def plus(self, x: Array, y: Array) -> Array:
+        """Added up in 64 bits, where nothing overflows: a third of the operations."""
+        return (x.to(torch.int64) + y).clamp(INT_MIN, INT_MAX)
+
+    def minus(self, x: Array, y: Array) -> Array:
+        return (x.to(torch.int64) - y).clamp(INT_MIN, INT_MAX)
 
     def where(self, condition: Array, x: Array, y: Array) -> Array:
         return torch.where(condition, x, y)
@@ -80,6 +101,9 @@ class Tiles:
     def index(self, x: Any) -> Array:
         if isinstance(x, torch.Tensor):
             return x.to(self.device, torch.int32)
+        if self.keep:
+            host = np.asarray(x, np.int64)
+            return _kept(host.tobytes(), host.shape, self.device)
         return constant(x, torch.int32, self.device)
 
     def array(self, x: Any) -> Array:

@@ -142,7 +142,7 @@ class Call:
 
     def _schedule(self, rows: int, keys: int, columns: bool, offsets: Array) -> Schedule:
         found = block_grid(
-            Tiles(self.device),
+            _tiles(self.device),
             self.ask.mask,
             self.x.mask,
             q_len=self.q_len,
@@ -202,6 +202,10 @@ def _one(n: int, device: torch.device) -> Array:
     return torch.full((1,), n, dtype=torch.int32, device=device)
 
 
+def _tiles(device: torch.device) -> Tiles:
+    return Tiles(device, launcher.keeping(device))
+
+
 def _ordered(found: Array, kv_heads: int, ends: tuple[bool, bool], columns: bool) -> Schedule:
     if found.shape[1] > 1:
         grouped = found.unflatten(1, (kv_heads, -1))
@@ -213,7 +217,7 @@ def _ordered(found: Array, kv_heads: int, ends: tuple[bool, bool], columns: bool
             found = torch.cat([first, last.clamp(max=PARTIAL)], axis)
     if columns:
         found = found.transpose(-1, -2).contiguous()
-    return of_status(Tiles(found.device), found)
+    return of_status(_tiles(found.device), found)
 
 
 @lru_cache(maxsize=64)
@@ -228,7 +232,7 @@ def _static(
     """A schedule that no tensor has a say in."""
     q_len, k_len, rows, keys, batch, heads, kv_heads = sizes
     found = block_grid(
-        *(Tiles(device), mask),
+        *(_tiles(device), mask),
         q_len=q_len,
         k_len=k_len,
         block_q=rows,

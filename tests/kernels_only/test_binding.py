@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kernel_calls import DEVICE, compare, draw
@@ -22,7 +24,9 @@ from attn_core.backends.torch import (
 )
 from attn_core.backends.torch.chunked_backward import Saved, Upstream
 from attn_core.backends.torch.chunked_parts import Ask, read
+from attn_core.backends.torch.tiles import Tiles
 from attn_core.conformance import run
+from attn_core.language.rules import HOST, Rules
 from attn_core.spec import Operands
 
 B, HQ, HK, TQ, TK, D = 2, 4, 2, 20, 23, 8
@@ -424,6 +428,65 @@ def test_a_schedule_of_sizes_alone_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     assert triton_call._static.cache_info().currsize == 0
 
 
+class _Launches(TorchDispatchMode):
+    """Counts what a device would be given to do: every operation but those that look elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        ends = [x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)]
+        if not isinstance(found, torch.Tensor) or found.untyped_storage()._cdata not in ends:
+            self.count += 1
+        return found
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("name", "most"), [("lengths alone", 40), ("causal", 72), ("a window, offsets", 80)]
+)
+def test_a_schedule_that_reads_lengths_is_few_operations(
+    name: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them is a launch, in every call. The second schedule finds its constants made."""
+    ints = torch.zeros(2, dtype=torch.int32, device="meta")
+    mask, offset, more = {
+        "lengths alone": (None, "zero", {"kv_lengths": ints}),
+        "causal": (masks.causal(), "end", {"kv_lengths": ints, "q_lengths": ints}),
+        "a window, offsets": (masks.window(9, 0), "given", {"query_offset": ints}),
+    }[name]
+    tree = mask.tree if mask is not None else None
+    ask = Ask("BHTD", offset, 0.0, tree, None, 0, False, False, "triton")
+    arrays = [torch.empty(2, heads, 700, 16, device="meta") for heads in (4, 2, 2)]
+    monkeypatch.setattr(triton_launch, "keeping", lambda device: True)
+    made = triton_call.Call(ask, 1.0, Operands(*arrays, **more))
+    made.schedule(128, 64)
+    with _Launches() as launches:
+        made.schedule(128, 64)
+    assert 20 < launches.count <= most
+
+
+def test_sums_of_bounds_are_those_of_every_other_library() -> None:
+    """At the ends of int32, where adding in 32 bits would wrap."""
+    ends = [-(2**31), -(2**31) + 1, -7, -1, 0, 1, 9, 2**31 - 2, 2**31 - 1]
+    x, y = (n.reshape(-1) for n in np.meshgrid(ends, ends))
+    host, device = Rules(HOST), Rules(Tiles(DEVICE))
+    for what in ("plus", "minus"):
+        found = getattr(device, what)(*(Tiles(DEVICE).index(n) for n in (x, y)))
+        exact = x + y if what == "plus" else x - y
+        assert found.tolist() == np.clip(exact, ends[0], ends[-1]).tolist()
+        assert found.tolist() == getattr(host, what)(x, y).tolist()
+        for a in ends:
+            for b in ends:  # numbers are added on the host
+                numbers = getattr(device, what)(device.number(a), device.number(b))
+                exact = a + b if what == "plus" else a - b
+                assert int(numbers) == min(max(exact, ends[0]), ends[-1])
+
+
 def test_dropout_of_a_host_seed_and_of_a_tensor_are_one() -> None:
     one = call(dropout=Dropout(0.4, 2**40 + 7), query_offset=0)
     seed = torch.tensor(2**40 + 7, device=DEVICE)
@@ -469,3 +532,42 @@ def test_strides_of_every_kind() -> None:
         if given[0] is QUERY:
             want = call(QUERY, given[1].contiguous(), given[2].contiguous())
         assert torch.equal(got, want)
+
+
+@interpreted
+@pytest.mark.parametrize("layout", ["BHTD", "BTHD"])
+def test_columns_that_stand_far_apart(layout: str, tmp_path: Path) -> None:
+    """So far that in 32 bits the last one would lie before the first: forward and backward."""
+    width, rows, step = 24, 5, 2**31 // 20
+    # A file with holes: pages that nobody writes to take no room.
+    room = torch.from_file(
+        str(tmp_path / "room"), shared=True, size=width * step, dtype=torch.float16
+    )
+    order = (1, 2) if layout == "BHTD" else (2, 1)
+    sizes, strides = [1, 0, 0, width], [1, 0, 0, step]
+    for axis, (n, stride) in zip(order, ((2, 1), (rows, 2)), strict=True):
+        sizes[axis], strides[axis] = n, stride
+    near = [draw(*sizes).half() for _ in range(4)]
+    far = [room.as_strided(sizes, strides, 4096 * n) for n in range(4)]
+    for a, b in zip(far, near, strict=True):
+        a.copy_(b)
+    found = []
+    for arrays in (far, near):
+        leaves = [x.detach().requires_grad_() for x in arrays[:3]]
+        out = call(*leaves, layout=layout, mask=masks.causal(), query_offset=0)
+        found.append([out, *torch.autograd.grad(out, leaves, arrays[3])])
+    assert far[0].stride()[-1] == step
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+@interpreted
+def test_one_step_between_columns_beyond_32_bits(tmp_path: Path) -> None:
+    width, step = 3, 2**31 + 8
+    room = torch.from_file(
+        str(tmp_path / "room"), shared=True, size=width * step, dtype=torch.float16
+    )
+    near = draw(1, 1, 5, width).half()
+    far = room.as_strided(near.shape, (1, 1, 1, step))
+    far.copy_(near)
+    assert torch.equal(call(far, far, far), call(near, near, near))
