@@ -30,6 +30,10 @@ _DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-roc
 _SAFE = ("3.4", "3.5", "3.6")
 """Versions that do not mind that TensorFlow came first; 3.7 to 3.9 abort the process."""
 
+_PLAIN, _WIDE = 64, 256
+"""Widths of trials: with the first every width up to it stands or falls, with the other those above
+half of it."""
+
 _LOCK = threading.Lock()
 
 
@@ -40,11 +44,13 @@ class Finding(NamedTuple):
         devices: the GPUs on which kernels ran: "NVIDIA H200 (sm_90)".
         problem: why kernels cannot be used, a sentence; "" where they can.
         hazards: sentences about what is known to go wrong with these versions.
+        narrower: (dtype, width, sentence): where kernels that otherwise work did not.
     """
 
     devices: tuple[str, ...] = ()
     problem: str = ""
     hazards: tuple[str, ...] = ()
+    narrower: tuple[tuple[str, int, str], ...] = ()
 
 
 def problem(device: str) -> str:
@@ -64,8 +70,28 @@ def problem(device: str) -> str:
     return wrong or _loaded(found)
 
 
+def narrower(device: str, dtype: str, width: int) -> str:
+    """Why kernels that can run on this kind of device cannot on such numbers; "" where they can.
+
+    Of a width, all above half of it are taken to be alike, in either dtype of 16 bits: they have
+    the same kernels, whose tiles are of a power of two.
+
+    Args:
+        width: the wider of D and Dv.
+    """
+    if device != "cuda" or dtype not in ("float16", "bfloat16"):
+        return ""
+    with _LOCK:
+        found = finding().narrower
+    for bad, most, wrong in found:
+        if (dtype == bad and most <= _PLAIN) or (most > _PLAIN and width > most // 2):
+            return f"{wrong} It was {bad} of width {most}."
+    return ""
+
+
 # What torch.compiler.assume_constant_result does, without loading torch's compiler (and triton).
 problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+narrower._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def interpreting() -> bool:
@@ -139,18 +165,43 @@ def finding() -> Finding:
             env=environment,
             stdin=subprocess.DEVNULL,
         )
-    except subprocess.TimeoutExpired:
-        return Finding(problem=f"kernels must answer a probe within {TIMEOUT:g} s. Got no answer.")
+    except subprocess.TimeoutExpired as error:
+        told = error.stdout or ""
+        told = told.decode("utf-8", "replace") if isinstance(told, bytes) else told
+        never = f"kernels must answer a probe within {TIMEOUT:g} s. Got no answer."
+        return _part(told, never) or Finding(problem=never)
     except OSError as error:
         return Finding(problem=f"a process to probe kernels in must start. Got {error}.")
+    status = ran.returncode
+    how = f"signal {Signals(-status).name}" if status < 0 else f"status {status}"
+    last = ([line for line in ran.stderr.splitlines() if line.strip()] or ["no message"])[-1]
+    died = f"kernels must survive a probe. Got {how}: {last}"
+    return _part(ran.stdout, died) or Finding(problem=died)
+
+
+def _part(told: str, ended: str) -> Finding | None:
+    """What the other process said, if only at last; None where that is nothing.
+
+    Args:
+        ended: what is to be said of the trial that it ended in.
+    """
     try:
-        said = json.loads(ran.stdout.splitlines()[-1])
-        return Finding(tuple(said["devices"]), said["problem"], tuple(said["hazards"]))
+        said = json.loads(told.splitlines()[-1])
+        devices, hazards = tuple(said["devices"]), tuple(said["hazards"])
+        narrow = [(str(d), int(n), str(w)) for d, n, w in said.get("narrower", ())]
+        trying = said.get("trying")
+        if trying is None:
+            return Finding(devices, said["problem"], hazards, tuple(narrow))
+        dtype, width = trying
     except (IndexError, KeyError, TypeError, ValueError):
-        status = ran.returncode
-        how = f"signal {Signals(-status).name}" if status < 0 else f"status {status}"
-        last = ([line for line in ran.stderr.splitlines() if line.strip()] or ["no message"])[-1]
-        return Finding(problem=f"kernels must survive a probe. Got {how}: {last}")
+        return None
+    if (dtype, width) == ("float16", _PLAIN):
+        return None
+    # What would have been tried after it is not known to work either.
+    narrow.append((str(dtype), int(width), ended))
+    if width <= _PLAIN:
+        narrow.append((str(dtype), _WIDE, f"{ended} Wider ones were not tried."))
+    return Finding(devices, "", hazards, tuple(narrow))
 
 
 def lines() -> list[str]:
@@ -170,5 +221,6 @@ def lines() -> list[str]:
     )
     return [
         f"triton: triton {found}, {state}",
+        *[f"triton: not for {d} of width {n}: {why}" for d, n, why in probed.narrower],
         *[f"triton: beware, {said}" for said in probed.hazards],
     ]

@@ -24,6 +24,10 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def refusals(p: Problem) -> list[str]:
     reasons = []
     wrong = probe.problem(p.device)
+    if not wrong and p.device == "cuda":
+        # One of two, decided here: torch.compile wants numbers that it knows.
+        wide = WIDEST if max(p.width, p.v_width) > WIDEST // 2 else WIDEST // 4
+        wrong = probe.narrower(p.device, p.dtype, wide)
     if wrong:
         reasons.append(wrong)
     if p.dtype not in _DTYPES:

@@ -1,14 +1,15 @@
 """What a process of its own runs to find out whether kernels work: `probe` asks, JSON answers.
 
-On each kind of GPU a causal attention of float16 goes forward and backward through the kernels, and
-is held against the formula in float64.
+On each kind of GPU a causal attention goes forward and backward through the kernels, and is held
+against the formula in float64: in float16 first, then in what may fail where that did not, bfloat16
+and the widest columns. Before each trial a line says what is tried, so that a trial that ends the
+process is known, too.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,37 +20,88 @@ from attn_core.kernels.hazards import hazard
 from attn_core.spec import Operands
 from attn_core.whole import CAUSAL
 
-_T, _D = 80, 64
-"""Rows, over the end of a tile, and columns."""
+_T = 80
+"""Rows, over the end of a tile."""
 
-_ALLOWED = 2.0**-6
-"""Far above float16's rounding of a row, far below what a wrong product comes to."""
+
+class Trial(NamedTuple):
+    """What is tried: a dtype, and columns of query, key and value."""
+
+    dtype: str
+    width: int
+
+
+FIRST = Trial("float16", 64)
+"""Where this fails, nothing is said to work."""
+
+_ALLOWED = {"float16": 2.0**-6, "bfloat16": 2.0**-3}
+"""Far above the dtype's rounding of a row, far below what a wrong product comes to."""
 
 
 def main() -> None:
-    """Prints the devices on which kernels ran, what was wrong, and hazards, as one line of JSON."""
-    devices: list[str] = []
-    problem, hazards = "", []
+    """Prints what was found so far as lines of JSON; the last one that ends is the whole.
+
+    {"devices": where kernels ran, "problem": what was wrong, "hazards": [...],
+     "narrower": [[dtype, width, what was wrong], ...], "trying": [dtype, width] or null}
+    """
+    found: dict[str, Any] = {"devices": [], "problem": "", "hazards": [], "narrower": []}
+
+    def say(trying: Trial | None) -> None:
+        print(json.dumps({**found, "trying": trying}), flush=True)
+
+    say(FIRST)
     try:
         if not torch.cuda.is_available():
-            problem = "torch must see a GPU. Got none."
+            found["problem"] = "torch must see a GPU. Got none."
         for name, device in kinds().items():
             beware = hazard(triton_launch.architecture(device))
             if beware:
-                hazards.append(f"{name}: {beware}")
-            worst = error_on(device)
-            if not worst <= _ALLOWED:
-                problem = (
-                    f"kernels must agree with the formula within {_ALLOWED:g} on {name}. "
-                    f"Got an error of {worst:g}."
-                )
+                found["hazards"].append(f"{name}: {beware}")
+            say(FIRST)
+            found["problem"] = _wrong(name, device, FIRST)
+            if found["problem"]:
                 break
-            devices.append(name)
+            found["devices"].append(name)
     except Exception as error:  # whatever it raises is the reason
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        problem = f"kernels must compile and run on every GPU that torch sees. Got {what}"
-    print(json.dumps({"devices": devices, "problem": problem, "hazards": hazards}), flush=True)
-    sys.stdout.flush()
+        found["problem"] = f"kernels must compile and run on every GPU that torch sees. Got {what}"
+    if not found["problem"]:
+        _narrow(found, say)
+    say(None)
+
+
+def _narrow(found: dict[str, Any], say: Any) -> None:
+    """What works on every GPU in float16 may not work in everything."""
+    for name, device in kinds().items():
+        for trial in trials(device):
+            if any(trial == Trial(*other[:2]) for other in found["narrower"]):
+                continue
+            say(trial)
+            try:
+                wrong = _wrong(name, device, trial)
+            except Exception as error:
+                what = " ".join(f"{type(error).__name__}: {error}".split())
+                wrong = f"kernels must compile and run on {name}. Got {what}"
+            if wrong:
+                found["narrower"].append([*trial, wrong])
+
+
+def trials(device: torch.device) -> list[Trial]:
+    """What is tried after the first: numbers and widths whose kernels are other ones."""
+    with torch.cuda.device(device):
+        brain = torch.cuda.is_bf16_supported(including_emulation=False)
+    wide = "bfloat16" if brain else "float16"
+    return [Trial("bfloat16", 64)] * brain + [Trial(wide, 256)]
+
+
+def _wrong(name: str, device: torch.device, trial: Trial) -> str:
+    worst, allowed = error_on(device, trial), _ALLOWED[trial.dtype]
+    if worst <= allowed:
+        return ""
+    return (
+        f"kernels must agree with the formula within {allowed:g} on {name}. "
+        f"Got an error of {worst:g}."
+    )
 
 
 def kinds() -> dict[str, torch.device]:
@@ -62,21 +114,22 @@ def kinds() -> dict[str, torch.device]:
     return found
 
 
-def error_on(device: torch.device) -> float:
+def error_on(device: torch.device, trial: Trial = FIRST) -> float:
     """The largest error of out and the gradients of query, key and value; NaN if there is one."""
     draw = torch.Generator().manual_seed(0)
-    q, k, v, up = (torch.randn(1, 2, _T, _D, generator=draw).half() for _ in range(4))
+    shape, dtype = (1, 2, _T, trial.width), getattr(torch, trial.dtype)
+    q, k, v, up = (torch.randn(*shape, generator=draw).to(dtype) for _ in range(4))
     wide = [x.double().requires_grad_() for x in (q, k, v)]
-    logits = wide[0] @ wide[1].transpose(-1, -2) * _D**-0.5
+    logits = wide[0] @ wide[1].transpose(-1, -2) * trial.width**-0.5
     hidden = torch.ones(_T, _T, dtype=torch.bool).triu(1)
     want = torch.softmax(logits.masked_fill(hidden, -torch.inf), -1) @ wide[2]
     pulled = torch.autograd.grad(want, wide, up.double())
     x = Operands(*[t.to(device) for t in (q, k, v)])
     ask = Ask("BHTD", "zero", 0.0, CAUSAL, None, 0, False, False, "triton")
-    out, _, _, *rows = triton_forward.forward(ask, _D**-0.5, x)
+    out, _, _, *rows = triton_forward.forward(ask, trial.width**-0.5, x)
     upstream = Upstream(up.to(device), None, None)
     wanted = [True, True, True, False, False]
-    grads = triton_backward.backward(ask, _D**-0.5, x, Saved(out, *rows), upstream, wanted)
+    grads = triton_backward.backward(ask, trial.width**-0.5, x, Saved(out, *rows), upstream, wanted)
     pairs: list[tuple[Any, Any]] = list(zip((out, *grads), (want, *pulled), strict=True))
     errors = [(got.cpu().double() - true.detach()).abs().max() for got, true in pairs]
     return float(torch.stack(errors).max())

@@ -164,6 +164,61 @@ def test_a_probe_that_dies_is_a_reason(
     assert probe.lines()[0].endswith(f"not used: {found}")
 
 
+def narrow(dtype: str, width: int, device: str = "cuda") -> str:
+    """What `impl="triton"` refuses such a problem for."""
+    asked = replace(ON_GPU, dtype=dtype, width=width, v_width=width, device=device)
+    refused = dict(registry.choose(BACKEND, asked, "auto").refused).get("triton", ())
+    return " ".join(refused)
+
+
+@pytest.mark.parametrize(
+    ("bad", "refused"),
+    [
+        (["bfloat16", 64, "No."], {("bfloat16", 64), ("bfloat16", 256)}),
+        (["bfloat16", 256, "No."], {("bfloat16", 256), ("float16", 256)}),
+    ],
+)
+def test_what_fails_alone_is_refused_alone(
+    bad: list[Any], refused: set[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = answers(monkeypatch, stdout=said(devices=["A GPU (sm_90)"], narrower=[bad]))
+    monkeypatch.setattr(probe, "_loaded", lambda found: "")
+    for dtype in ("float16", "bfloat16", "float32"):
+        for width in (64, 256):
+            expected = f"No. It was bfloat16 of width {bad[1]}."
+            assert narrow(dtype, width) == (expected if (dtype, width) in refused else "")
+    assert narrow("float16", 128) == ""
+    assert narrow("float16", 136) == ("" if bad[1] == 64 else expected)
+    wide = replace(ON_GPU, dtype="bfloat16", width=256, v_width=256)
+    with pytest.raises(UnsupportedError, match="It was bfloat16 of width"):
+        registry.choose(BACKEND, wide, "triton")
+    assert len(started) == 1
+    assert probe.lines()[1] == f"triton: not for bfloat16 of width {bad[1]}: No."
+
+
+@pytest.mark.parametrize("how", ["signal", "time"])
+@pytest.mark.parametrize(("trying", "works"), [(64, {("float16", 64)}), (256, {("bfloat16", 64)})])
+def test_a_later_trial_that_ends_the_probe_costs_no_more_than_what_it_tried(
+    trying: int, works: set[tuple[str, int]], how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = said(devices=["A GPU (sm_90)"], trying=["float16", 64]) + "\n"
+    told += said(devices=["A GPU (sm_90)"], trying=["bfloat16", trying]) + "\n"
+    if how == "signal":
+        answers(monkeypatch, stdout=told, returncode=-11, stderr="gone")
+    else:
+        answers(monkeypatch, raises=subprocess.TimeoutExpired("python", 3, output=told.encode()))
+    monkeypatch.setattr(probe, "_loaded", lambda found: "")
+    assert probe.problem("cuda") == ""
+    wrong = {"signal": "Got signal SIGSEGV: gone", "time": "Got no answer."}[how]
+    for dtype, width in (("float16", 64), ("bfloat16", 64), ("bfloat16", 256), ("float16", 256)):
+        found = narrow(dtype, width)
+        if width == 256 or (dtype, trying) == ("bfloat16", 64):
+            assert wrong in found
+        else:
+            assert found == ""
+    assert all(narrow(*each) == "" for each in works)
+
+
 def test_words_of_another_encoding_are_a_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
