@@ -72,7 +72,8 @@ def compile_kernels(
         Path | None, typer.Option(dir_okay=False, help="Also write the findings here.")
     ] = None,
 ) -> None:
-    """Compile kernels ahead of time; exit 1 on spills, serialized products or too much memory."""
+    """Compile kernels ahead of time; exit 1 on spills, serialized products or too much memory, and
+    where there is no compiler for a target."""
     from attn_core.kernels import ahead, hazards
 
     console = Console()
@@ -85,6 +86,8 @@ def compile_kernels(
         raise _refused(error) from error
     if not _triton():
         raise _refused(ImportError("Triton must be installed (pip install 'attn-core[triton]')."))
+    none = ahead.unmade(targets)
+    asked = [job for job in asked if job.target not in none]
     came: list[Finding] = []
     interrupted = False
     with Progress(
@@ -106,7 +109,11 @@ def compile_kernels(
             found = ahead.run(asked, jobs, seen)
         except KeyboardInterrupt:
             found, interrupted = came, True
-    console.print(_summary(found))
+    if found:
+        console.print(_summary(found))
+    for name, reason in none.items():
+        note = f"{name}: the compilers here make nothing for it, and none was tried. {reason}"
+        console.print(note, markup=False, soft_wrap=True)
     bad = [finding for finding in found if finding.problems]
     if bad:
         console.print(_table(bad))
@@ -118,12 +125,12 @@ def compile_kernels(
             note = f"{name}: {registers} kernels have such products. {said}"
             console.print(note, markup=False, soft_wrap=True)
     if json is not None:
-        _save(found, json)
+        _save(found, none, json)
     if interrupted:
         console.print(f"interrupted: {len(found)} of {len(asked)} compiled")
         raise typer.Exit(130)
     console.print(f"{len(found)} compiled, {len(bad)} with problems")
-    raise typer.Exit(1 if bad else 0)
+    raise typer.Exit(1 if bad or none else 0)
 
 
 def _triton() -> bool:
@@ -173,7 +180,7 @@ def _table(found: Sequence[Finding]) -> Table:
     return table
 
 
-def _save(found: Sequence[Finding], path: Path) -> None:
+def _save(found: Sequence[Finding], none: dict[str, str], path: Path) -> None:
     from importlib.metadata import version
     from json import dumps
 
@@ -196,7 +203,8 @@ def _save(found: Sequence[Finding], path: Path) -> None:
                 "problems": finding.problems,
             }
         )
-    whole = {"triton": version("triton"), "attn-core": version("attn-core"), "findings": rows}
+    versions = {name: version(name) for name in ("triton", "attn-core")}
+    whole = {**versions, "unmade": none, "findings": rows}
     path.write_text(dumps(whole, indent=1) + "\n", "utf-8")
 
 
@@ -294,6 +302,14 @@ def _code(title: str, source: str, language: str) -> None:
         sys.stdout.write(source if source.endswith("\n") else source + "\n")
 
 
+def _said_of(entry: Any) -> str:
+    """Where an entry comes from; and of `fused` whether it runs."""
+    said = f"{entry.origin}: {entry.source}"
+    if entry.refused:
+        return f"{said}; refused: {entry.refused}"
+    return f"{said}; runs instead of d_keys and d_query" if entry.config.instead else said
+
+
 @kernels.command("configs")
 def show_configs(
     target: Annotated[
@@ -334,6 +350,6 @@ def show_configs(
         table.add_row(
             *(entry.kernel, on, widths, str(entry.bits or "all"), classes or "all"),
             *(str(n) for n in (c.rows, c.keys, c.warps, c.stages)),
-            *("yes" if c.descriptors else "", f"{entry.origin}: {entry.source}"),
+            *("yes" if c.descriptors else "", _said_of(entry)),
         )
     console.print(table)

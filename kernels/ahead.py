@@ -68,10 +68,17 @@ class Job(NamedTuple):
 
     @property
     def chosen(self) -> Config:
-        if self.config is not None:
-            return self.config
+        return self._entry.config if self.config is None else self.config
+
+    @property
+    def refused(self) -> str:
+        """Why it is never launched with what the table says, or ""."""
+        return self._entry.refused
+
+    @property
+    def _entry(self) -> configs.Entry:
         sizes = (self.width, self.v_width, self.dtype)
-        return configs.choose(self.kernel, self.target, *sizes, self.sample.mask_class)
+        return configs.explain(self.kernel, self.target, *sizes, self.sample.mask_class)
 
 
 class Finding(NamedTuple):
@@ -125,6 +132,8 @@ def jobs(
 ) -> Iterator[Job]:
     """Every kernel for every target and sample, or those named; `few` is one of each class.
 
+    What a table refuses is never launched, and is not among them.
+
     Raises:
         ValueError: a name that nothing has.
     """
@@ -143,7 +152,9 @@ def jobs(
                     continue
                 for width in widths or ((128,) if few else WIDTHS):
                     for dtype in dtypes or (("bfloat16",) if few else configs.DTYPES):
-                        yield Job(kernel, target, sample, width, width, dtype)
+                        job = Job(kernel, target, sample, width, width, dtype)
+                        if not job.refused:
+                            yield job
 
 
 def _asked(kernel: str, sample: Sample) -> bool:
@@ -213,6 +224,14 @@ def compiled(job: Job, texts: bool = False) -> Finding:
         _products(kept.get("ptx", "")),
         texts=kept if texts else None,
     )
+
+
+def unmade(targets: Sequence[str]) -> dict[str, str]:
+    """Targets for which the compilers here make nothing at all, and what they say: ptxas or LLVM
+    may be older than a GPU. Asked with the smallest kernel."""
+    smallest = Job("delta", "", SAMPLES["plain"], 64, 64, "float32")
+    found = run([smallest._replace(target=target) for target in dict.fromkeys(targets)])
+    return {finding.job.target: finding.error for finding in found if finding.error}
 
 
 def run(

@@ -11,8 +11,10 @@ up by one program in one order: no atomics, and a run like any other.
     d_query     a tile of rows along its live tiles of keys
     d_bias      a tile of the bias along the batches, heads, rows or keys that it is the same for
 
-What that costs is two products more. Only `d_tables`, the gradients of arrays that a score looks
-up, where a place may be found from anywhere, adds by atomics.
+What that costs is two products more, so that `d_keys` can do the work of `d_query` too (FUSED): it
+has ds at hand, and adds every tile's share of dQ by atomics, in float32 and in an order that no two
+runs share. `d_tables`, the gradients of arrays that a score looks up, where a place may be found
+from anywhere, adds so wherever it is called.
 
 Rows that may see no key come in as zeros, whatever stands there, and so does what flows into them.
 """
@@ -24,7 +26,7 @@ from collections.abc import Iterable
 import triton
 import triton.language as tl
 
-from attn_core.kernels.tile import LOG2E, facts_of, judged, kept_of, line_of, put, taken
+from attn_core.kernels.tile import LOG2E, add, facts_of, judged, kept_of, line_of, put, taken
 
 
 @triton.jit
@@ -103,6 +105,13 @@ def _rows_of(
 
 
 @triton.jit
+def seen_of(k, allowed, ROWS: tl.constexpr):
+    """The keys of a tile (N, PAD), zeros those that no row sees; ROWS is the axis of the rows."""
+    seen = tl.max(allowed.to(tl.int32), ROWS) > 0
+    return tl.where(seen[:, None], k, 0.0).to(k.dtype)
+
+
+@triton.jit
 def delta(
     out, d_out, d_lse, alive, log_l, t, o_strides, g_strides, heads, q_len, tiles,
     DV: tl.constexpr, PAD_V: tl.constexpr, M: tl.constexpr, LSE: tl.constexpr,
@@ -127,22 +136,26 @@ def delta(
 @triton.jit
 def d_keys(
     query, key, value, d_out, d_key, d_value,
+    d_query,  # where FUSED, float32 zeros (B, Hq, Tq, D) that dQ is added to; else nothing
     statistics,  # m, log l, t, alive: (B, Hq, Tq); of rows that may see no key log l is +inf
     arrays,  # mask operands, score operands, (bias,), its strides, (seed,)
     numbers,  # scale, threshold, keep_scale
     lengths,  # kv_lengths, q_lengths, offsets
     schedule,  # order, full, live: of the columns of tiles
-    strides,  # of query, d_out, key, value, d_key, d_value
+    strides,  # of query, d_out, key, value, d_key, d_value; of d_query where FUSED
+    tables,  # where FUSED, as of d_query
     length_strides, map_strides, heads, group, q_len, k_len, tiles, width,
     D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
     MASK: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr,
     KV_LENGTHS: tl.constexpr, Q_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
+    SITES: tl.constexpr,  # what `sites_of` says; none but where FUSED
+    FUSED: tl.constexpr,  # whether it does what `d_query` does, too
     RUN: tl.constexpr,  # whether full tiles are neighbours, so that they need not be looked up
-    DESCRIPTORS: tl.constexpr,  # whether query, d_out, key and value are tensor descriptors
+    DESCRIPTORS: tl.constexpr,  # whether query, d_out, key, value, d_query are tensor descriptors
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of a tile of keys."""
+    """dK and dV of a tile of keys; its share of dQ, and of the gradients of a score's arrays."""
     pid = tl.program_id(0)
     tile, rest = pid % tiles, pid // tiles
     kv_heads = heads // group
@@ -175,12 +188,23 @@ def d_keys(
                 s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=tl.float32)
                 dp = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=tl.float32)
                 place = (b, h, row[None, :], k_at[:, None], tile * N)
-                kept, _, ds, _, _ = pull(
+                kept, dz, ds, allowed, found = pull(
                     s, dp, (m[None, :], log_l[None, :], t[None, :]), place, facts, arrays, numbers,
                     M, N, MASK, SCORE, BIAS, DROPOUT, MASKED == 1, True,
                 )  # fmt: skip
                 dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+                if FUSED:
+                    known = k
+                    if MASKED == 1 or BIAS or SCORE is not None:
+                        known = seen_of(k, allowed, 1)
+                    dq = tl.dot(tl.trans(ds.to(k.dtype)), known, input_precision=PRECISION)
+                    add(
+                        dq * numbers[0], d_query, strides[6], b, head, j * M, q_len,
+                        M, D, PAD, DESCRIPTORS,
+                    )  # fmt: skip
+                    if len(SITES):
+                        d_tables(dz, allowed, found, tables, SITES)
     put(dk * numbers[0], d_key, strides[4], b, kv_head, tile * N, k_len, N, D, PAD)
     if DROPOUT:
         dv = dv * numbers[2]
@@ -242,11 +266,10 @@ def d_query(
                 M, N, MASK, SCORE, BIAS, DROPOUT, MASKED == 1, False,
             )  # fmt: skip
             if MASKED == 1 or BIAS or SCORE is not None:
-                seen = tl.max(allowed.to(tl.int32), 0) > 0
-                k = tl.where(seen[:, None], k, 0.0).to(k.dtype)
+                k = seen_of(k, allowed, 0)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
             if len(SITES):
-                d_tables(dz, allowed, found, tables, SITES, M, N)
+                d_tables(dz, allowed, found, tables, SITES)
     put(dq * numbers[0], d_query, strides[4], b, head, tile * M, q_len, M, D, PAD)
 
 
@@ -267,8 +290,8 @@ def sites_of(indices: Iterable[int]) -> tuple[tuple[int, int, int], ...]:
 
 
 @triton.jit
-def d_tables(dz, allowed, found, tables, SITES: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """Adds a tile's share of every look-up of a score where its indices point."""
+def d_tables(dz, allowed, found, tables, SITES: tl.constexpr):
+    """Adds a tile's share of every look-up of a score where its indices point, turned or not."""
     for n in tl.static_range(len(SITES)):
         RESULT: tl.constexpr = SITES[n][0]
         ARGUMENT: tl.constexpr = SITES[n][1]
@@ -324,7 +347,9 @@ def d_bias(
                     M, D, DV, PAD, PAD_V, False,
                 )  # fmt: skip
                 rows = (m[:, None], log_l[:, None], t[:, None])
-                for dj in tl.range(0, 1 if KEYS else wide):
+                # Once, where it spans the keys; which the compiler must not know. Without a loop it
+                # reads whole rows ahead of all products, and has no registers for them.
+                for dj in tl.range(0, tl.minimum(wide, 1) if KEYS else wide):
                     first = (j0 + dj) * N
                     k_at = first + tl.arange(0, N)
                     k = taken(

@@ -21,12 +21,15 @@ import tomllib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-KERNELS = ("forward", "decode", "combine", "delta", "d_keys", "d_query", "d_bias")
+FUSED = "fused"
+"""`d_keys` where it adds dQ by atomics on its way: it has tiles of its own."""
+
+KERNELS = ("forward", "decode", "combine", "delta", "d_keys", "d_query", FUSED, "d_bias")
 
 NONE, POSITIONS, MASK, SCORE, MORE = CLASSES = ("none", "positions", "mask", "score", "more")
 """What a tile costs beside its products: nothing; a mask of positions alone; one that looks arrays
@@ -39,6 +42,7 @@ ANY = "any"
 """In the place of an architecture: every one."""
 
 _tried: list[Entry] = []
+_fused: bool | None = None
 _BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
 DTYPES = tuple(_BITS)
 
@@ -52,6 +56,10 @@ class Config:
         keys: keys of a tile.
         warps, stages: as Triton means them.
         descriptors: whether tiles are read through tensor descriptors (TMA) where they may be.
+        registers: that a thread may have at most, where the assembler, left alone, is content with
+            fewer and spills; 0 leaves it alone. Of NVIDIA's GPUs.
+        instead: of `fused` alone: whether it runs in the place of `d_keys` and `d_query`. That is
+            for a measurement to say; where torch asks for one order of sums it never does.
     """
 
     rows: int
@@ -59,11 +67,14 @@ class Config:
     warps: int
     stages: int
     descriptors: bool = False
+    instead: bool = False
+    registers: int = 0
 
     @property
     def launch(self) -> dict[str, int]:
         """What a launch is given beside its arguments."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        found = {"num_warps": self.warps, "num_stages": self.stages}
+        return {**found, "maxnreg": self.registers} if self.registers else found
 
 
 class Entry(NamedTuple):
@@ -76,6 +87,7 @@ class Entry(NamedTuple):
         classes: some of `CLASSES`; empty for all.
         source: "compiled clean: ..." or "measured on ...".
         origin: "yours" or "shipped".
+        refused: of `fused` alone: why it never runs there, or "".
     """
 
     kernel: str
@@ -86,6 +98,7 @@ class Entry(NamedTuple):
     config: Config
     source: str
     origin: str
+    refused: str = ""
 
     def fits(self, kernel: str, architecture: str, width: int, bits: int, mask_class: str) -> bool:
         return (
@@ -125,7 +138,24 @@ def choose(
         dtype: of query: float32, bfloat16 or float16.
         mask_class: one of `CLASSES`.
     """
-    return explain(kernel, architecture, width, v_width, dtype, mask_class).config
+    found = explain(kernel, architecture, width, v_width, dtype, mask_class)
+    if kernel == FUSED and _fused is not None:
+        return replace(found.config, instead=_fused and not found.refused)
+    return found.config
+
+
+@contextmanager
+def fusing(yes: bool) -> Iterator[None]:
+    """Fused or split, whatever the tables say is faster: for who compares them, in a process alone.
+
+    Where it is `refused`, fused does not run for that.
+    """
+    global _fused
+    before, _fused = _fused, yes
+    try:
+        yield
+    finally:
+        _fused = before
 
 
 def explain(
@@ -246,10 +276,12 @@ def spelled(entry: Entry) -> str:
         parts.append(f"classes = {_list(entry.classes)}")
     c = entry.config
     parts += [f"rows = {c.rows}, keys = {c.keys}, warps = {c.warps}, stages = {c.stages}"]
-    if c.descriptors:
-        parts.append("descriptors = true")
-    source = entry.source.replace("\\", "\\\\").replace('"', '\\"')
-    return "{ " + ", ".join([*parts, f'source = "{source}"']) + " }"
+    parts += [f"registers = {c.registers}"] if c.registers else []
+    parts += [f"{name} = true" for name in _SWITCHES if getattr(c, name)]
+    for name, said in (("refused", entry.refused), ("source", entry.source)):
+        escaped = said.replace("\\", "\\\\").replace('"', '\\"')
+        parts += [f'{name} = "{escaped}"'] if said or name == "source" else []
+    return "{ " + ", ".join(parts) + " }"
 
 
 def _list(words: Iterable[str]) -> str:
@@ -259,7 +291,8 @@ def _list(words: Iterable[str]) -> str:
 def _entry(raw: Any, origin: str) -> Entry:
     if not isinstance(raw, Mapping):
         raise ValueError(f"An entry must be a table of names and values. Got {raw!r}.")
-    known = {"kernel", "on", "widths", "bits", "classes", "source", *_NUMBERS, "descriptors"}
+    known = {"kernel", "on", "widths", "bits", "classes", "source", "refused", "registers"}
+    known |= {*_NUMBERS, *_SWITCHES}
     odd = sorted(set(raw) - known)
     missing = sorted({"kernel", "on", "source", *_NUMBERS} - set(raw))
     if odd or missing:
@@ -277,11 +310,28 @@ def _entry(raw: Any, origin: str) -> Entry:
             )
     if not (isinstance(raw["stages"], int) and 1 <= raw["stages"] <= 8):
         raise ValueError(f"`stages` must be an int from 1 to 8. Got {raw['stages']!r}.")
+    registers = raw.get("registers", 0)
+    if not (isinstance(registers, int) and registers in (0, *range(64, 256, 8), 255)):
+        raise ValueError(
+            f"`registers` must be 255, or a multiple of 8 from 64 on. Got {registers!r}."
+        )
+    if registers and not all(on.startswith("sm_") for on in raw["on"]):
+        raise ValueError(f"`registers` must be of NVIDIA's GPUs alone. Got {raw['on']!r}.")
     classes = tuple(raw.get("classes", ()))
     if not set(classes) <= set(CLASSES):
         raise ValueError(f"`classes` must be some of {', '.join(CLASSES)}. Got {list(classes)}.")
+    for name in _SWITCHES:
+        if not isinstance(raw.get(name, False), bool):
+            raise ValueError(f"`{name}` must be true or false. Got {raw[name]!r} in {dict(raw)}.")
+    for name in ("instead", "refused"):
+        if raw.get(name) and raw["kernel"] != FUSED:
+            raise ValueError(f"`{name}` must be of kernel {FUSED}. Got it of {raw['kernel']!r}.")
+    if raw.get("instead") and raw.get("refused"):
+        raise ValueError(f"one of `instead` and `refused` must be left out. Got {dict(raw)}.")
     config = Config(
-        **{name: raw[name] for name in _NUMBERS}, descriptors=bool(raw.get("descriptors", False))
+        **{name: raw[name] for name in _NUMBERS},
+        **{name: raw.get(name, False) for name in _SWITCHES},
+        registers=registers,
     )
     return Entry(
         raw["kernel"],
@@ -292,7 +342,9 @@ def _entry(raw: Any, origin: str) -> Entry:
         config,
         str(raw["source"]),
         origin,
+        str(raw.get("refused", "")),
     )
 
 
 _NUMBERS = ("rows", "keys", "warps", "stages")
+_SWITCHES = ("descriptors", "instead")

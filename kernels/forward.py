@@ -107,7 +107,7 @@ def forward(
 
     column, column_v = tl.arange(0, PAD), tl.arange(0, PAD_V)
     q_at = query + b.to(tl.int64) * q_strides[0] + h[:, None].to(tl.int64) * q_strides[1]
-    q_at += row[:, None].to(tl.int64) * q_strides[2] + column[None, :] * q_strides[3]
+    q_at += row[:, None].to(tl.int64) * q_strides[2] + column[None, :].to(tl.int64) * q_strides[3]
     q = tl.load(q_at, mask=there[:, None] & (column < D)[None, :], other=0.0)
 
     lengths = (kv_lengths, q_lengths, offsets)
@@ -181,7 +181,7 @@ def forward(
         tl.store(l_out + at, total, mask=there)
         o_at = out + b.to(tl.int64) * o_strides[0] + h[:, None].to(tl.int64) * o_strides[1]
         o_at += split * o_strides[2] + row[:, None].to(tl.int64) * o_strides[3]
-        o_at += column_v[None, :] * o_strides[4]
+        o_at += column_v[None, :].to(tl.int64) * o_strides[4]
         tl.store(o_at, acc, mask=there[:, None] & (column_v < DV)[None, :])
     else:
         if SINKS:
@@ -194,7 +194,9 @@ def forward(
         tl.store(l_out + at, log_l, mask=there)
         tl.store(alive_out + at, alive.to(tl.int8), mask=there)
         o_at = out + b.to(tl.int64) * o_strides[0] + h[:, None].to(tl.int64) * o_strides[1]
-        o_at += row[:, None].to(tl.int64) * o_strides[2] + column_v[None, :] * o_strides[3]
+        o_at += (
+            row[:, None].to(tl.int64) * o_strides[2] + column_v[None, :].to(tl.int64) * o_strides[3]
+        )
         result = result.to(out.dtype.element_ty)
         tl.store(o_at, result, mask=there[:, None] & (column_v < DV)[None, :])
 
@@ -274,6 +276,6 @@ def combine(
     tl.store(l_out + at, log_l, mask=there)
     tl.store(alive_out + at, alive.to(tl.int8), mask=there)
     o_at = out + b * o_strides[0] + h * o_strides[1]
-    o_at += row[:, None].to(tl.int64) * o_strides[2] + column[None, :] * o_strides[3]
+    o_at += row[:, None].to(tl.int64) * o_strides[2] + column[None, :].to(tl.int64) * o_strides[3]
     result = result.to(out.dtype.element_ty)
     tl.store(o_at, result, mask=there[:, None] & (column < DV)[None, :])

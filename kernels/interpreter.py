@@ -1,7 +1,9 @@
-"""Triton's interpreter under NumPy 2.4 and newer.
+"""What Triton's interpreter lacks, added where kernels are interpreted when this is imported.
 
-It takes a loop's bounds by `int()` of an array of one entry, which NumPy has stopped to allow.
-Where kernels are interpreted, importing this module hands such a bound over as the number it is.
+bounds of loops    it takes them by `int()` of an array of one entry, which NumPy has stopped to
+                   allow at 2.4: such a bound is handed over as the number it is
+sums by TMA        of what may be done through a tensor descriptor it knows reading and writing:
+                   adding is done by the atomics that it has
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import triton
+import triton.language as tl
+from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
 _patch = interpreter._patch_lang_tensor
@@ -34,5 +38,16 @@ def _patched(tensor: Any, scope: Any) -> None:
     _patch(tensor, _Numbers(scope))
 
 
+def _reduced(self: Any, kind: Any, descriptor: Any, value: Any, indices: Any) -> Any:
+    if kind != ir.DESCRIPTOR_REDUCE_KIND.ADD or not value.dtype.scalar.is_floating():
+        raise NotImplementedError(f"sums of floats are all that is added here. Got {kind}.")
+    at, there = descriptor.materialize_pointers(indices)
+    mask = interpreter.TensorHandle(there, tl.int1)
+    operation, order = ir.ATOMIC_OP.FADD, ir.MEM_SEMANTIC.RELAXED
+    return self.create_atomic_rmw(operation, at, value, mask, order, ir.MEM_SYNC_SCOPE.GPU)
+
+
 if triton.knobs.runtime.interpret:
     interpreter._patch_lang_tensor = _patched
+    if not hasattr(interpreter.InterpreterBuilder, "create_descriptor_reduce"):
+        interpreter.InterpreterBuilder.create_descriptor_reduce = _reduced

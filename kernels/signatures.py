@@ -70,8 +70,8 @@ def _told(given: Any, at: tuple[int, ...], known: Any, attributes: Any) -> Any:
         return given.kind
     if isinstance(given, tuple):
         return tuple(_told(x, (*at, n), known, attributes) for n, x in enumerate(given))
-    if given == 1:
-        known[at] = 1
+    if given is None or given == 1:
+        known[at] = given
         return "constexpr"
     if given.startswith("*"):
         attributes[at] = [["tt.divisibility", 16]]
@@ -121,12 +121,12 @@ class _Call:
             "PRECISION": "ieee",
         }
 
-    def tile(self, count: int, wide: str = "PAD") -> Any:
-        """An array that is read by tiles of so many rows."""
+    def tile(self, count: int, wide: str = "PAD", dtype: str = "") -> Any:
+        """An array that is read by tiles of so many rows, of the job's dtype or another one."""
+        held = dtype or self.array[1:]
         if not self.config.descriptors:
-            return self.array
-        shape = f"1, 1, {count}, {self.pads[wide]}"
-        return _Described(f"tensordesc<{self.array[1:]}[{shape}]>")
+            return f"*{held}"
+        return _Described(f"tensordesc<{held}[1, 1, {count}, {self.pads[wide]}]>")
 
     def runs(self, *along: str) -> bool:
         return self.mask is None or full_tiles_are_neighbours(self.mask, *along)
@@ -233,36 +233,52 @@ def _read(c: _Call) -> tuple[Any, ...]:
     return c.tile(rows), c.tile(keys), c.tile(keys, "PAD_V"), c.tile(rows, "PAD_V")
 
 
-def _d_keys(c: _Call) -> _Made:
+def _tables(c: _Call) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(sites of the score, where their gradients are added)."""
+    sites = () if c.score is None else differentiate(c.score).sites
+    held = operands_of(c.score)
+    places: list[Any] = []
+    for site in sites:
+        places += ["*fp32", *["i32"] * held[site.operand][1]]
+    return backward.sites_of(site.indices for site in sites), tuple(places)
+
+
+def _d_keys(c: _Call, fused: bool = False) -> _Made:
     told, constants = _gradient(c)
+    sites, places = _tables(c) if fused else ((), ())
+    statistics, arrays, numbers, lengths = told
+    dq = c.tile(c.config.rows, dtype="fp32") if fused else None
     positional = (
-        *(*_read(c), c.array, c.array, *told, c.schedule, (ROWS,) * 6),
+        *(*_read(c), c.array, c.array, dq, statistics, arrays, numbers, lengths),
+        *(c.schedule, (ROWS,) * (7 if fused else 6), places),
         *(c.length_strides, c.maps, *[c.sizes] * 6),
     )
     more = {
         "BIAS": bool(c.sample.bias),
+        "SITES": sites,
+        "FUSED": fused,
         "RUN": c.runs("q", "row"),
         "DESCRIPTORS": c.config.descriptors,
     }
     return backward.d_keys, positional, {**constants, **more}
 
 
+def _fused(c: _Call) -> _Made:
+    return _d_keys(c, fused=True)
+
+
 def _d_query(c: _Call) -> _Made:
     told, constants = _gradient(c)
-    sites = () if c.score is None else differentiate(c.score).sites
-    held = operands_of(c.score)
-    tables: list[Any] = []
-    for site in sites:
-        tables += ["*fp32", *["i32"] * held[site.operand][1]]
+    sites, places = _tables(c)
     keys = c.config.keys
     positional = (
         *(c.array, c.tile(keys), c.tile(keys, "PAD_V"), c.array, c.array, *told, c.schedule),
-        *((ROWS,) * 5, tuple(tables)),
+        *((ROWS,) * 5, places),
         *(c.length_strides, c.maps, *[c.sizes] * 6),
     )
     more = {
         "BIAS": bool(c.sample.bias),
-        "SITES": backward.sites_of(site.indices for site in sites),
+        "SITES": sites,
         "RUN": c.runs("k"),
         "DESCRIPTORS": c.config.descriptors,
     }
@@ -290,5 +306,6 @@ _ARGUMENTS = {
     "delta": _delta,
     "d_keys": _d_keys,
     "d_query": _d_query,
+    "fused": _fused,
     "d_bias": _d_bias,
 }

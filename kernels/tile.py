@@ -34,7 +34,7 @@ def taken(
     else:
         row, column = first + tl.arange(0, COUNT), tl.arange(0, PAD)
         at = x + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
-        at += row[:, None].to(tl.int64) * strides[2] + column[None, :] * strides[3]
+        at += row[:, None].to(tl.int64) * strides[2] + column[None, :].to(tl.int64) * strides[3]
         if wanted is not None:
             # By the load itself: what it leaves out need not pass through registers.
             found = tl.load(at, mask=wanted[:, None] & (column < D)[None, :], other=0.0)
@@ -55,9 +55,25 @@ def put(
     """Writes what `taken` reads, rounded to what x holds."""
     row, column = first + tl.arange(0, COUNT), tl.arange(0, PAD)
     at = x + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
-    at += row[:, None].to(tl.int64) * strides[2] + column[None, :] * strides[3]
+    at += row[:, None].to(tl.int64) * strides[2] + column[None, :].to(tl.int64) * strides[3]
     found = found.to(x.dtype.element_ty)
     tl.store(at, found, mask=(row < length)[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def add(
+    found, x, strides, b, h, first, length,
+    COUNT: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Adds to what `taken` reads, float32, by atomics: in whatever order programs come along."""
+    if DESCRIBED:
+        x.atomic_add([b, h, first, 0], tl.reshape(found, (1, 1, COUNT, PAD)))
+    else:
+        row, column = first + tl.arange(0, COUNT), tl.arange(0, PAD)
+        at = x + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
+        at += row[:, None].to(tl.int64) * strides[2] + column[None, :].to(tl.int64) * strides[3]
+        there = (row < length)[:, None] & (column < D)[None, :]
+        tl.atomic_add(at, found, mask=there, sem="relaxed")
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from triton.runtime import driver
 
 from attn_core import Dropout, attention, masks, registry, scores
 from attn_core.backends.torch import triton_launch
+from attn_core.kernels import configs
 
 
 class Driver:
@@ -66,6 +67,7 @@ CASES: dict[str, dict[str, Any]] = {
         "sinks": torch.randn(4).requires_grad_(),
     },
 }
+CASES["fused"] = {**CASES["everything"], "fused": True}
 
 
 def compiling(case: str) -> Any:
@@ -91,6 +93,7 @@ def main(architecture: int) -> None:
     for name, given in CASES.items():
         triton_launch.launch = compiling(name)
         options = dict(given)
+        fused = options.pop("fused", False)
         batch, heads, kv_heads, q_len, k_len, width, v_width = options.pop("sizes")
         leaves = [
             draw(batch, heads, q_len, width),
@@ -100,7 +103,8 @@ def main(architecture: int) -> None:
         leaves += [options[n] for n in ("bias", "sinks") if n in options]
         leaves += options["score"].arrays if "score" in options else ()
         out = attention(*[x.requires_grad_() for x in leaves[:3]], impl="triton", **options)
-        torch.autograd.grad(out, leaves, torch.ones_like(out))
+        with configs.fusing(fused):
+            torch.autograd.grad(out, leaves, torch.ones_like(out))
 
 
 if __name__ == "__main__":

@@ -82,6 +82,11 @@ def test_a_broken_file_is_left_aside_with_its_reason(place: Path) -> None:
         ("stages = 0", "`stages` must be an int"),
         ('classes = ["causal"]', "`classes` must be some of"),
         ("colour = 3", "colour beside"),
+        ("registers = 100", "`registers` must be 255, or a multiple of 8"),
+        ("registers = 128", "`registers` must be of NVIDIA's GPUs alone"),
+        ("descriptors = 1", "`descriptors` must be true or false"),
+        ("instead = true", "`instead` must be of kernel fused"),
+        ('refused = "so"', "`refused` must be of kernel fused"),
     ],
 )
 def test_entries_are_checked(line: str, said: str) -> None:
@@ -91,6 +96,29 @@ def test_entries_are_checked(line: str, said: str) -> None:
     raw = ", ".join(f"{n} = {v}" for n, v in {**values, name: value}.items())
     with pytest.raises(ValueError, match=said):
         configs.read(f"entries = [{{ {raw} }}]", "shipped")
+
+
+def test_an_entry_is_read_as_it_was_spelled() -> None:
+    config = configs.Config(32, 64, 8, 2, descriptors=True, instead=True, registers=200)
+    entry = configs.Entry("fused", ("sm_90",), (64,), 16, ("none",), config, 'a "test"', "yours")
+    other = entry._replace(
+        config=configs.Config(16, 16, 4, 1), refused="no tile", on=("gfx942",), classes=()
+    )
+    text = "entries = [" + ", ".join(configs.spelled(e) for e in (entry, other)) + "]"
+    assert configs.read(text, "yours") == (entry, other)
+    assert config.launch == {"num_warps": 8, "num_stages": 2, "maxnreg": 200}
+    with pytest.raises(ValueError, match="one of `instead` and `refused`"):
+        configs.read(f"entries = [{configs.spelled(entry._replace(refused='no'))}]", "yours")
+
+
+def test_what_is_refused_is_fused_by_nobody() -> None:
+    """Not even for who compares the two; elsewhere `fusing` says."""
+    about = ("sm_90", 256, 256, "bfloat16")
+    for yes in (True, False):
+        with configs.fusing(yes):
+            assert configs.choose("fused", *about, "more").instead is False
+            assert configs.choose("fused", *about, "none").instead is yes
+    assert configs.choose("fused", *about, "none").instead is False
 
 
 def test_an_entry_without_a_source_is_none() -> None:

@@ -1,7 +1,12 @@
-"""The backward kernels on torch tensors: one to each gradient, each with tiles of its own.
+"""The backward kernels on torch tensors: split, one to each gradient, or fused.
 
-Gradients of the arrays that a score looks up are added by atomics, in an order that no two runs
-share. Where torch is asked for deterministic algorithms, `chunked` adds them instead, in one order.
+    split    d_keys and d_query, each with tiles of its own: two products more, and no atomics
+    fused    d_keys alone, which adds dQ by atomics on its way, where the table of configurations
+             says that this is the faster one (`Config.instead` of "fused")
+
+What is added by atomics, gradients of the arrays that a score looks up among it, is added in an
+order that no two runs share. Where torch is asked for deterministic algorithms the split runs,
+whatever the table says, and `chunked` adds those arrays' gradients, in one order.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from attn_core.backends.torch.triton_call import (
     tiled,
 )
 from attn_core.kernels import backward as _kernels
+from attn_core.kernels.configs import Config
 from attn_core.language.duals import Derivative, differentiate
 from attn_core.spec import Operands
 
@@ -41,10 +47,10 @@ def backward(
     """Gradients of query, key, value, bias, sinks and the score's operands, those wanted."""
     with launcher.launching("backward", ask, x):
         # Ids and the like have none, wherever they are looked up.
-        tables = any(wanted[_TABLES:])
-        apart = tables and torch.are_deterministic_algorithms_enabled()
+        tables, ordered = any(wanted[_TABLES:]), torch.are_deterministic_algorithms_enabled()
+        apart = tables and ordered
         here = [*wanted[:_TABLES], *[yes and not apart for yes in wanted[_TABLES:]]]
-        found = _Backward(ask, scale, x, saved, up).found(here)
+        found = _Backward(ask, scale, x, saved, up).found(here, ordered)
         if apart:
             rest = [False] * _TABLES + list(wanted[_TABLES:])
             found += chunked_backward.backward(Work(ask, scale, x), saved, up, rest)
@@ -90,13 +96,20 @@ class _Backward:
         self.given = (c.q, c.k, c.v, g)
         self.strides = (c.q.stride(), g.stride(), c.k.stride(), c.v.stride())
 
-    def found(self, wanted: Sequence[bool]) -> list[Array]:
+    def found(self, wanted: Sequence[bool], ordered: bool) -> list[Array]:
+        """Those wanted; `ordered` where every sum is to be added up in one order."""
         found: dict[int, Array] = {}
-        if wanted[1] or wanted[2]:
-            found[1], found[2] = self.keys()
-        if wanted[0] or any(wanted[_TABLES:]):
-            found[0], tables = self.query(any(wanted[_TABLES:]))
-            found |= {_TABLES + n: table for n, table in enumerate(tables)}
+        keys, tables = wanted[1] or wanted[2], any(wanted[_TABLES:])
+        query = wanted[0] or tables
+        added: list[Array] = []
+        if keys and query and not ordered and self.c.config("fused").instead:
+            found[0], found[1], found[2], added = self.fused(tables)
+        else:
+            if keys:
+                found[1], found[2] = self.keys()
+            if query:
+                found[0], added = self.query(tables)
+        found |= {_TABLES + n: table for n, table in enumerate(added)}
         if wanted[3]:
             found[3] = self.bias()
         if wanted[4]:
@@ -104,22 +117,38 @@ class _Backward:
         return [found[n] for n, yes in enumerate(wanted) if yes]
 
     def keys(self) -> tuple[Array, Array]:
+        """dK and dV."""
+        return self._keys(self.c.config("d_keys"), None, _Tables((), None))
+
+    def fused(self, tables: bool) -> tuple[Array, Array, Array, list[Array]]:
+        """dQ, dK, dV, and the gradients of the score's arrays where they are asked for."""
+        c, x = self.c, self.x
+        dq = torch.zeros(x.query.shape, dtype=torch.float32, device=c.device)
+        into = _Tables(x.score, self.derivative if tables else None)
+        dk, dv = self._keys(c.config("fused"), dq, into)
+        return dq.to(c.q.dtype), dk, dv, into.found()
+
+    def _keys(self, shape: Config, dq: Array | None, into: _Tables) -> tuple[Array, Array]:
+        """dK and dV; dQ is added to `dq` where there is one."""
         c, x = self.c, self.x
         dk, dv = (torch.empty(a.shape, dtype=a.dtype, device=c.device) for a in (x.key, x.value))
         dk_h, dv_h = c.heads_first(dk), c.heads_first(dv)
-        shape = c.config("d_keys")
         schedule = c.schedule(shape.rows, shape.keys, columns=True)
         tiles = cdiv(c.k_len, shape.keys)
         q, k, v, g = self.given
-        (q, g, k, v), described = tiled(shape, (q, g), (k, v))
+        dq_h = () if dq is None else (c.heads_first(dq),)
+        (q, g, *dq_t, k, v), described = tiled(shape, (q, g, *dq_h), (k, v))
+        strides = (*self.strides, dk_h.stride(), dv_h.stride(), *[a.stride() for a in dq_h])
         launcher.launch(
             *(_kernels.d_keys, tiles * c.batch * c.kv_heads, shape),
-            *(q, k, v, g, dk_h, dv_h, self.statistics, self.arrays, c.numbers, c.lengths),
-            *(tuple(schedule), (*self.strides, dk_h.stride(), dv_h.stride()), c.length_strides),
+            *(q, k, v, g, dk_h, dv_h, *(dq_t or [None]), self.statistics, self.arrays),
+            *(c.numbers, c.lengths, tuple(schedule), strides, into.places, c.length_strides),
             *(map_strides(schedule), *self.sizes, tiles, schedule.order.shape[-1]),
             M=shape.rows,
             N=shape.keys,
             BIAS=x.bias is not None,
+            SITES=into.sites,
+            FUSED=dq is not None,
             RUN=neighbours(c.ask.mask, "q", "row"),
             DESCRIPTORS=described,
             **self.options,
@@ -129,13 +158,9 @@ class _Backward:
     def query(self, tables: bool) -> tuple[Array, list[Array]]:
         """dQ, and the gradients of the score's arrays where they are asked for."""
         c, x = self.c, self.x
-        sites = self.derivative.sites if tables and self.derivative is not None else ()
+        into = _Tables(x.score, self.derivative if tables else None)
         dq = torch.empty(x.query.shape, dtype=c.q.dtype, device=c.device)
         dq_h = c.heads_first(dq)
-        # Of an empty table nothing is looked up, but a place to add to there must be.
-        sizes = [a.shape if a.numel() else (1,) * a.dim() for a in x.score]
-        into = [torch.zeros(n, dtype=torch.float32, device=c.device) for n in sizes]
-        places = [n for s in sites for n in (into[s.operand], *into[s.operand].shape)]
         shape = c.config("d_query")
         schedule = c.schedule(shape.rows, shape.keys)
         tiles = cdiv(c.q_len, shape.rows)
@@ -144,18 +169,17 @@ class _Backward:
         launcher.launch(
             *(_kernels.d_query, tiles * c.batch * c.heads, shape),
             *(q, k, v, g, dq_h, self.statistics, self.arrays, c.numbers, c.lengths),
-            *(tuple(schedule), (*self.strides, dq_h.stride()), tuple(places), c.length_strides),
+            *(tuple(schedule), (*self.strides, dq_h.stride()), into.places, c.length_strides),
             *(map_strides(schedule), *self.sizes, tiles, schedule.order.shape[-1]),
             M=shape.rows,
             N=shape.keys,
             BIAS=x.bias is not None,
-            SITES=_kernels.sites_of(s.indices for s in sites),
+            SITES=into.sites,
             RUN=neighbours(c.ask.mask, "k"),
             DESCRIPTORS=described,
             **self.options,
         )
-        pairs = zip(into, x.score, strict=True)
-        return dq, [g.to(a.dtype) if a.numel() else torch.zeros_like(a) for g, a in pairs]
+        return dq, into.found()
 
     def bias(self) -> Array:
         c, x = self.c, self.x
@@ -188,3 +212,31 @@ class _Backward:
             weight = torch.where(row < c.q_lengths[:, None, None], weight, 0.0)
         moved = torch.where(sinks == -torch.inf, 0.0, -self.t * weight)
         return moved.sum((0, 2)).to(x.sinks.dtype)
+
+
+class _Tables:
+    """Where the gradients of a score's arrays are added up, float32.
+
+    Attributes:
+        sites: what kernels know of each look-up, () where no gradient is asked for.
+        places: for each of them a pointer and sizes.
+    """
+
+    def __init__(self, given: Sequence[Array], derivative: Derivative | None) -> None:
+        self.given = given
+        # Of an empty table nothing is looked up, but a place to add to there must be.
+        sizes = [a.shape if a.numel() else (1,) * a.dim() for a in given]
+        self.into = [
+            torch.zeros(n, dtype=torch.float32, device=a.device)
+            for n, a in zip(sizes, given, strict=True)
+        ]
+        sites = () if derivative is None else derivative.sites
+        self.sites = _kernels.sites_of(s.indices for s in sites)
+        self.places = tuple(
+            n for s in sites for n in (self.into[s.operand], *self.into[s.operand].shape)
+        )
+
+    def found(self) -> list[Array]:
+        """Each as its array has it."""
+        pairs = zip(self.into, self.given, strict=True)
+        return [g.to(a.dtype) if a.numel() else torch.zeros_like(a) for g, a in pairs]

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from attn_core.kernels import ahead, configs, hazards
 from attn_core.kernels.ahead import Finding, Job
@@ -25,6 +26,7 @@ KERNELS = ("forward", "decode", "d_keys", "d_query")
 def test_what_is_shipped_compiles_clean() -> None:
     asked = list(ahead.jobs(kernels=KERNELS, samples=("causal", "everything"), few=True))
     asked += ahead.jobs(["sm_90"], ["combine", "delta", "d_bias"], ["everything"], few=True)
+    asked += ahead.jobs(["sm_80", "sm_90", "gfx942"], ["fused"], ["everything"], few=True)
     found = ahead.run(asked, processes=2)
     assert [finding.job for finding in found] == asked
     assert {job.target for job in asked} == set(ahead.TARGETS)
@@ -55,6 +57,19 @@ def test_what_does_not_fit_is_told() -> None:
     assert none.problems == [none.error]
 
 
+def test_a_target_that_no_compiler_here_knows_is_told() -> None:
+    """At once, with what the compiler says, and the others are compiled."""
+    from attn_core.cli import app
+
+    words = ["kernels", "compile", "--target", "sm_99", "--target", "sm_80", "--kernel", "delta"]
+    words += ["--sample", "plain", "--width", "64", "--dtype", "float16"]
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 1
+    assert "sm_99: the compilers here make nothing for it, and none was tried." in found.output
+    assert "sm_99" in found.output.split("none was tried.")[1]
+    assert "1 compiled, 0 with problems" in found.output
+
+
 def test_what_ptxas_says_is_read() -> None:
     """Sentences as ptxas 12.8 writes them."""
     log = (
@@ -77,6 +92,16 @@ def test_what_ptxas_says_is_read() -> None:
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1,%f2}, {%r1,%r2}, %rd2, 1;\n"
     )
     assert ahead._products(ptx) == (2, 1)
+
+
+def test_what_is_never_launched_is_not_compiled() -> None:
+    """Fused, where a table says that no tile of it is free of spills."""
+    for name, refused in (("everything", True), ("causal", False)):
+        (job,) = [Job("fused", "sm_90", SAMPLES[name], 256, 256, "bfloat16")]
+        assert bool(job.refused) is refused
+        assert list(ahead.jobs(["sm_90"], ["fused"], [name], [256], ["bfloat16"])) == (
+            [] if refused else [job]
+        )
 
 
 def test_names_that_nothing_has_are_refused() -> None:

@@ -14,6 +14,7 @@ from torch_memory import peak
 
 from attn_core import attention, explain, masks, scores
 from attn_core.backends.torch import triton_forward, triton_launch
+from attn_core.kernels import configs
 
 allocator = pytest.mark.skipif(DEVICE != "cpu", reason="counts what the CPU's allocator gives")
 
@@ -55,6 +56,7 @@ def test_blocks_in_the_tiles_that_run() -> None:
         {"score": True},
         {"sinks": True, "score": True, "deterministic": True},
         {"lengths": [2048, 100]},
+        {"fused": True, "dtype": torch.float16},
         {"rows": 1, "splits": 8, "lengths": [2048, 100]},
     ],
 )
@@ -96,6 +98,7 @@ def test_estimates_are_near_what_is_allocated(
 
     torch.use_deterministic_algorithms("deterministic" in more)
     try:
+        monkeypatch.setattr(configs, "_fused", more.get("fused"))
         named = {**extra}
         if "table" in named:
             named["score"] = scores.relative_bias(named.pop("table"))

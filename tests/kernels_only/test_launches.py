@@ -27,3 +27,4 @@ def test_every_launch_compiles_for_hopper() -> None:
     assert kernels["one of each"] == kernels["odd sizes"] == both
     assert kernels["decode"] == {*both, "combine"}
     assert kernels["everything"] == {*both, "d_bias"}
+    assert kernels["fused"] == {"forward", "delta", "d_keys", "d_bias"}
