@@ -8,6 +8,7 @@
 #   make conformance   the conformance suite alone, eager; make test runs its compiled forms too
 #   make bench         check, then time: hours on a quiet machine; then docs/BENCHMARKS.md
 #   make gpu           on a CUDA device: judge the kernels, then time them; then docs/GPU.md
+#                      MINUTES=9: what tells most, in that time, and without the kernels' own tests
 #   make docs          the doctests of docs/
 #   make wheel         a wheel in dist/
 #   make clean         remove what was built; .venv stays
@@ -120,8 +121,11 @@ bench: $(STAMP)
 # It refuses where there is no CUDA device; the tests of the kernels run compiled where there is one.
 gpu: $(STAMP)
 	$(BIN)/python -c "from attn_core.benchmarks import gpu; gpu.device()"
+ifeq ($(strip $(MINUTES)),)
 	$(PYTEST) -n 0 tests/kernels_only
-	rc=0; $(BIN)/attn-core bench gpu || rc=$$?; $(BIN)/attn-core bench gpu-page; exit $$rc
+endif
+	rc=0; $(BIN)/attn-core bench gpu $(if $(strip $(MINUTES)),--minutes $(MINUTES)) || rc=$$?; \
+		$(BIN)/attn-core bench gpu-page; exit $$rc
 
 docs: $(STAMP)
 	$(BIN)/pytest --doctest-glob='*.md' docs

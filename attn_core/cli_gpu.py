@@ -19,10 +19,17 @@ def _refuse(error: Exception) -> typer.Exit:
 
 def gpu(
     stage: Annotated[
-        list[str] | None, typer.Option(help="conformance, sanitizer or bench; all by default.")
+        list[str] | None,
+        typer.Option(help="smoke, bench, conformance or sanitizer; all by default."),
     ] = None,
     case: Annotated[list[str] | None, typer.Option(help="Case, or a part of its name.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of turns.")] = 5,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="End by then, with what tells most; without a limit, all."),
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Rounds of turns; 5, or 3 where minutes are given.")
+    ] = None,
     json: Annotated[
         Path | None,
         typer.Option(dir_okay=False, help="Where to write; benchmarks/results/<gpu>.json."),
@@ -30,7 +37,7 @@ def gpu(
 ) -> None:
     """Judge the kernels on this machine's GPU, then time them; exit 1 on a wrong answer."""
     from attn_core.benchmarks import gpu as gpus
-    from attn_core.benchmarks import results
+    from attn_core.benchmarks import gpu_apart, results
 
     unknown = sorted(set(stage or ()) - set(gpus.STAGES))
     if unknown:
@@ -43,13 +50,16 @@ def gpu(
     console = Console()
     environment = {**results.environment(1), "commit": results.commit(), "date": results.now()}
     environment["ptxas"] = _ptxas(machine.facts()["architecture"])
+    pace = gpus.PACE if minutes is None else gpus.HURRIED
     whole, path = gpus.run(
         machine,
         json,
         stages=stage or gpus.STAGES,
         only=case or (),
-        pace=gpus.PACE._replace(rounds=rounds),
+        pace=pace._replace(rounds=rounds or pace.rounds),
+        minutes=minutes,
         environment=environment,
+        bench=gpu_apart.bench,
         say=lambda words: console.print(words, markup=False, soft_wrap=True),
     )
     console.print(f"written: {path}", markup=False, soft_wrap=True)
@@ -91,14 +101,18 @@ def gpu_page(
 
 def tune(
     kernel: Annotated[
-        list[str] | None, typer.Option(help="forward, d_keys or d_query; all by default.")
+        list[str] | None, typer.Option(help="forward, d_keys, d_query or fused; all by default.")
     ] = None,
     width: Annotated[list[int] | None, typer.Option(help="64, 128 or 256.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.1, help="End by then, with what was found.")
+    ] = None,
     dry: Annotated[bool, typer.Option("--dry", help="Measure, and write nothing.")] = False,
 ) -> None:
     """Measure kernel configurations on this machine's GPU, and keep the fastest for yourself."""
     from attn_core.benchmarks import gpu as gpus
     from attn_core.benchmarks import tune as tuning
+    from attn_core.kernels import configs
 
     for name, given, known in (
         ("--kernel", kernel or (), tuning.KERNELS),
@@ -117,10 +131,12 @@ def tune(
         machine,
         kernels=kernel or tuning.KERNELS,
         widths=width or tuning.WIDTHS,
+        minutes=minutes,
+        kept=(lambda won: None) if dry else tuning.keep,
         say=lambda words: console.print(words, markup=False, soft_wrap=True),
     )
     failed = sum(bool(each.problem) for each in tried)
     console.print(f"{len(tried)} tried, {failed} did not answer, {len(won)} won")
     if won and not dry:
-        console.print(f"written: {tuning.keep(won)}", markup=False, soft_wrap=True)
+        console.print(f"written: {configs.user_file()}", markup=False, soft_wrap=True)
     raise typer.Exit(0 if won else 1)

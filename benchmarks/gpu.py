@@ -1,36 +1,41 @@
-"""A GPU from beginning to end: is it right, is it clean, how fast is it?
+"""A GPU from beginning to end: is it right, how fast is it, is it clean?
 
-    conformance   the suite, every option, float32, float16 and bfloat16
+    smoke         the suite's smallest tier: whether there is anything to time
+    bench         check, then time: the cases of `gpu_cases.py`, those that tell most first
+    conformance   the whole suite, every option, float32, float16 and bfloat16
     sanitizer     NVIDIA's compute-sanitizer over a small part of it, where it is installed
-    bench         check, then time: the cases of `gpu_cases.py`
 
-    {"version": 1, "gpu": "NVIDIA H200", "facts": {...}, "environment": {...},
+    {"version": 1, "gpu": "NVIDIA H200", "facts": {...}, "environment": {...}, "pace": {...},
      "stages": {"conformance": {"status": "passed", "said": "..."}, ...},
      "measured": [{"case": ..., "subject": ..., "direction": ..., "samples": [..ms..]}, ...]}
 
-in `benchmarks/results/<gpu>.json`, from which `gpu_page.py` makes docs/GPU.md. Without a GPU
-nothing runs and nothing is written.
+in `benchmarks/results/<gpu>.json`, from which `gpu_page.py` makes docs/GPU.md. It is written after
+every case, so that who is stopped has what was measured. Where minutes are given, no stage goes on
+beyond them: what was not reached is told, and is no figure. Without a GPU nothing runs and nothing
+is written.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from attn_core.benchmarks import gpu_cases, judge, timing
-from attn_core.benchmarks.check import asked, expected_names, sampled, shares
+from attn_core.benchmarks import gpu_cases, timing
+from attn_core.benchmarks.check import asked, error, expected_names, shares
 from attn_core.benchmarks.gpu_cases import GpuCase, Measured
 
 VERSION = 1
-STAGES = ("conformance", "sanitizer", "bench")
+STAGES = ("smoke", "bench", "conformance", "sanitizer")
 SUBJECT = "attn_core.benchmarks.gpu_calls:triton"
 """`attention(impl="triton")` on the device, as the conformance suite names it."""
 
@@ -43,21 +48,48 @@ class NoGpu(RuntimeError):
 
 
 class Stage(NamedTuple):
-    """What came of a stage: passed, failed, or skipped with its reason."""
+    """What came of a stage: passed, failed, stopped for want of time, or skipped; and why."""
 
     status: str
     said: str
 
 
 class Pace(NamedTuple):
-    """Rounds of turns, two samples each, and calls in a sample."""
+    """Rounds of turns, two samples each, calls in a sample, and key heads judged (0: all)."""
 
     rounds: int = 5
     repeats: int = 20
+    heads: int = 0
 
 
 PACE = Pace()
+HURRIED = Pace(3, 10, 8)
+"""Where minutes are given."""
+
 Say = Callable[[str], None]
+Keep = Callable[[Sequence[Measured]], None]
+Call = Callable[[list[str], float], tuple[int, str]]
+"""Runs a command for so many seconds at most: (its exit status, the last of what it said)."""
+
+_STOPPED = 130
+"""The exit status of the suite where it was interrupted: what it says is of a part."""
+
+_SMOKE, _LEAST = 0.3, 20.0
+"""The part of the time that the smoke tier has, and seconds below which no stage is begun."""
+
+
+class Limit:
+    """Until when there is time."""
+
+    def __init__(self, minutes: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock, self.seconds = clock, None if minutes is None else 60 * minutes
+        self.began = clock()
+
+    def left(self, share: float = 1.0) -> float:
+        """Seconds until this share of the time is over; infinite where there is no limit."""
+        if self.seconds is None:
+            return float("inf")
+        return self.began + share * self.seconds - self.clock()
 
 
 def device() -> Any:
@@ -85,18 +117,23 @@ def run(
     stages: Sequence[str] = STAGES,
     only: Sequence[str] = (),
     pace: Pace = PACE,
+    minutes: float | None = None,
     environment: Mapping[str, Any] | None = None,
     say: Say = print,
-    call: Callable[[list[str]], tuple[int, str]] | None = None,
+    call: Call | None = None,
     given: Sequence[GpuCase] | None = None,
+    bench: Callable[..., None] | None = None,
 ) -> tuple[dict[str, Any], Path]:
-    """Run the stages, and write after each one what is known; (what was written, where).
+    """Run the stages, and write all along what is known; (what was written, where).
 
     Args:
         machine: `gpu_calls`, or what stands in for it.
         only: parts of the names of cases; all by default.
-        call: runs a command: (its exit status, the last of what it said).
+        minutes: how long all of it may take.
+        call: runs a command.
+        bench: times the cases: `bench` here, or `gpu_apart.bench`, which survives its kernels.
     """
+    limit = Limit(minutes)
     known = machine.facts()
     path = into or Path("benchmarks/results") / f"{slug(known['gpu'])}.json"
     whole: dict[str, Any] = {
@@ -104,31 +141,57 @@ def run(
         "gpu": known["gpu"],
         "facts": known,
         "environment": dict(environment or {}),
+        "pace": {**pace._asdict(), "minutes": minutes},
         "stages": {},
         "measured": [],
     }
-    called = call or _called
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        beside.write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
+        beside.replace(path)
+
+    def keep(found: Sequence[Measured]) -> None:
+        whole["measured"] += [m._asdict() for m in found]
+        write()
+
+    def timed() -> Stage:
+        some = [c for c in given or gpu_cases.cases() if not only or _named(c.name, only)]
+        units = [(c, direction) for c in gpu_cases.ranked(some) for direction in c.directions]
+        try:
+            (bench or in_place)(machine, units, pace, say, limit, keep)
+        except RuntimeError as raised:  # of `gpu_apart`: no worker begins with anything
+            return Stage("failed", str(raised))
+        return _of_bench(units, measured_of(whole))
+
     for stage in STAGES:
         if stage not in stages:
             whole["stages"][stage] = Stage("skipped", "not asked for")._asdict()
             continue
         say(f"== {stage}")
-        if stage == "bench":
-            some = [c for c in given or gpu_cases.cases() if not only or _named(c.name, only)]
-            found = bench(machine, some, pace, say)
-            whole["measured"] = [m._asdict() for m in found]
-            wrong = [m for m in found if m.status == "wrong"]
-            ours = [
-                m for m in found if m.status == "error" and m.subject.startswith(gpu_cases.OURS)
-            ]
-            result = Stage("failed" if wrong or ours else "passed", f"{len(found)} measurements")
+        if limit.left() < _LEAST:
+            result = Stage("skipped", "no time was left")
+        elif stage == "bench":
+            result = timed()
         else:
-            result = {"conformance": _conformance, "sanitizer": _sanitizer}[stage](called)
+            share = _SMOKE if stage == "smoke" and set(stages) != {"smoke"} else 1.0
+            result = _SUITES[stage](call or called, limit.left(share))
         say(f"{stage}: {result.status}. {result.said}")
         whole["stages"][stage] = result._asdict()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
+        write()
     return whole, path
+
+
+def _of_bench(units: Sequence[tuple[GpuCase, str]], found: Sequence[Measured]) -> Stage:
+    reached = {(m.case, m.direction) for m in found}
+    behind = [f"{c.name} {d}" for c, d in units if (c.name, d) not in reached]
+    bad = [m for m in found if m.status == "wrong"]
+    bad += [m for m in found if m.status == "error" and m.subject.startswith(gpu_cases.OURS)]
+    said = f"{len(found)} measurements"
+    if behind:
+        said += f"; {len(behind)} of {len(units)} not reached, from {behind[0]} on"
+    return Stage("failed" if bad else "stopped" if behind else "passed", said)
 
 
 def slug(name: str) -> str:
@@ -158,10 +221,38 @@ def _named(name: str, parts: Sequence[str]) -> bool:
     return any(part in name for part in parts)
 
 
-def _called(command: list[str]) -> tuple[int, str]:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    return done.returncode, " | ".join(lines[-3:])
+def called(command: list[str], seconds: float) -> tuple[int, str]:
+    """Runs it; who has not ended by then is interrupted, and says what there is to say."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as told:
+        ran = subprocess.Popen(command, stdout=told, stderr=told, start_new_session=True)
+        try:
+            status = ran.wait(None if seconds == float("inf") else max(seconds, 0.1))
+        except subprocess.TimeoutExpired:
+            status = _ended(ran)
+        except BaseException:
+            _killed(ran)  # it is in a session of its own, where no Ctrl-C comes
+            raise
+        told.seek(0)
+        lines = [line.strip() for line in told.read().strip().splitlines() if line.strip()]
+    return status, " | ".join(lines[-3:])
+
+
+def _ended(ran: subprocess.Popen[bytes]) -> int:
+    ran.send_signal(signal.SIGINT)
+    try:
+        ran.wait(_LEAST)
+    except subprocess.TimeoutExpired:
+        pass
+    _killed(ran)
+    return _STOPPED
+
+
+def _killed(ran: subprocess.Popen[bytes]) -> None:
+    try:
+        os.killpg(ran.pid, signal.SIGKILL)  # and the workers that it may have left
+    except ProcessLookupError:
+        pass
+    ran.wait()
 
 
 def _command(*words: str) -> list[str]:
@@ -169,63 +260,109 @@ def _command(*words: str) -> list[str]:
     return [sys.executable, "-c", code, "conformance", "run", "--subject", SUBJECT, *words]
 
 
-def _conformance(call: Callable[[list[str]], tuple[int, str]]) -> Stage:
-    status, said = call(_command("--tier", "full", "--failures", "--jobs", "1"))
-    return Stage("passed" if status == 0 else "failed", said)
+def _suite(tier: str) -> Callable[[Call, float], Stage]:
+    def judged(call: Call, seconds: float) -> Stage:
+        # Compiling is most of it, and that a GPU's host does beside.
+        jobs = str(max(1, min(8, (os.cpu_count() or 2) // 2)))
+        with tempfile.TemporaryDirectory() as room:
+            verdicts = Path(room) / "verdicts.json"
+            words = ("--tier", tier, "--failures", "--jobs", jobs, "--json", str(verdicts))
+            status, said = call(_command(*words), seconds)
+            if status != _STOPPED:
+                return Stage("passed" if status == 0 else "failed", said)
+            rows = json.loads(verdicts.read_text("utf-8"))["verdicts"] if verdicts.exists() else []
+        bad = [row["case"] for row in rows if row["status"] in ("failed", "error")]
+        said = f"{len(rows)} judged until time was up, {len(bad)} wrong"
+        return Stage("failed" if bad else "stopped", ": ".join([said, *bad[:1]]))
+
+    return judged
 
 
-def _sanitizer(call: Callable[[list[str]], tuple[int, str]]) -> Stage:
+def _sanitizer(call: Call, seconds: float) -> Stage:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return Stage("skipped", "compute-sanitizer is not installed")
     cases = [word for name in _SMALL for word in ("--case", name)]
     command = [tool, "--error-exitcode", "9", "--target-processes", "all"]
-    status, said = call([*command, *_command("--tier", "smoke", "--jobs", "1", *cases)])
+    status, said = call([*command, *_command("--tier", "smoke", "--jobs", "1", *cases)], seconds)
+    if status == _STOPPED:
+        return Stage("stopped", "it was interrupted when time was up")
     return Stage("passed" if status == 0 else "failed", said)
 
 
-def bench(machine: Any, given: Sequence[GpuCase], pace: Pace, say: Say) -> list[Measured]:
-    """Every case through every subject: checked, then timed turn by turn."""
+_SUITES = {"smoke": _suite("smoke"), "conformance": _suite("full"), "sanitizer": _sanitizer}
+
+
+def in_place(
+    machine: Any,
+    units: Sequence[tuple[GpuCase, str]],
+    pace: Pace,
+    say: Say,
+    limit: Limit,
+    keep: Keep,
+) -> None:
+    """Every case and direction through every subject, in this process."""
     timer = machine.Timer()
-    found: list[Measured] = []
-    for number, case in enumerate(given):
-        for direction in case.directions:
-            say(f"{number + 1} of {len(given)}: {case.name}, {direction}")
-            found += _case(machine, timer, case, direction, pace)
-    return found
+    for number, (case, direction) in enumerate(units):
+        if limit.left() < _LEAST:
+            return
+        say(f"{number + 1} of {len(units)}: {case.name}, {direction}")
+        keep(measured(machine, timer, case, direction, pace, case.who(direction)))
 
 
-def _case(machine: Any, timer: Any, case: GpuCase, direction: str, pace: Pace) -> list[Measured]:
+def measured(
+    machine: Any,
+    timer: Any,
+    case: GpuCase,
+    direction: str,
+    pace: Pace,
+    subjects: Sequence[str],
+    beginning: Callable[[str], None] = lambda subject: None,
+) -> list[Measured]:
+    """Every subject checked, then all timed turn by turn; `beginning` is told who comes next."""
     ready: dict[str, Callable[[], Any]] = {}
     told: dict[str, Measured] = {}
-    for subject in case.subjects:
+    for subject in subjects:
+        beginning(subject)
         plain = Measured(case.name, subject, direction, "measured")
         try:
             call = machine.prepared(subject, case, direction)
-            told[subject] = _checked(plain, call, case)
+            told[subject] = _checked(plain, call, case, pace.heads)
             if told[subject].status == "measured":
                 short = case.kind == "decode" and subject.startswith(gpu_cases.OURS)
                 ready[subject] = machine.captured(call.run) if short else call.run
-        except machine.Refused as error:
-            told[subject] = plain._replace(status="refused", problem=str(error))
-        except Exception as error:  # whatever a subject raises is told of it, and costs no other
-            reason = f"{type(error).__name__}: {str(error)[:300]}"
-            told[subject] = plain._replace(status="error", problem=reason)
+        except machine.Refused as reason:
+            told[subject] = plain._replace(status="refused", problem=str(reason))
+        except Exception as raised:  # whatever a subject raises is told of it, and costs no other
+            told[subject] = plain._replace(status="error", problem=_told(raised))
+    beginning("")
     samples: dict[str, list[float]] = {subject: [] for subject in ready}
     for turn in timing.turns(list(ready), pace.rounds):
-        milliseconds = timer.sample(ready[turn.name], pace.repeats)
+        if turn.name not in ready:
+            continue
+        try:
+            milliseconds = timer.sample(ready[turn.name], pace.repeats)
+        except Exception as raised:
+            del ready[turn.name], samples[turn.name]
+            wrong = told[turn.name]._replace(status="error", problem=_told(raised))
+            told[turn.name] = wrong
+            continue
         if turn.counted:
             samples[turn.name].append(milliseconds)
     return [m._replace(samples=tuple(samples.get(s, ()))) for s, m in told.items()]
 
 
-def _checked(plain: Measured, call: Any, case: GpuCase) -> Measured:
+def _told(raised: Exception) -> str:
+    return f"{type(raised).__name__}: {str(raised)[:300]}"
+
+
+def _checked(plain: Measured, call: Any, case: GpuCase, heads: int) -> Measured:
     """The same, wrong where its answer is; with its error where it is an output."""
     if plain.subject == gpu_cases.COPY or plain.subject == gpu_cases.DROPOUT:
         return plain  # a copy has no answer; what dropout leaves out is conformance's to judge
-    given = asked(case)
-    got = call.answer(given.arrays)
-    found = shares(case, plain.direction, {n: got[n] for n in expected_names(plain.direction)})
+    got = call.answer(asked(case).arrays)
+    given = {n: got[n] for n in expected_names(plain.direction)}
+    found = shares(case, plain.direction, given, heads)
     bad = [f"{name} {share:.2g}" for name, share in found.items() if not share <= 1]
     if bad:
         return plain._replace(
@@ -233,7 +370,4 @@ def _checked(plain: Measured, call: Any, case: GpuCase) -> Measured:
         )
     if plain.direction != "forward":
         return plain
-    rows = sampled(case)
-    wanted = judge.answer(case, given.arrays, rows, judge.exact, gradients=False).results["out"]
-    error = np.asarray(got["out"][:, :, rows], np.float64) - wanted
-    return plain._replace(rmse=float(np.sqrt(np.mean(error**2))))
+    return plain._replace(rmse=error(case, plain.direction, got["out"], heads))

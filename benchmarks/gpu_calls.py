@@ -3,6 +3,7 @@
     torch:triton                attn_core.attention(impl="triton")
     torch:triton+dropout        the same, dropping a tenth
     torch:triton+deterministic  the same, under torch.use_deterministic_algorithms(True)
+    torch:triton+split, +fused  the same, its backward pass in this way, whatever the table says
     torch-sdpa-cudnn            scaled_dot_product_attention, pinned to SDPBackend.CUDNN_ATTENTION
     torch-sdpa-flash            the same, pinned to SDPBackend.FLASH_ATTENTION
     torch-flex                  flex_attention under torch.compile
@@ -15,6 +16,7 @@ cache swept before.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,6 +68,15 @@ def facts() -> dict[str, Any]:
 
 def available() -> bool:
     return bool(torch.cuda.is_available())
+
+
+def answers() -> bool:
+    """Whether the device still does: after some errors it never does again in this process."""
+    try:
+        torch.cuda.synchronize()
+        return bool(torch.ones(1, device="cuda").item() == 1)
+    except Exception:  # whatever it raises, it is no answer
+        return False
 
 
 def prepared(name: str, case: GpuCase, direction: str) -> Prepared:
@@ -154,14 +165,15 @@ class _Deterministic:
         torch.use_deterministic_algorithms(self.before)
 
 
-class _Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: Any) -> None: ...
-
-
 def _scope(name: str) -> Callable[[], Any]:
-    return _Deterministic if name == gpu_cases.DETERMINISTIC else _Nothing
+    from attn_core.kernels import configs
+
+    scopes: dict[str, Callable[[], Any]] = {
+        gpu_cases.DETERMINISTIC: _Deterministic,
+        gpu_cases.SPLIT: lambda: configs.fusing(False),
+        gpu_cases.FUSED: lambda: configs.fusing(True),
+    }
+    return scopes.get(name, nullcontext)
 
 
 def _copy(case: GpuCase) -> Prepared:

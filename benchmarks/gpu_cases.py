@@ -10,17 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import median
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from attn_core.benchmarks.cases import Case
 from attn_core.benchmarks.targets import straightness
 
 OURS = "torch:triton"
 DROPOUT, DETERMINISTIC = f"{OURS}+dropout", f"{OURS}+deterministic"
+SPLIT, FUSED = f"{OURS}+split", f"{OURS}+fused"
+"""Our backward pass in either way, whatever the table of configurations says."""
+
 CUDNN, FLASH, FLEX = "torch-sdpa-cudnn", "torch-sdpa-flash", "torch-flex"
 COPY = "copy"
-SUBJECTS = (OURS, DROPOUT, DETERMINISTIC, CUDNN, FLASH, FLEX, COPY)
+SUBJECTS = (OURS, DROPOUT, DETERMINISTIC, SPLIT, FUSED, CUDNN, FLASH, FLEX, COPY)
 
 TOKENS, NUMBERS = 16384, 2048
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -47,11 +53,50 @@ class GpuCase(Case):
             heads = self.kv_heads
         return batch, heads, count, width
 
+    def who(self, direction: str) -> tuple[str, ...]:
+        """The subjects that are asked for this direction."""
+        return tuple(s for s in self.subjects if direction != "forward" or s not in (SPLIT, FUSED))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """As of any case, the last one's kept: at these sizes drawing them takes seconds."""
+        return dict(_drawn(self))
+
     @property
     def cache_bytes(self) -> int:
         """Of keys and values together, in two bytes a number."""
         batch, heads, count, width = self.sizes("key")
         return 2 * 2 * batch * heads * count * width
+
+
+@lru_cache(maxsize=1)
+def _drawn(case: GpuCase) -> dict[str, np.ndarray]:
+    return super(GpuCase, case).arrays()
+
+
+FIRST = (
+    "causal-T4096-D128",
+    "full-T4096-D128",
+    "decode-Tq1",
+    "window-T8192-D128",
+    "documents-T8192-D128",
+    "causal-T8192-D128",
+    "causal-T4096-D64",
+    "causal-T4096-D256",
+    "full-T4096-D64",
+    "full-T4096-D256",
+    "full-T8192-D128",
+    "full-T16384-D128",
+    "causal-T16384-D128",
+    *(f"linear-window{reach}" for reach in WINDOWS),
+    "odd-causal-T4095",
+    "decode-Tq4",
+)
+"""Cases in the order of what they tell: of every promise first one, at its heaviest use."""
+
+
+def ranked(given: Sequence[GpuCase]) -> list[GpuCase]:
+    """The same, `FIRST` first: what is measured where there is not time for all."""
+    return sorted(given, key=lambda c: FIRST.index(c.name) if c.name in FIRST else len(FIRST))
 
 
 def cases() -> tuple[GpuCase, ...]:
@@ -74,7 +119,7 @@ def cases() -> tuple[GpuCase, ...]:
                     "bfloat16",
                     mask,
                     reach,
-                    (OURS, FLEX),
+                    (OURS, FLEX, SPLIT, FUSED),
                     ("forward", "backward"),
                     kind="sparse",
                 )
@@ -137,6 +182,8 @@ def _dense(width: int, length: int, mask: str, kv_heads: int = 0, name: str = ""
     subjects: tuple[str, ...] = (OURS, CUDNN, FLASH)
     if (width, length) == (128, 8192) and not kv_heads:
         subjects = (*subjects, DROPOUT, DETERMINISTIC)
+    if length == 4096 and not kv_heads:
+        subjects = (*subjects, SPLIT, FUSED)
     return GpuCase(
         f"{name}{mask}-T{length}-D{width}",
         length,

@@ -13,11 +13,20 @@ NOTHING = """# On a GPU
 
 **No figure has been measured on a GPU yet**, and none stands here that was not. What is known of
 the kernels without one is in [KERNELS.md](KERNELS.md): they are right in Triton's interpreter, and
-they compile for sm_80, sm_90, sm_100 and gfx942 without spilling registers.
+they compile for sm_80, sm_90, sm_100 and gfx942.
 
 Where there is a GPU, `make gpu` judges the kernels on it, times them beside cuDNN,
-FlashAttention-2 and flex_attention, and writes this page. It promises these; whether they hold is
-not known:
+FlashAttention-2 and flex_attention, and writes this page. Where it is there for minutes only:
+
+    attn-core bench gpu --minutes 9     the suite's smoke tier, then cases in the order of what they
+                                        tell, then as much of the whole suite as there is time for
+    attn-core bench gpu-page            this page, of what was measured
+    attn-core bench tune --minutes 20   tiles, and whether the fused backward pass wins
+
+What is measured is in `benchmarks/results/<gpu>.json` after every case, so that nothing is lost by
+stopping; and every case runs in a process that may end without the others.
+
+It promises these; whether they hold is not known:
 
 | target | must | aim |
 | --- | --- | --- |
@@ -50,6 +59,12 @@ def _chapter(whole: Mapping[str, Any]) -> str:
         versions = ", ".join(f"{n} {packages[n]}" for n in ("torch", "triton") if n in packages)
         told = (f"commit {place.get('commit') or 'not recorded'}", versions, place.get("ptxas", ""))
         text += f"\n{place.get('date', '')[:10]}, {', '.join(part for part in told if part)}.\n"
+    pace = whole.get("pace", {})
+    if pace.get("minutes"):
+        text += (
+            f"\nIn {pace['minutes']:g} minutes: {pace['rounds']} rounds of turns, and answers "
+            f"checked on {pace['heads']} key heads of each case.\n"
+        )
     text += "\n| stage | came out | |\n| --- | --- | --- |\n"
     for name, stage in whole["stages"].items():
         text += f"| {name} | {stage['status']} | {_cell(stage['said'])} |\n"

@@ -13,7 +13,7 @@ stretch that one of these rows sees.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,8 +61,12 @@ def answer(
     *,
     out: bool = True,
     gradients: bool = True,
+    groups: Sequence[tuple[int, int]] | None = None,
 ) -> Answer:
-    """The rows' answer; `given` is query, key, value and cotangent of out, (B, H, T, D)."""
+    """The rows' answer; `given` is query, key, value and cotangent of out, (B, H, T, D).
+
+    Of these (batch, key head) alone, where `groups` names them: beside them stand zeros.
+    """
     q, k, v, upstream = (given[n] for n in ("query", "key", "value", "cotangent"))
     picked = (*q.shape[:2], len(rows), q.shape[3])
     wide = r(q[:0]).dtype
@@ -72,8 +76,8 @@ def answer(
         found |= {name: np.zeros(k.shape, wide) for name in ("key", "value")}
     scale, largest = r(case.width**-0.5), 0.0
     group = q.shape[1] // k.shape[1]
-    for b, h in np.ndindex(*q.shape[:2]):
-        kv = h // group
+    pairs = np.ndindex(*k.shape[:2]) if groups is None else groups
+    for b, kv, h in [(b, kv, kv * group + n) for b, kv in pairs for n in range(group)]:
         for start in range(0, len(rows), ROWS):
             at = slice(start, start + ROWS)
             first, beyond = case.keys(rows[at], b)

@@ -5,20 +5,27 @@ answers wins, and is written where `attn_core.kernels.configs` looks first. What
 do (too much shared memory, say) is a reason not to take it, never an error.
 
 The backward pass is timed as a whole, with one kernel's configuration changed at a time: the others
-stay as they are, so that what differs is its own time.
+stay as they are, so that what differs is its own time. Who has won stands while the next kernel is
+tried. `fused` comes last, against the split of those winners: where it wins, its entry says that it
+runs instead, and where it does not, that it does not.
+
+What is won is kept as it comes, so that who runs out of time has what was found until then.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from attn_core.benchmarks.cases import Case
+from attn_core.benchmarks.gpu import Limit
 from attn_core.benchmarks.gpu_cases import OURS, GpuCase
 
-KERNELS = ("forward", "d_keys", "d_query")
-WIDTHS = (64, 128, 256)
+KERNELS = ("forward", "d_keys", "d_query", "fused")
+WIDTHS = (128, 64, 256)
 CLASSES = {"none": "full", "positions": "causal", "mask": "documents"}
 """The class, and the mask of the case that stands for it."""
 
@@ -39,19 +46,22 @@ class Tried(NamedTuple):
 def candidates(kernel: str, now: Any, descriptors: bool) -> list[Any]:
     """Configurations worth a try: what is chosen now, and tiles about as large as fit anywhere.
 
+    Of `fused` the first one is that it does not run, and the split does.
+
     Args:
         now: the `Config` in force.
         descriptors: whether the GPU has them.
     """
-    made = [now]
+    fused = kernel == "fused"
+    made = [replace(now, instead=False), replace(now, instead=True)] if fused else [now]
     kind = type(now)
-    tall, wide = (_TALL, _WIDE) if kernel != "d_keys" else (_WIDE, _TALL)
+    tall, wide = (_TALL, _WIDE) if kernel not in ("d_keys", "fused") else (_WIDE, _TALL)
     for rows in tall:
         for keys in wide:
             for warps in (4, 8):
-                for stages in (2, 3):
+                for stages in (1, 2) if fused else (2, 3):
                     for described in (True, False) if descriptors else (False,):
-                        made.append(kind(rows, keys, warps, stages, described))
+                        made.append(kind(rows, keys, warps, stages, described, fused))
     return list(dict.fromkeys(made))
 
 
@@ -71,40 +81,48 @@ def tune(
     widths: Sequence[int] = WIDTHS,
     classes: Sequence[str] = tuple(CLASSES),
     repeats: int = 10,
+    minutes: float | None = None,
     say: Callable[[str], None] = print,
+    kept: Callable[[Sequence[Any]], Any] = lambda won: None,
 ) -> tuple[list[Any], list[Tried]]:
-    """(entries of those that won, everything that was tried)."""
+    """(entries of those that won, everything that was tried); `kept` is told of them as they come.
+
+    Args:
+        minutes: how long it may take; who is being tried then is left as it was.
+    """
     from attn_core.kernels import configs
 
+    limit = Limit(minutes)
     facts = machine.facts()
     architecture, timer = facts["architecture"], machine.Timer()
     described = architecture.startswith("sm_") and int(architecture[3:]) >= 90
-    won, tried = [], []
-    for kernel in kernels:
-        direction = "forward" if kernel == "forward" else "backward"
-        for width in widths:
-            for name in classes:
-                case = case_of(width, name)
-                now = configs.choose(kernel, architecture, width, width, case.dtype, name)
-                found = []
-                for config in candidates(kernel, now, described):
-                    entry = configs.Entry(
-                        kernel, (architecture,), (width,), 16, (name,), config, "", "yours"
-                    )
-                    found.append(_timed(machine, timer, configs, entry, case, direction, repeats))
-                tried += found
-                best = min(found, key=lambda each: each.milliseconds)
-                if not math.isfinite(best.milliseconds):
-                    say(f"{kernel} D{width} {name}: none answered. {best.problem}")
-                    continue
-                source = f"measured on {facts['gpu']}: {best.milliseconds:.3f} ms ({case.name})"
-                won.append(
-                    configs.Entry(
-                        kernel, (architecture,), (width,), 16, (name,), best.config, source, "yours"
-                    )
-                )
-                before = found[0].milliseconds
-                say(f"{kernel} D{width} {name}: {before:.3f} to {best.milliseconds:.3f} ms")
+    won: list[Any] = []
+    tried: list[Tried] = []
+    asked = [(width, name, kernel) for width in widths for name in classes for kernel in kernels]
+    with ExitStack() as standing:
+        for number, (width, name, kernel) in enumerate(asked):
+            what = f"{kernel} D{width} {name}"
+            direction = "forward" if kernel == "forward" else "backward"
+            case = case_of(width, name)
+            now = configs.choose(kernel, architecture, width, width, case.dtype, name)
+            plain = configs.Entry(kernel, (architecture,), (width,), 16, (name,), now, "", "yours")
+            found = []
+            for config in candidates(kernel, now, described):
+                if limit.left() <= 0:
+                    say(f"no time was left for {what} and {len(asked) - number - 1} more")
+                    return won, tried
+                entry = plain._replace(config=config)
+                found.append(_timed(machine, timer, configs, entry, case, direction, repeats))
+                tried.append(found[-1])
+            best = min(found, key=lambda each: each.milliseconds)
+            if not math.isfinite(best.milliseconds):
+                say(f"{what}: none answered. {best.problem}")
+                continue
+            source = f"measured on {facts['gpu']}: {best.milliseconds:.3f} ms ({case.name})"
+            won.append(plain._replace(config=best.config, source=source))
+            standing.enter_context(configs.trying(won[-1]))
+            kept(won)
+            say(f"{what}: {found[0].milliseconds:.3f} to {best.milliseconds:.3f} ms")
     return won, tried
 
 
@@ -113,7 +131,7 @@ def _timed(
 ) -> Tried:
     plain = Tried(entry.kernel, entry.widths[0], entry.classes[0], entry.config, math.inf)
     try:
-        with configs.trying(entry):
+        with configs.trying(entry), configs.fusing(entry.config.instead):
             run = machine.prepared(OURS, case, direction).run
             run()
             return plain._replace(milliseconds=timer.sample(run, repeats))

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
+from gpu_machine import Machine, small
 from typer.testing import CliRunner
 
-from attn_core.benchmarks import gpu, gpu_cases, gpu_page, judge, tune
-from attn_core.benchmarks.calls import Refused as Declined
+from attn_core.benchmarks import check, gpu, gpu_apart, gpu_cases, gpu_page, judge, tune
 from attn_core.benchmarks.gpu_cases import (
     COPY,
     CUDNN,
     DROPOUT,
     FLASH,
+    FUSED,
     OURS,
+    SPLIT,
     GpuCase,
     Measured,
     Promise,
@@ -32,69 +36,12 @@ from attn_core.reference import attention as reference
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def small(name: str, **changes: Any) -> GpuCase:
-    fields = {
-        "length": 96,
-        "width": 16,
-        "heads": 4,
-        "batch": 2,
-        "dtype": "float32",
-        "mask": "causal",
-        "subjects": (OURS, FLASH),
-        "directions": ("forward", "backward"),
-    }
-    return GpuCase(name, **{**fields, **changes})
-
-
-class Machine:
-    """Answers by the judge, wrong where it is told to be; a call of n ms for subject n."""
-
-    Refused = Declined
-    MS: ClassVar[dict[str, float]] = {OURS: 2.0, FLASH: 3.0, CUDNN: 1.0, COPY: 0.5, DROPOUT: 4.0}
-
-    def __init__(self, wrong: str = "", refused: str = "", broken: str = "") -> None:
-        self.wrong, self.refused, self.broken = wrong, refused, broken
-        self.graphs = 0
-
-    def facts(self) -> dict[str, Any]:
-        return {"gpu": "NVIDIA Stand-In 9", "architecture": "sm_90"}
-
-    def prepared(self, subject: str, case: GpuCase, direction: str) -> Any:
-        if subject == self.refused:
-            raise Declined("it has no word for this.")
-        if subject == self.broken:
-            raise ZeroDivisionError("of its own")
-
-        def answer(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-            rows = np.arange(case.rows)
-            exact = judge.answer(case, arrays, rows, judge.exact)
-            names = ("out",) if direction == "forward" else ("query", "key", "value")
-            found = {n: exact.results[n].astype(np.float32) for n in names}
-            if subject == self.wrong:
-                found[names[-1]][..., 0] += 0.01
-            return found
-
-        def run() -> str:
-            return subject
-
-        from types import SimpleNamespace
-
-        return SimpleNamespace(run=run, answer=answer)
-
-    def captured(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        self.graphs += 1
-        return run
-
-    class Timer:
-        def sample(self, run: Callable[[], str], repeats: int) -> float:
-            return Machine.MS[run()]
-
-
 def test_a_run_is_checked_timed_and_written(tmp_path: Path) -> None:
     said: list[str] = []
     asked: list[list[str]] = []
 
-    def call(command: list[str]) -> tuple[int, str]:
+    def call(command: list[str], seconds: float) -> tuple[int, str]:
+        assert seconds == float("inf")
         asked.append(command)
         return 0, "all passed"
 
@@ -144,9 +91,191 @@ def test_who_raises_costs_nobody_else(tmp_path: Path, broken: str, fails: bool) 
 
 def test_a_failed_suite_fails_the_run(tmp_path: Path) -> None:
     whole, _ = gpu.run(
-        Machine(), tmp_path / "x.json", stages=["conformance"], call=lambda command: (1, "2 failed")
+        Machine(),
+        tmp_path / "x.json",
+        stages=["conformance"],
+        call=lambda command, seconds: (1, "2 failed"),
     )
     assert gpu.failed(whole)
+
+
+# --- Little time. ---------------------------------------------------------------------------------
+
+
+class Clock:
+    """It goes on by so many seconds whenever it is asked."""
+
+    def __init__(self, step: float) -> None:
+        self.now, self.step = 0.0, step
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+def test_what_was_reached_is_written_and_the_rest_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited = gpu.Limit
+    monkeypatch.setattr(gpu, "Limit", lambda minutes: limited(minutes, Clock(25.0)))
+    where = tmp_path / "x.json"
+    held: list[int] = []
+
+    class Watched(Machine):
+        def prepared(self, *about: Any) -> Any:
+            held.append(len(json.loads(where.read_text())["measured"]) if where.exists() else 0)
+            return super().prepared(*about)
+
+    given = [small(f"case{n}", subjects=(OURS,), directions=("forward",)) for n in range(9)]
+    whole, _ = gpu.run(Watched(), where, given=given, minutes=3, stages=["bench", "sanitizer"])
+    assert whole["stages"]["bench"]["status"] == "stopped"
+    reached = len(whole["measured"])
+    assert 0 < reached < 9
+    assert held == list(range(reached))  # each after the last had been written
+    assert (
+        f"{9 - reached} of 9 not reached, from case{reached} forward on"
+        in (whole["stages"]["bench"]["said"])
+    )
+    assert whole["stages"]["sanitizer"] == {"status": "skipped", "said": "no time was left"}
+    assert not gpu.failed(whole)
+
+
+def test_what_tells_most_comes_first() -> None:
+    found = gpu_cases.ranked(gpu_cases.cases())
+    assert [case.name for case in found[: len(gpu_cases.FIRST)]] == list(gpu_cases.FIRST)
+    assert {case.name for case in found} == {case.name for case in gpu_cases.cases()}
+    # After a few of them, every promise has a figure.
+    names = {case.name for case in found[: len(gpu_cases.FIRST)]}
+    some = [m for m in synthetic() if m.case in names]
+    assert all(each.worst is not None for each in Run(some).promises())
+
+
+@pytest.mark.parametrize(("bad", "status"), [(True, "failed"), (False, "stopped")])
+def test_a_suite_that_is_stopped_tells_of_its_part(tmp_path: Path, bad: bool, status: str) -> None:
+    def call(command: list[str], seconds: float) -> tuple[int, str]:
+        assert seconds <= 0.3 * 600  # the smoke tier's share
+        place = Path(command[command.index("--json") + 1])
+        rows = [{"case": "causal", "status": "failed" if bad else "passed"}]
+        place.write_text(json.dumps({"verdicts": rows}))
+        return 130, "interrupted"
+
+    whole, _ = gpu.run(
+        Machine(), tmp_path / "x.json", stages=["smoke", "bench"], minutes=10, call=call,
+        given=[small("one", subjects=(OURS,), directions=("forward",))],
+    )  # fmt: skip
+    assert whole["stages"]["smoke"]["status"] == status
+    assert f"1 judged until time was up, {int(bad)} wrong" in whole["stages"]["smoke"]["said"]
+    assert whole["stages"]["bench"]["status"] == "passed"
+
+
+def test_who_takes_too_long_is_interrupted() -> None:
+    code = (
+        "import time\ntry:\n print('begun', flush=True); time.sleep(60)\n"
+        "except KeyboardInterrupt: print('what there is')"
+    )
+    began = time.monotonic()
+    status, said = gpu.called([sys.executable, "-c", code], 1.0)
+    assert status == 130
+    assert "begun" in said
+    assert time.monotonic() - began < 30
+    assert gpu.called([sys.executable, "-c", "print(1); raise SystemExit(4)"], 60) == (4, "1")
+
+
+def test_some_heads_are_judged_as_all_are() -> None:
+    case = small("some", kv_heads=2, length=40, batch=3)
+    arrays = check.asked(case).arrays
+    rows = np.arange(40)
+    exact = judge.answer(case, arrays, rows, judge.exact).results
+    got = {n: x.astype(np.float32) for n, x in exact.items()}
+    pulled = {n: got[n] for n in ("query", "key", "value")}
+    assert check.groups(case, 2) == ((0, 0), (2, 1))
+    assert all(x <= 1 for x in check.shares(case, "backward", pulled, 2).values())
+    assert check.error(case, "forward", got["out"], 2) < 1e-6
+    for b, seen in ((1, False), (2, True)):  # batch 1 is not among those two
+        wrong = {n: x.copy() for n, x in pulled.items()}
+        wrong["key"][b, 1] += 0.1
+        found = check.shares(case, "backward", wrong, 2)
+        assert (found["d_key"] > 1) is seen
+        assert check.shares(case, "backward", wrong)["d_key"] > 1
+
+
+# --- Kernels that take their process with them. ---------------------------------------------------
+
+
+def apart(*words: str, given: Any = None, **more: Any) -> list[Measured]:
+    found: list[Measured] = []
+    command = [sys.executable, str(Path(__file__).parent / "gpu_machine.py"), *words]
+    cases = given or [small(n, length=32, directions=("forward",)) for n in ("one", "two")]
+    gpu_apart.bench(
+        *(None, [(case, d) for case in cases for d in case.directions], gpu.Pace(1, 1)),
+        *(lambda words: None, gpu.Limit(None), found.extend, command),
+        **more,
+    )
+    return found
+
+
+def test_a_worker_measures_what_this_process_would() -> None:
+    found = apart()
+    assert [(m.case, m.subject, m.samples) for m in found] == [
+        (case, subject, (ms, ms))
+        for case in ("one", "two")
+        for subject, ms in ((OURS, 2.0), (FLASH, 3.0))
+    ]
+    assert all(m.rmse for m in found)
+
+
+@pytest.mark.parametrize("how", ["crash", "hang"])
+def test_a_kernel_that_ends_its_process_or_never_ends_costs_itself(how: str) -> None:
+    found = apart(f"{how}={FLASH}", patience=3.0)
+    assert [(m.case, m.subject, m.status) for m in found] == [
+        (case, subject, status)
+        for case in ("one", "two")
+        for subject, status in ((FLASH, "error"), (OURS, "measured"))
+    ]
+    said = "an illegal address" if how == "crash" else "no word for"
+    assert said in found[0].problem
+    assert found[1].samples
+
+
+def test_a_device_that_answers_no_more_gets_another_process() -> None:
+    """Of the case itself what came before is kept; the next case has its figures."""
+    given = [small("one", length=32, directions=("forward",), subjects=(FLASH, OURS))]
+    given += [small("two", length=32, directions=("forward",), subjects=(OURS,))]
+    found = apart(f"lost={OURS}", given=given)
+    assert [(m.case, m.status) for m in found] == [
+        ("one", "measured"), ("one", "error"), ("two", "error"),
+    ]  # fmt: skip
+    assert "illegal memory access" in found[1].problem
+
+
+def test_workers_that_never_begin_are_given_up() -> None:
+    units = [(small("one"), "forward")]
+    command = [sys.executable, "-c", "raise SystemExit('no such module')"]
+    with pytest.raises(RuntimeError, match="no such module"):
+        gpu_apart.bench(None, units, gpu.PACE, print, gpu.Limit(None), lambda found: None, command)
+
+
+def test_a_bench_that_never_begins_fails_its_stage(tmp_path: Path) -> None:
+    def never(*about: Any) -> None:
+        raise RuntimeError("a worker must begin with its cases. Got 1: no such module")
+
+    whole, path = gpu.run(Machine(), tmp_path / "x.json", stages=["bench"], bench=never)
+    assert whole["stages"]["bench"]["status"] == "failed"
+    assert "no such module" in json.loads(path.read_text())["stages"]["bench"]["said"]
+
+
+# --- What is measured. ----------------------------------------------------------------------------
+
+
+def test_both_ways_of_the_backward_pass_are_timed(tmp_path: Path) -> None:
+    given = [small("both", subjects=(OURS, SPLIT, FUSED), length=32)]
+    whole, _ = gpu.run(Machine(), tmp_path / "x.json", given=given, stages=["bench"])
+    assert [(m.direction, m.subject) for m in gpu.measured_of(whole)] == [
+        ("forward", OURS), ("backward", OURS), ("backward", SPLIT), ("backward", FUSED),
+    ]  # fmt: skip
+    timed = {c.name: c.subjects for c in gpu_cases.cases() if FUSED in c.subjects}
+    assert {f"causal-T4096-D{width}" for width in (64, 128, 256)} <= set(timed)
+    assert all(SPLIT in subjects for subjects in timed.values())
 
 
 def test_grouped_heads_are_judged() -> None:
@@ -262,6 +391,10 @@ def test_the_page_holds_what_was_measured_and_says_what_was_not() -> None:
     assert "| forward vs FlashAttention-2 | 1.15 | 1.4 | 1.2 | incomplete |" in text
     assert "| backward vs FlashAttention-2 | 1 | 1.3 |  | not measured |" in text
     assert "it / broke" in text
+    assert "minutes" not in text
+    hurried = {**whole, "pace": {**gpu.HURRIED._asdict(), "minutes": 9.0}}
+    said = "In 9 minutes: 3 rounds of turns, and answers checked on 8 key heads of each case."
+    assert said in gpu_page.page([hurried])
     assert "No figure has been measured" not in text
     assert re.search(
         r"\| causal-T4096-D128 \| forward \| torch-sdpa-cudnn \| [\d.]+ .* 0.70 \|", text
@@ -306,9 +439,11 @@ class Tuned(Machine):
     """Its time depends on what is chosen; large tiles do not fit."""
 
     def prepared(self, subject: str, case: GpuCase, direction: str) -> Any:
-        kernel = "forward" if direction == "forward" else "d_keys"
         name = {"full": "none", "causal": "positions", "documents": "mask"}[case.mask]
-        chosen = configs.choose(kernel, "sm_90", case.width, case.width, case.dtype, name)
+        about = ("sm_90", case.width, case.width, case.dtype, name)
+        fused = configs.choose("fused", *about)
+        kernel = "forward" if direction == "forward" else "fused" if fused.instead else "d_keys"
+        chosen = configs.choose(kernel, *about)
         if chosen.rows * chosen.keys > 128 * 64:
             raise MemoryError("out of resources: shared memory")
 
@@ -319,7 +454,50 @@ class Tuned(Machine):
     class Timer:
         def sample(self, run: Callable[[], Any], repeats: int) -> float:
             chosen = run()
-            return 1000 / chosen.rows + 1 / chosen.keys + chosen.warps + chosen.stages
+            found = 1000 / chosen.rows + 1 / chosen.keys + chosen.warps + chosen.stages
+            return found * (0.5 if chosen.instead else 1.0)
+
+
+class Split(Tuned):
+    """Fused, it is slower."""
+
+    class Timer:
+        def sample(self, run: Callable[[], Any], repeats: int) -> float:
+            return Tuned.Timer().sample(run, repeats) * (9.0 if run().instead else 1.0)
+
+
+@pytest.mark.parametrize(("machine", "fused"), [(Tuned, True), (Split, False)])
+def test_the_faster_of_split_and_fused_is_kept(
+    machine: Any, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(configs.VARIABLE, str(tmp_path / "mine.toml"))
+    configs.forget()
+    told: list[int] = []
+    won, _ = tune.tune(
+        machine(), kernels=("d_keys", "fused"), widths=(64,), say=lambda words: None,
+        kept=lambda won: told.append(len(won)),
+    )  # fmt: skip
+    assert [entry.kernel for entry in won] == ["d_keys", "fused"] * 3
+    assert told == [1, 2, 3, 4, 5, 6]
+    assert not any(entry.config.instead for entry in won if entry.kernel == "d_keys")
+    tune.keep(won)
+    for name in tune.CLASSES:
+        found = configs.choose("fused", "sm_90", 64, 64, "bfloat16", name)
+        assert found.instead is fused
+    if fused:
+        assert (found.rows, found.keys) == (128, 64)
+    monkeypatch.undo()
+    configs.forget()
+
+
+def test_tuning_ends_in_time_with_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    limited = gpu.Limit
+    monkeypatch.setattr(tune, "Limit", lambda minutes: limited(minutes, Clock(1.0)))
+    said: list[str] = []
+    won, tried = tune.tune(Tuned(), kernels=("forward",), widths=(64,), minutes=1, say=said.append)
+    assert len(won) == 1
+    assert len(tried) < 60
+    assert said[-1] == "no time was left for forward D64 positions and 1 more"
 
 
 def test_what_is_fastest_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
