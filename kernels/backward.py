@@ -347,9 +347,12 @@ def d_bias(
                     M, D, DV, PAD, PAD_V, False,
                 )  # fmt: skip
                 rows = (m[:, None], log_l[:, None], t[:, None])
-                # Once, where it spans the keys; which the compiler must not know. Without a loop it
-                # reads whole rows ahead of all products, and has no registers for them.
-                for dj in tl.range(0, tl.minimum(wide, 1) if KEYS else wide):
+                count = 1 if KEYS else wide
+                if KEYS and q.dtype == tl.float32:
+                    # Once; which the compiler must not know. Without a loop it reads whole rows
+                    # ahead of these products, and has no registers for them. Of 16 bits it has.
+                    count = tl.minimum(wide, 1)
+                for dj in tl.range(0, count):
                     first = (j0 + dj) * N
                     k_at = first + tl.arange(0, N)
                     k = taken(
