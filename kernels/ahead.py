@@ -19,6 +19,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from multiprocessing import get_context
 from typing import NamedTuple
@@ -228,10 +229,18 @@ def compiled(job: Job, texts: bool = False) -> Finding:
 
 def unmade(targets: Sequence[str]) -> dict[str, str]:
     """Targets for which the compilers here make nothing at all, and what they say: ptxas or LLVM
-    may be older than a GPU. Asked with the smallest kernel."""
+    may be older than a GPU. Asked with the smallest kernel, each in a process of its own, which
+    LLVM ends where it does not know what to do."""
     smallest = Job("delta", "", SAMPLES["plain"], 64, 64, "float32")
-    found = run([smallest._replace(target=target) for target in dict.fromkeys(targets)])
-    return {finding.job.target: finding.error for finding in found if finding.error}
+    found = {}
+    for target in dict.fromkeys(targets):
+        try:
+            (finding,) = run([smallest._replace(target=target)])
+        except BrokenProcessPool:
+            found[target] = "LLVM ended its process: its words stand above, if it had any."
+        else:
+            found |= {target: finding.error} if finding.error else {}
+    return found
 
 
 def run(
