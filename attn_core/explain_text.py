@@ -111,7 +111,8 @@ def _verdict(c: Candidate) -> str:
 
 def _blocks(r: Report) -> list[tuple[str, str]]:
     size = "none" if r.tiles is None else f"{r.tiles[0]} queries by {r.tiles[1]} keys"
-    tiles = ("tiles", size if r.together == 1 else f"{size}, {r.together} of a row at a time")
+    size += "" if r.together == 1 else f", {r.together} of a row at a time"
+    tiles = ("tiles", size + ("" if r.turn is None else f", {_turn(*r.turn)} at once"))
     b = r.blocks
     if b is None:
         return [tiles, ("live blocks", UNKNOWN)]
@@ -129,6 +130,12 @@ def _blocks(r: Report) -> list[tuple[str, str]]:
         what = f"{b.excess} live blocks hold nothing allowed; of the entries in live blocks "
         found.append(("excess", f"{what}{_share(b.allowed_share)} are allowed"))
     return found
+
+
+def _turn(batches: int, heads: int) -> str:
+    """Whose tiles are one product."""
+    said = "1 key head" if heads == 1 else f"{heads} key heads"
+    return said if batches == 1 else f"{said} of {batches} batches"
 
 
 def _share(share: float) -> str:

@@ -60,6 +60,7 @@ class Report:
         options: whatever else was given, as text.
         tiles: rows and keys of the implementation's tiles; None where it has none.
         together: so many of them, side by side in a row, are computed as one.
+        turn: of so many batches and key heads at a time; None where nobody says.
         blocks: live blocks in tiles of that size, or in `explain_blocks.NOMINAL` ones where the
             implementation has none; None where they are known only when it runs.
         forward: estimated bytes of a forward pass beside arguments and results; None if unknown.
@@ -86,6 +87,7 @@ class Report:
     options: tuple[str, ...]
     tiles: tuple[int, int] | None
     together: int
+    turn: tuple[int, int] | None
     blocks: Blocks | None
     forward: int | None
     backward: int | None
@@ -183,6 +185,7 @@ def explain(
         options=_options(p, x),
         tiles=None if account is None else account.tiles,
         together=1 if account is None else account.together,
+        turn=None if account is None else account.turn,
         blocks=count(backend, p, x, (account and account.tiles) or NOMINAL),
         forward=None if account is None else account.forward,
         backward=None if account is None else account.backward,

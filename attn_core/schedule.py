@@ -7,11 +7,15 @@ depend on the run.
 
     order[..., :full]        tiles that need no mask
     order[..., full:live]    tiles that do
+
+Where what a row sees lies close together, it may be taken at once: `runs` says from where to where.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from attn_core.blocks import FULL, PARTIAL
 
@@ -42,3 +46,23 @@ def of_status(ops: Any, status: Array) -> Schedule:
         ops.total(ops.where(status >= FULL, one, zero)),
         ops.total(ops.where(status >= PARTIAL, one, zero)),
     )
+
+
+def runs(live: np.ndarray) -> tuple[np.ndarray, int]:
+    """For every row of a grid one run of columns that holds what is live; all are equally long.
+
+    Row i's run is columns [starts[i], starts[i] + width), within the grid. Width is what the
+    longest needs, and 1 at least; a row in which nothing is live has a run all the same.
+
+    Args:
+        live: boolean (rows, columns), of a host block map; for its columns, turned around.
+
+    Returns:
+        (starts, width), starts int32 (rows,).
+    """
+    columns = live.shape[1]
+    some = live.any(1)
+    first = np.where(some, live.argmax(1), 0)
+    last = np.where(some, columns - live[:, ::-1].argmax(1), 1)
+    width = int((last - first).max())
+    return np.minimum(first, columns - width).astype(np.int32), width

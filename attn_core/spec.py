@@ -216,6 +216,7 @@ class Account(NamedTuple):
         products: the dtype in which the two products are multiplied.
         lowered: what else a switch allows for them, and the switch: ("TF32", "... is True").
         together: tiles of a row that are one product, where a row takes its live keys at once.
+        turn: batches and key heads whose tiles are one product; None where nobody says.
     """
 
     tiles: tuple[int, int] | None
@@ -224,3 +225,4 @@ class Account(NamedTuple):
     products: str
     lowered: tuple[str, str] | None = None
     together: int = 1
+    turn: tuple[int, int] | None = None

@@ -51,12 +51,15 @@ class Tiling(NamedTuple):
 
     Attributes:
         span: whether a row of tiles is one tile of all that it sees.
+        heads: query heads, of all batches that go together, whose tiles are one product; None
+            where the implementation does not say.
     """
 
     rows: int
     keys: int
     live: int
     span: bool
+    heads: int | None
 
 
 def tiling(case: Case, backend: str) -> Tiling:
@@ -69,7 +72,9 @@ def tiling(case: Case, backend: str) -> Tiling:
     if said.blocks is not None:
         live = (said.blocks.full + said.blocks.partial) // (said.blocks.batches * said.blocks.heads)
     rows, keys = said.tiles
-    return Tiling(rows, keys * said.together, -(-live // said.together), said.together > 1)
+    heads = None if said.turn is None else math.prod(said.turn)
+    live = -(-live // said.together)
+    return Tiling(rows, keys * said.together, live, said.together > 1, heads)
 
 
 def ours(backend: str, impl: str, case: Case, **options: Any) -> Attend:

@@ -22,9 +22,6 @@ from attn_core.benchmarks import calls
 from attn_core.benchmarks.calls import Attend, Call, Made, in_words, tiling
 from attn_core.benchmarks.cases import Case
 
-_OF_ONE_HEAD = 2**20
-"""Entries of a tile from which it is of one head."""
-
 
 def ours(impl: str) -> Made:
     """attn_core.attention with that implementation."""
@@ -52,11 +49,11 @@ def nn(case: Case) -> Attend:
 def floor(case: Case) -> Call:
     """All live tiles, one after the other, at rows and keys that change.
 
-    Of the heads together, or one by one where tiles are as large as `chunked` has them for one.
+    Of as many heads at once as `chunked` takes.
     """
     t = tiling(case, "jax")
     heads = case.batch * case.heads
-    together = heads if t.rows * t.keys < _OF_ONE_HEAD else 1
+    together = t.heads or heads
     arrays = case.arrays()
     q, k, v = (
         jax.numpy.asarray(arrays[n]).reshape(heads, case.length, case.width)

@@ -11,7 +11,7 @@ from attn_core.explained import Report
 KEYS = (
     *("backend", "backend_from", "device", "dtype", "accumulation", "layout", "shape", "scale"),
     *("impl", "asked", "asked_by", "candidates", "mask", "score", "operands", "options"),
-    *("tiles", "together", "blocks", "forward", "backward", "precision", "effective"),
+    *("tiles", "together", "turn", "blocks", "forward", "backward", "precision", "effective"),
 )
 SHAPE = ("B", "Hq", "Hk", "Tq", "Tk", "D", "Dv")
 FLOAT32 = "float32 multiplied as float32, summed in float32"

@@ -7,6 +7,8 @@ of a part, and whatever is laid out anew.
 
 from __future__ import annotations
 
+from math import prod
+
 from attn_core.backends.jax.chunked_parts import level_of, sizes_of
 from attn_core.backends.jax.chunked_tile import Geometry
 from attn_core.footprint import differs, sizes
@@ -33,30 +35,33 @@ def _chunked(p: Problem, batch: int, numbers: tuple[str, tuple[str, str] | None]
     forward, backward = _pass(p, batch, g)[0], _pass(p, batch, sizes_of(p, columns=True))[1]
     # Of a span, the blocks that it takes together: what is live is counted in those.
     tiles, together = (g.block_q, g.step_k), g.block_k // g.step_k
-    return Account(tiles, forward, backward, *numbers, together)
+    return Account(tiles, forward, backward, *numbers, together, _turn(p, batch, g))
+
+
+def _turn(p: Problem, batch: int, g: Geometry) -> tuple[int, int]:
+    """Batches and key heads of one turn of the outer loop."""
+    level = level_of(p, 4 * p.group * g.block_q * g.block_k, *differs(p))
+    return batch if level == 0 else 1, p.kv_heads if level < 2 else 1
 
 
 def _pass(p: Problem, batch: int, g: Geometry) -> tuple[int, int]:
     """Bytes of a forward and of a backward pass that are cut up like this."""
     narrow, wide = WIDTH[p.dtype] // 8, WIDTH[p.accumulation] // 8
-    level = level_of(p, 4 * p.group * g.block_q * g.block_k, *differs(p))
-    batches = batch if level == 0 else 1
-    heads = p.kv_heads if level < 2 else 1
-    n = batches * heads
+    n = prod(_turn(p, batch, g))
     tile = n * p.group * g.block_q * g.block_k * wide
     # Entries of the arrays of a part, and of all.
     q, out = (n * p.group * g.q_size * x for x in (p.width, p.v_width))
     kv = n * g.k_size * (p.width + p.v_width)
     parts = batch * p.kv_heads // n
     moved = p.layout == "BTHD" or (g.q_size, g.k_size) != (p.q_len, p.k_len)
-    taken = (q + kv) * narrow if level else 0
+    taken = (q + kv) * narrow if parts > 1 else 0
     taken += (q + kv) * parts * narrow if moved else 0
     # On a CPU 16 bits are cut as words, which are copies; what is laid out anew is one already.
     sixteen = narrow < wide and p.device == "cpu"
     as_words = (q + kv) * narrow * parts if sixteen and not moved else 0
     forward = 5 * tile // 2 + out * narrow + taken + as_words
     turned = 2 * (q + out) * narrow if sixteen and p.group == 1 else 0
-    grads = q * wide + (kv * narrow + out * narrow if level else 0)
+    grads = q * wide + (kv * narrow + out * narrow if parts > 1 else 0)
     backward = 4 * tile + grads + taken + as_words + turned
     return forward, backward
 

@@ -21,7 +21,7 @@ from attn_core.backends.jax.tiles import Tiles
 from attn_core.blocks import FULL, PARTIAL, block_grid, block_map
 from attn_core.language.rules import HOST
 from attn_core.language.tree import Tree
-from attn_core.schedule import Schedule, of_status
+from attn_core.schedule import Schedule, of_status, runs
 from attn_core.spec import Operands, Problem
 
 Array = Any
@@ -117,15 +117,11 @@ def _spans(mask: Tree, q_len: int, k_len: int, start: int, columns: bool) -> Spa
         mask, q_len=q_len, k_len=k_len, block_q=size[0], block_k=size[1], offsets=start
     ).dense()[0, 0]
     live = (status.T if columns else status) >= PARTIAL
-    some = live.any(1)
-    first = np.where(some, live.argmax(1), 0)
-    last = np.where(some, steps - live[:, ::-1].argmax(1), 1)
-    width = int((last - first).max())
+    starts, width = runs(live)
     tiles = _live(mask, q_len, k_len, start, _blocks(q_len, _ROWS)[0], _blocks(k_len, _KEYS)[0])
     if width * step > _SPAN_LONGEST or lines * line * width * step > tiles:
         return None
-    starts = np.minimum(first, steps - width).astype(np.int32)[:, None]
-    return Spans(line, lines, step, steps, width, starts)
+    return Spans(line, lines, step, steps, width, starts[:, None])
 
 
 def tiles_of(p: Problem) -> tuple[int, int, int, int]:

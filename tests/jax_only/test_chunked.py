@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -184,6 +185,22 @@ def test_empty_tiles_are_not_computed_and_full_ones_ask_no_mask(monkeypatch, tra
         jax.block_until_ready(jax.jit(jax.grad(loss))(x))
         jax.effects_barrier()
         assert (tiles["logits"], asked["allowed"]) == (30, 12)
+
+
+@pytest.mark.parametrize("mask", [masks.causal(), masks.causal() & masks.window(left=200)])
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_mask_is_worked_out_once_for_a_tile(mask, backward):
+    x = jax.ShapeDtypeStruct((1, 4, 2048, 8), jnp.float32)
+
+    def attend(x):
+        return attn_core.attention(x, x, x, mask=mask, impl="chunked").sum()
+
+    call = jax.jit(jax.grad(attend) if backward else attend)
+    text = call.lower(x).compile().as_text()
+    # What compares rows with keys stands in one loop alone, and has no axis for the heads.
+    compared = re.findall(r"= pred\[([\d,]+)\][^=]* compare\(.*direction=GE", text)
+    assert len(compared) == 1 + backward
+    assert all(shape.startswith("1,1,1,") for shape in compared)
 
 
 def test_poison_in_tiles_that_nobody_sees_stays_there():

@@ -13,6 +13,7 @@ from support import seen
 
 import attn_core
 from attn_core import Dropout, attention, explain, masks, registry, scores
+from attn_core.backends.jax import chunked_tile
 
 BACKEND = registry.load("jax")
 
@@ -70,6 +71,41 @@ def test_blocks_in_the_tiles_that_run() -> None:
     dense = seen(masks.segments(np.arange(700) // 90) & masks.causal(), (2, 4, 700, 700)).copy()
     dense[1, ..., 100:] = False
     counted(explain(x, x[:, :2], x[:, :2], **given), dense)
+
+
+@pytest.mark.parametrize(
+    ("more", "turn"),
+    [
+        ({"length": 1024}, (1, 1)),
+        ({"length": 1024, "mask": masks.causal()}, (2, 4)),
+        ({"length": 2048, "mask": masks.causal() & masks.window(left=255)}, (2, 4)),
+        ({"length": 600, "mask": masks.causal(), "batch": 16}, (1, 4)),
+        ({"length": 600, "mask": masks.causal(), "heads": 256}, (1, 1)),
+        ({"length": 600, "kv_lengths": jnp.array([5, 600])}, (1, 4)),
+        ({"length": 600, "mask": masks.causal(), "impl": "reference"}, None),
+    ],
+)
+def test_so_many_batches_and_heads_are_computed_at_once(
+    more: dict[str, Any], turn: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"impl": "chunked", **more}
+    shape = (given.pop("batch", 2), given.pop("heads", 4), given.pop("length"), 8)
+    found, logits = [], chunked_tile.logits
+
+    def spy(
+        p: Any, x: Any, g: Any, part: Any, at: Any, q: Any, k: Any, *rest: Any, **left: Any
+    ) -> Any:
+        found.append(k.shape[:2])
+        return logits(p, x, g, part, at, q, k, *rest, **left)
+
+    monkeypatch.setattr(chunked_tile, "logits", spy)
+    x = jnp.zeros(shape)
+    said = explain(x, x, x, **given)
+    jax.eval_shape(lambda x: attention(x, x, x, **given), x)
+    assert said.turn == turn
+    assert set(found) == ({turn} if turn else set())
+    if turn:
+        assert f"{turn[1]} key head" in str(said)
 
 
 def test_while_tracing_values_are_known_when_it_runs() -> None:
