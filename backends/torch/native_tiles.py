@@ -89,6 +89,7 @@ def _rows(w: Work, clean: _Clean) -> tuple[Array, Array, Array]:
                 found, lse = _row(q, key, value, band, keys, chosen, w.scale, clean, lost)
                 band.of_rows(into, *rows)[...] = found
                 band.of_rows(m, *rows)[...] = lse
+                del found, lse  # what the next call gives may take their place, still in the caches
     return out, m, torch.stack(lost) if lost else m.new_zeros(1)
 
 
@@ -157,7 +158,7 @@ def backward(
         found = _kernel_backward(d_out, q, k, v, out, saved.m, 0.0, causal, scale=scale)
         found = [g if ask.layout == "BHTD" else g.transpose(1, 2) for g in found]
         return [g for g, yes in zip(found, wanted, strict=False) if yes]
-    w = work(ask, scale, x)
+    w = work(ask, scale, x, backward=True)
     clean = _Clean(k, v)
 
     def asked() -> list[Array]:
@@ -187,7 +188,7 @@ def _gradients(w: Work, arrays: Sequence[Array], saved: Saved, clean: _Clean) ->
         make(a.shape, dtype=w.dtype, device=w.device) for make, a in zip(made, x[:3], strict=True)
     ]
     d_query, d_key, d_value = (w.heads_first(g) for g in grads)
-    for turn in turns(w):
+    for turn in turns(w, backward=True):
         for band, chosen in Selections(w, turn):
             lone = _lone(band.spans, chosen)
             for batch in _batches(w, turn, band):
@@ -212,6 +213,7 @@ def _gradients(w: Work, arrays: Sequence[Array], saved: Saved, clean: _Clean) ->
                     into = into.add_(dq) if number else into.copy_(dq)
                     band.add(d_key, dk, *keys, span)
                     band.add(d_value, dv, *keys, span)
+                    del dq, dk, dv  # as in `_rows`
     return grads
 
 
