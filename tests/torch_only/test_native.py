@@ -219,7 +219,7 @@ def test_what_is_live_is_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     kernel = native_tiles._kernel
 
     def counting(q: Any, k: Any, *rest: Any, **options: Any) -> Any:
-        asked.append((q.shape[0], q.shape[2], k.shape[2]))
+        asked.append((q.shape[0] * q.shape[1], q.shape[2], k.shape[2]))
         return kernel(q, k, *rest, **options)
 
     monkeypatch.setattr(native_tiles, "_kernel", counting)
