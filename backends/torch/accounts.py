@@ -11,11 +11,13 @@ from math import prod
 
 import torch
 
-from attn_core.backends.torch import chunked, native, native_bands
+from attn_core.backends.torch import chunked, native, native_bands, native_strips
 from attn_core.backends.torch.chunked_parts import joined, tiles_of, together
+from attn_core.backends.torch.native_documents import documented
 from attn_core.footprint import differs, reading, sizes
 from attn_core.language.duals import differentiate
 from attn_core.language.shifts import slides
+from attn_core.language.tree import Tree
 from attn_core.spec import WIDTH, Account, Problem
 
 Numbers = tuple[str, tuple[str, str] | None]
@@ -96,7 +98,7 @@ def _native(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Accoun
     statistics = batch * p.heads * q_len * wide
     results = batch * p.heads * q_len * p.v_width * narrow
     whole = native._kind(p, torch.compiler.is_compiling()) != "tiles"
-    block_q, _, block_k, _ = tiles_of(p.group, q_len, k_len, _rows(p, found), native_bands.KEYS)
+    block_q, block_k = _tile(p, found)
     held = statistics
     if p.device == "cpu":
         rows = _split(q_len if whole else block_q)
@@ -110,32 +112,55 @@ def _native(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Accoun
         held, backward = held + forward, held + statistics + backward
     if not chunked.sums_wide(p.group, p.dtype):
         backward = max(held, _chunked(p, found, numbers).backward or 0)
-    return Account(None if whole else (block_q, block_k), held, backward, *numbers)
+    # Documents are cut where they begin, which no tile of one size tells.
+    cut = whole or (not _lengths(p) and documented(p.mask, p.offset, q_len, k_len))
+    return Account(None if cut else (block_q, block_k), held, backward, *numbers)
 
 
-def _rows(p: Problem, found: tuple[int, int, int]) -> int:
-    """Rows of a tile of torch's fused kernel."""
-    if p.mask_operands or p.kv_lengths or p.q_lengths:
-        return native_bands.ROWS
-    heads = (p.heads, p.heads // p.group)
-    return native_bands.rows_of(p.mask, p.offset, *heads, *found[1:])
+def _lengths(p: Problem) -> bool:
+    return p.kv_lengths or p.q_lengths
+
+
+def _sliding(p: Problem) -> bool:
+    return native_bands.sliding(p.mask, p.offset, len(p.mask_operands), _lengths(p))
+
+
+def _tile(p: Problem, found: tuple[int, int, int], backward: bool = False) -> tuple[int, int]:
+    """Rows and keys of a tile of torch's fused kernel."""
+    batch, q_len, k_len = found
+    rows, keys = native_bands.ROWS, native_bands.KEYS
+    if p.mask is not None and _sliding(p):
+        extents = (batch, p.heads, p.kv_heads)
+        rows = native_strips.rows_of(p.mask, p.offset, extents, q_len, k_len, backward)
+        keys = native_strips.GRAIN
+    block_q, _, block_k, _ = tiles_of(p.group, q_len, k_len, rows, keys)
+    return block_q, block_k
 
 
 def _bands(p: Problem, found: tuple[int, int, int]) -> tuple[int, int]:
     """What one call over a band of tiles gives and is given, before it is put where it belongs."""
     batch, q_len, k_len = found
     narrow, wide = WIDTH[p.dtype] // 8, WIDTH[p.accumulation] // 8
+    inputs = batch * (p.heads * q_len * p.width + p.kv_heads * k_len * (p.width + p.v_width))
+    # Gradients are added up span by span, in memory of their own where entries have 16 bits.
+    added = inputs * wide if narrow < wide else 0
+    if p.mask is not None and _sliding(p):
+        forward, _ = _strips(p, found, p.mask, backward=False)
+        _, backward = _strips(p, found, p.mask, backward=True)
+        return forward, backward + added
     by_batch, by_head = differs(p)
     heads = p.group if by_head else p.heads
-    block_q = min(q_len, _rows(p, found))
-    masked = p.mask is not None or p.kv_lengths or p.q_lengths
+    block_q, _ = _tile(p, found)
+    masked = p.mask is not None or _lengths(p)
     read = heads if p.mask is not None and p.mask.reads("h") else 1
-    sliding = p.mask is not None and slides(p.mask) and not (p.kv_lengths or p.q_lengths)
-    one = block_q * (min(k_len, native_bands.JOINED // 2) if sliding else k_len) * read * narrow
+    # Where the mask slides from where nobody knows yet, tiles still share their selection.
+    alike = p.mask is not None and slides(p.mask) and not _lengths(p)
+    near = min(k_len, native_bands.JOINED // 2) if alike else k_len
+    one = block_q * near * read * narrow
     selected, tiles, most = 0, q_len // block_q, native_bands.SELECTION
     if by_batch and tiles == 1 and batch * one <= 2 * most:
         by_batch, one = False, batch * one  # batches are taken together
-    if sliding:
+    if alike:
         selected = one
     elif masked:
         selected = min(max(one, most), tiles * one)
@@ -145,19 +170,38 @@ def _bands(p: Problem, found: tuple[int, int, int]) -> tuple[int, int]:
     batches = 1 if by_batch or tiles > 1 else batch
     width = p.width + p.v_width
     # Neighbouring tiles of a band see some keys twice; each query head has its own gradients.
-    keys = heads * (3 * rows // 2 + min(k_len, native_bands.JOINED // 2) if sliding else k_len)
-    keys *= width
-    if not sliding:
+    keys = heads * (3 * rows // 2 + near if alike else k_len) * width
+    if not alike:
         # Made of what is allowed, a byte each, and of the mask's steps.
         entries = selected // narrow
         tile = {"b": 1, "h": 1, "row": block_q, "k": entries // block_q}
         selected += entries + reading(p.mask, tile, wide)
     outputs = min(native_bands.BAND, batches * heads * rows * p.v_width * narrow)
     gradients = min(native_bands.BAND, batches * (heads * rows * p.width + keys) * narrow)
-    inputs = batch * (p.heads * q_len * p.width + p.kv_heads * k_len * width)
-    # Gradients are added up span by span, in memory of their own where entries have 16 bits.
-    added = inputs * wide if narrow < wide else 0
     return selected + outputs, selected + gradients + added
+
+
+def _strips(p: Problem, found: tuple[int, int, int], mask: Tree, backward: bool) -> tuple[int, int]:
+    """The same of a mask that slides, where a call is over as many tiles as a band has room for."""
+    batch, q_len, k_len = found
+    narrow, wide = WIDTH[p.dtype] // 8, WIDTH[p.accumulation] // 8
+    rows, _ = _tile(p, found, backward)
+    seen = native_strips.strips(mask, p.offset, p.heads, p.kv_heads, q_len, k_len, rows)
+    by_head = len(seen) > 1
+    heads, kv_heads = (p.group, 1) if by_head else (p.heads, p.kv_heads)
+    keys = min(k_len, max(sum(s.stop - s.start for s in spans) for spans in seen))
+    width = p.width + p.v_width
+    given = max(rows * heads, (keys if backward else min(rows, keys)) * kv_heads) * width * narrow
+    # Tiles further apart than the strip is long see other keys: those of the ends are not alike.
+    alike = keys < k_len
+    tiles = min(q_len // rows, max(1, native_bands.BAND // given)) if alike else 1
+    batches = 1 if tiles > 1 else batch
+    chosen = rows * min(keys, native_bands.JOINED) * (heads if mask.reads("h") else 1)
+    tile = {"b": 1, "h": heads, "row": rows, "k": min(keys, native_bands.JOINED)}
+    selected = chosen * (narrow + 1) + reading(mask, tile, wide)
+    outputs = batches * heads * tiles * rows * p.v_width * narrow
+    gradients = batches * tiles * (heads * rows * p.width + kv_heads * keys * width) * narrow
+    return selected + outputs, selected + gradients
 
 
 def _triton(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Account:

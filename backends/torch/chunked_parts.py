@@ -262,7 +262,7 @@ class Work:
         lengths = x.kv_lengths is not None or x.q_lengths is not None
         if not (ask.masks or lengths or ask.offset == "given"):
             at = self.k_len - self.q_len if ask.offset == "end" else 0
-            return known(ask.mask, sizes, self.heads, self.kv_heads, at)
+            return known(ask.mask, sizes, self.batch, self.heads, self.kv_heads, at)
         return _status(
             ask.mask,
             [host(t) for t in x.mask],
@@ -297,20 +297,26 @@ def together(span: int, kv_heads: int, batch_map: bool, head_map: bool) -> tuple
 
 
 def known(
-    mask: Tree | None, sizes: tuple[int, int, int, int], heads: int, kv_heads: int, offset: int
+    mask: Tree | None,
+    sizes: tuple[int, int, int, int],
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    offset: int,
 ) -> np.ndarray:
-    """The map of a mask without operands or lengths, which is the same for every batch."""
+    """The map of a mask without operands or lengths; one for all batches unless it reads `b`."""
     q_len, k_len, block_q, block_k = sizes
-    small = -(-q_len // block_q) * -(-k_len // block_k) <= 2**16
+    batch = batch if mask is not None and mask.reads("b") else 1
+    small = batch * -(-q_len // block_q) * -(-k_len // block_k) <= 2**16
     find = _known if small else _known.__wrapped__
-    return find(mask, sizes, heads, kv_heads, offset)
+    return find(mask, sizes, (batch, heads, kv_heads), offset)
 
 
 @lru_cache(maxsize=64)
 def _known(
-    mask: Tree | None, sizes: tuple[int, int, int, int], heads: int, kv_heads: int, offset: int
+    mask: Tree | None, sizes: tuple[int, int, int, int], extents: tuple[int, int, int], offset: int
 ) -> np.ndarray:
-    return _status(mask, (), sizes, (1, heads, kv_heads), offset, None, None)
+    return _status(mask, (), sizes, extents, offset, None, None)
 
 
 def _status(

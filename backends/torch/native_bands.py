@@ -1,10 +1,11 @@
 """Where torch's fused kernel is asked: the live keys of each tile of rows, alike tiles as one.
 
-From the block map, row of tiles by row of tiles, the spans of keys that adjoin. Tiles that see as
-many keys and stand evenly apart along a diagonal, as those of a window or of equal documents do,
-make a band, which the kernel answers in one call. A turn is what shares all that: all batches and
-heads at once where masks do not tell them apart, and where they do but a call costs more than
-what sharing one wastes.
+From the block map, row of tiles by row of tiles, the spans of keys that adjoin; of documents from
+where they begin, and of a mask that slides from one tile (`native_strips`). Tiles that see as many
+keys and stand evenly apart along a diagonal, as those of a window or of equal documents do, make a
+band, which the kernel answers in one call, or in a few where that would leave the caches. A turn is
+what shares all that: all batches and heads at once where masks do not tell them apart, and where
+they do but a call costs more than what sharing one wastes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attn_core.backends.torch.chunked_parts import Ask, Span, Work, known, tiles_of
+from attn_core.backends.torch import native_strips
+from attn_core.backends.torch.chunked_parts import Ask, Span, Work
 from attn_core.backends.torch.native_documents import documents
 from attn_core.blocks import EMPTY, FULL, PARTIAL
 from attn_core.language.shifts import slides
@@ -25,10 +27,7 @@ from attn_core.spec import Operands
 Array = Any
 
 ROWS, KEYS = 128, 64
-"""Rows of a tile, and keys of a block."""
-
-NARROW = 512
-"""Keys up to which a tile of a window is only half as tall: what it wastes is the tile's height."""
+"""Rows of a tile, and keys of a block, where nothing else is said of either."""
 
 JOINED, JOINED_BAND = 1024, 2048
 """Keys up to which a full stretch joins its partial neighbours: one call instead of two."""
@@ -36,14 +35,19 @@ JOINED, JOINED_BAND = 1024, 2048
 SELECTION = 2**21
 """Bytes of selection that are evaluated together."""
 
-BAND = 2**24
-"""Bytes of output, or of gradients of keys and values, that one call over many tiles may give."""
+BAND = 2**23
+"""Bytes that one call over many tiles may read anew, or give: what is read again soon, or added to
+something, should still be in the caches then."""
 
 _MANY = 2
 """Calls for documents, each cut by itself, against one for every tile of rows."""
 
+_LEAST = 32
+"""Rows that the kernel takes at once."""
+
 _READ, _CALL = 16, 2**17
-"""Rows whose logits take as long as reading the keys; logits that take as long as one call."""
+"""Rows whose logits take as long as reading the keys; logits that take as long as one call with a
+selection of its own."""
 
 
 class Band(NamedTuple):
@@ -80,13 +84,17 @@ class Band(NamedTuple):
         return _strided(x, batch, heads, slice(span.start, span.stop), self.many, self.step)
 
     def add(self, x: Array, more: Array, batch: int | slice, heads: slice, span: Span) -> None:
-        """x += more, where `more` lies as `of_keys` has it."""
-        if self.many == 1 or self.step >= span.stop - span.start:
-            self.of_keys(x, batch, heads, span).add_(more)
-            return
-        for n, part in enumerate(more):
-            start = span.start + n * self.step
-            x[batch, heads, start : start + part.shape[1]] += part
+        """x += more, where `more` lies as `of_keys` has it.
+
+        Tiles that see some keys in common are added strip by strip, each no wider than a step: of
+        one strip no two tiles see the same key.
+        """
+        width = span.stop - span.start
+        step = width if self.many == 1 else min(width, self.step)
+        for at in range(0, width, step):
+            part = Span(span.start + at, min(span.start + at + step, span.stop), span.full)
+            into = self.of_keys(x, batch, heads, part)
+            into.add_(more[..., at : at + step, :])
 
 
 def _strided(
@@ -115,96 +123,144 @@ class Turn(NamedTuple):
     alike: bool
 
 
-def work(ask: Ask, scale: float, x: Operands) -> Work:
+class Sizes(NamedTuple):
+    """What the bands of a call depend on beside its map.
+
+    Attributes:
+        batch, heads, kv_heads: as in `Problem`.
+        entry: bytes of a row of query and output, or of a key and its value.
+        itemsize: bytes of a number.
+        by_batch, by_head: whether selections may differ from batch to batch, and head to head.
+        alike: as in `Turn`.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    entry: int
+    itemsize: int
+    by_batch: bool
+    by_head: bool
+    alike: bool
+
+
+def sizes_of(w: Work) -> Sizes:
+    mask, itemsize = w.ask.mask, w.query.dtype.itemsize
+    lengths = w.kv_lengths is not None or w.q_lengths is not None
+    return Sizes(
+        *(w.batch, w.heads, w.kv_heads),
+        (w.query.shape[-1] + w.value.shape[-1]) * itemsize,
+        itemsize,
+        by_batch=lengths or len(w.offset) > 1 or (mask is not None and mask.reads("b")),
+        by_head=mask is not None and mask.reads("h"),
+        alike=mask is not None and not lengths and slides(mask),
+    )
+
+
+def work(ask: Ask, scale: float, x: Operands, backward: bool = False) -> Work:
     """The call cut into tiles that suit the kernel."""
     axis, first = ask.layout.index("H"), ask.layout == "BHTD"
     heads, kv_heads = x.query.shape[axis], x.key.shape[axis]
     q_len, k_len = x.query.shape[2 if first else 1], x.key.shape[2 if first else 1]
+    lengths = x.kv_lengths is not None or x.q_lengths is not None
     rows = ROWS
-    if not (ask.masks or x.kv_lengths is not None or x.q_lengths is not None):
-        rows = rows_of(ask.mask, ask.offset, heads, kv_heads, q_len, k_len)
+    if ask.mask is not None and sliding(ask.mask, ask.offset, ask.masks, lengths):
+        extents = (x.query.shape[0], heads, kv_heads)
+        rows = native_strips.rows_of(ask.mask, ask.offset, extents, q_len, k_len, backward)
     return Work(ask, scale, x, rows, KEYS)
 
 
-@lru_cache(maxsize=256)
-def rows_of(
-    mask: Tree | None, offset: str, heads: int, kv_heads: int, q_len: int, k_len: int
-) -> int:
-    """Rows of a tile where the mask has no operands, and nothing has lengths."""
-    if mask is None or offset == "given" or heads > kv_heads or not slides(mask):
-        return ROWS
-    block_q, tall, block_k, _ = tiles_of(1, q_len, k_len, ROWS, KEYS)
-    at = k_len - q_len if offset == "end" else 0
-    status = known(mask, (q_len, k_len, block_q, block_k), heads, kv_heads, at)
-    live = int((status != EMPTY).sum(-1).max(initial=0)) * block_k
-    return ROWS // 2 if tall > 1 and live <= NARROW else ROWS
+def sliding(mask: Tree | None, offset: str, masks: int, lengths: bool) -> bool:
+    """Whether strips say it all: nothing is looked up, and nothing has lengths."""
+    return not masks and not lengths and native_strips.sliding(mask, offset)
 
 
-def turns(w: Work) -> list[Turn]:
+def turns(w: Work, backward: bool = False) -> list[Turn]:
     """All batches and heads at once where they share one map and one selection.
 
     Batches that do not share them are taken together all the same where that costs less: what is
     live for one of them is then looked at, and hidden by its selection, in all.
     """
-    found = of_documents(w)
+    found = of_documents(w, backward)
     if found is not None:
         return found
-    apart = len(w.status) > 1 or _by_batch(w)
-    found = _turns(w, w.status, apart)
+    sizes, mask = sizes_of(w), w.ask.mask
+    lengths = w.kv_lengths is not None or w.q_lengths is not None
+    if mask is not None and sliding(mask, w.ask.offset, w.ask.masks, lengths):
+        return _slid(mask, w.ask.offset, sizes, (w.q_len, w.k_len), w.block_q, backward)
+    apart = len(w.status) > 1 or sizes.by_batch
+    found = _turns(sizes, w.rows, _lines(w, w.status), apart, backward)
     selected = w.batch * w.block_q * min(w.k_len, JOINED) * w.query.dtype.itemsize
     if apart and w.batch > 1 and selected <= 2 * SELECTION:
-        together = _turns(w, _shared(w.status), apart=False)
-        return min(found, together, key=partial(_cost, w))
+        together = _turns(sizes, w.rows, _lines(w, _shared(w.status)), False, backward)
+        return min(found, together, key=partial(_cost, sizes, _READ, _CALL))
     return found
 
 
-def _turns(w: Work, status: Array, apart: bool) -> list[Turn]:
-    head_map = status.shape[1]
-    alike = slides_along(w)
-    lines = _lines(w, status)
+@lru_cache(maxsize=64)
+def _slid(
+    mask: Tree, offset: str, sizes: Sizes, lengths: tuple[int, int], tall: int, backward: bool
+) -> list[Turn]:
+    """Turns of a mask that slides, in tiles of so many rows; whoever asks must not change them."""
+    q_len = lengths[0]
+    rows = [slice(at, min(at + tall, q_len)) for at in range(0, q_len, tall)]
+    heads = (sizes.heads, sizes.kv_heads)
+    lines = native_strips.lines(mask, offset, *heads, *lengths, rows)
+    return _turns(sizes, rows, lines, apart=False, backward=backward)
+
+
+def _turns(
+    sizes: Sizes,
+    rows: Sequence[slice],
+    lines: list[list[list[list[Span]]]],
+    apart: bool,
+    backward: bool,
+) -> list[Turn]:
+    head_map, group = len(lines[0]), sizes.heads // sizes.kv_heads
     found: list[Turn] = []
-    for b in range(w.batch) if apart else (0,):
+    for b in range(sizes.batch) if apart else (0,):
         for h in range(head_map):
             turn = Turn(
                 slice(b, b + 1) if apart else slice(None),
                 slice(h, h + 1) if head_map > 1 else slice(None),
-                slice(h * w.group, (h + 1) * w.group) if head_map > 1 else slice(None),
+                slice(h * group, (h + 1) * group) if head_map > 1 else slice(None),
                 [],
-                alike,
+                sizes.alike,
             )
-            if b > 0 and len(status) == 1:
+            if b > 0 and len(lines) == 1:
                 bands = found[h].bands
             else:
-                bands = _bands(w, turn, zip(w.rows, lines[b][h], strict=True))
+                bands = _bands(sizes, turn, zip(rows, lines[b][h], strict=True), backward)
             found.append(turn._replace(bands=bands))
     return found
 
 
-def of_documents(w: Work) -> list[Turn] | None:
+def of_documents(w: Work, backward: bool = False) -> list[Turn] | None:
     """Turns of documents, cut where those begin; None where the mask says something else.
 
     A tile then sees its own document alone, and where in that it stands says all of its selection.
+    Half as tall, tiles hide less; documents of one length do not pay for that in calls.
     """
     found = documents(w)
     if found is None:
         return None
     turns: list[Turn] = []
+    sizes = sizes_of(w)
     for b, starts in enumerate(found.starts):
         batch = slice(None) if len(found.starts) == 1 else slice(b, b + 1)
         turn = Turn(batch, slice(None), slice(None), [], alike=True)
         row = len(range(w.batch)[batch]) * w.heads * w.value.shape[-1] * w.value.dtype.itemsize
-        tiles = list(found.tiles(starts, w.block_q, max(w.block_q, BAND // row)))
-        turn = turn._replace(bands=_bands(w, turn, tiles))
-        if len(turn.bands) > _MANY * len(w.rows):
+        heights = (w.block_q, max(_LEAST, w.block_q // 2)) if found.causal else (w.block_q,)
+        cut = []
+        for height in heights:
+            tiles = found.tiles(starts, height, max(w.block_q, BAND // row))
+            cut.append([turn._replace(bands=_bands(sizes, turn, tiles, backward))])
+        read, call = native_strips.SEEN[backward], native_strips.CALL
+        best = min(cut, key=partial(_cost, sizes, read, call))
+        if len(best[0].bands) > _MANY * len(w.rows):
             return None
-        turns.append(turn)
+        turns += best
     return turns
-
-
-def _by_batch(w: Work) -> bool:
-    """Whether selections may differ from batch to batch."""
-    moved = len(w.offset) > 1 or w.kv_lengths is not None or w.q_lengths is not None
-    return moved or (w.ask.mask is not None and w.ask.mask.reads("b"))
 
 
 def _shared(status: Array) -> Array:
@@ -213,20 +269,23 @@ def _shared(status: Array) -> Array:
     return np.where(full, FULL, np.where(live, PARTIAL, EMPTY)).astype(status.dtype)[None]
 
 
-def _cost(w: Work, turns: Sequence[Turn]) -> int:
-    """In entries of logits; reading a key takes as long as some of them, a call as long as many."""
-    cost = 0
+def _cost(sizes: Sizes, read: int, call: int, turns: Sequence[Turn]) -> int:
+    """In entries of logits, of which a key that is read and a call take as long as so many."""
+    cost, group = 0, sizes.heads // sizes.kv_heads
     for turn in turns:
-        batches, heads = len(range(w.batch)[turn.batch]), len(range(w.kv_heads)[turn.keys])
+        batches = len(range(sizes.batch)[turn.batch])
+        heads = len(range(sizes.kv_heads)[turn.keys])
         for band in turn.bands:
-            rows = (band.rows.stop - band.rows.start) * w.group + _READ
+            rows = (band.rows.stop - band.rows.start) * group + read
             wide = sum(span.stop - span.start for span in band.spans)
             calls = len(band.spans) * (1 if band.many == 1 else batches)
-            cost += band.many * batches * heads * rows * wide + calls * _CALL
+            cost += band.many * batches * heads * rows * wide + calls * call
     return cost
 
 
-def _bands(w: Work, turn: Turn, tiles: Iterable[tuple[slice, list[Span]]]) -> list[Band]:
+def _bands(
+    sizes: Sizes, turn: Turn, tiles: Iterable[tuple[slice, list[Span]]], backward: bool
+) -> list[Band]:
     """The tiles of rows, alike ones together."""
     alike: dict[Any, list[Band]] = {}
     for rows, spans in tiles:
@@ -236,7 +295,7 @@ def _bands(w: Work, turn: Turn, tiles: Iterable[tuple[slice, list[Span]]]) -> li
         if series and spans:
             last = series[-1]
             step = here - last.rows.start - (last.many - 1) * last.step
-            most = _most(w, turn, rows, spans)
+            most = _most(sizes, turn, rows, spans, step, backward)
             if last.many < most and (last.many == 1 or step == last.step):
                 series[-1] = Band(last.rows, last.spans, last.many + 1, step)
                 continue
@@ -252,34 +311,26 @@ def _first_row(band: Band) -> int:
     return band.rows.start
 
 
-def _most(w: Work, turn: Turn, rows: slice, spans: Sequence[Span]) -> int:
-    """Tiles that one call may be over."""
+def _most(
+    sizes: Sizes, turn: Turn, rows: slice, spans: Sequence[Span], step: int, backward: bool
+) -> int:
+    """Tiles that one call may be over, when they stand so far apart."""
     size, width = rows.stop - rows.start, spans[-1].stop - spans[0].start
-    heads, keys = len(range(w.heads)[turn.heads]), len(range(w.kv_heads)[turn.keys])
-    row = size * heads * (w.query.shape[-1] + w.value.shape[-1])
-    column = width * keys * (w.query.shape[-1] + w.value.shape[-1])
-    given = max(row, column) * w.query.dtype.itemsize
+    heads, keys = len(range(sizes.heads)[turn.heads]), len(range(sizes.kv_heads)[turn.keys])
+    # Keys that several tiles see are read once, but each tile has gradients of its own.
+    given = max(size * heads, (max(width, step) if backward else step) * keys) * sizes.entry
     if turn.alike or all(span.full for span in spans):
         return max(1, BAND // given)
-    if _by_batch(w) and len(range(w.batch)[turn.batch]) > 1:
+    if sizes.by_batch and len(range(sizes.batch)[turn.batch]) > 1:
         return 1  # tiles would stand where batches with selections of their own do
-    return max(1, min(BAND // given, SELECTION // selection_bytes(w, turn, size, width)))
+    return max(1, min(BAND // given, SELECTION // selection_bytes(sizes, turn, size, width)))
 
 
-def slides_along(w: Work) -> bool:
-    """Whether a selection is the same all along a diagonal."""
-    if w.ask.mask is None or w.kv_lengths is not None or w.q_lengths is not None:
-        return False
-    return slides(w.ask.mask)
-
-
-def selection_bytes(w: Work, turn: Turn, rows: int, keys: int) -> int:
+def selection_bytes(sizes: Sizes, turn: Turn, rows: int, keys: int) -> int:
     """Bytes of one tile's selection; most masks read no head, and need a fraction of that."""
-    heads = len(range(w.heads)[turn.heads])
-    if w.ask.mask is None or not w.ask.mask.reads("h"):
-        heads = 1
-    batches = len(range(w.batch)[turn.batch]) if _by_batch(w) else 1
-    return rows * keys * heads * batches * w.query.dtype.itemsize
+    heads = len(range(sizes.heads)[turn.heads]) if sizes.by_head else 1
+    batches = len(range(sizes.batch)[turn.batch]) if sizes.by_batch else 1
+    return rows * keys * heads * batches * sizes.itemsize
 
 
 def _lines(w: Work, status: Array) -> list[list[list[list[Span]]]]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from attn_core.backends.torch.chunked_parts import Span, Work, host
 from attn_core.language.text import parse
+from attn_core.language.tree import Tree
 
 _LONG = 1024
 """Rows from which cutting pays; shorter calls of several batches are better asked together."""
@@ -64,10 +65,9 @@ class Documents(NamedTuple):
 def documents(w: Work) -> Documents | None:
     """The documents of a call; None where its mask is another, or an id comes back later."""
     ask, x = w.ask, w.x
-    if ask.mask is None or ask.offset == "given" or w.q_len != w.k_len or w.q_len < _LONG:
+    if ask.mask is None or not documented(ask.mask, ask.offset, w.q_len, w.k_len):
         return None
-    causal = _MASKS.get(ask.mask)
-    if causal is None or x.kv_lengths is not None or x.q_lengths is not None:
+    if x.kv_lengths is not None or x.q_lengths is not None:
         return None
     ids = host(x.mask[0])
     if ids.shape not in ((w.q_len,), (w.batch, w.q_len)):
@@ -80,4 +80,9 @@ def documents(w: Work) -> Documents | None:
         starts.append([0, *firsts.tolist(), w.q_len])
     if all(each == starts[0] for each in starts):
         starts = starts[:1]
-    return Documents(causal, starts)
+    return Documents(_MASKS[ask.mask], starts)
+
+
+def documented(mask: Tree | None, offset: str, q_len: int, k_len: int) -> bool:
+    """Whether a call of these sizes, without lengths, is cut so where its ids allow it."""
+    return mask in _MASKS and offset != "given" and q_len == k_len >= _LONG

@@ -18,6 +18,7 @@ from attn_core.backends.torch.native_bands import (
     Band,
     Turn,
     selection_bytes,
+    sizes_of,
 )
 
 Array = Any
@@ -42,38 +43,81 @@ class Selection(NamedTuple):
 class Selections:
     """A turn's bands with the selections of their spans, None where all of a span may be seen.
 
-    They are evaluated a few tiles ahead, where those are of one size, and of a band whose tiles are
-    alike once for all of them.
+    They are evaluated a few tiles ahead, where those are of one size. Where tiles are alike along
+    the diagonal the widest is evaluated, once, and those that see a part of it take that.
     """
 
     def __init__(self, w: Work, turn: Turn) -> None:
-        self.w, self.turn = w, turn
+        self.w, self.turn, self.sizes = w, turn, sizes_of(w)
         # By rows and keys of a tile: the band's number and the span's, as they will be asked for.
-        self._alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        self._ready: dict[tuple[int, int], Selection] = {}
+        self._waiting: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self._ready: dict[Any, Selection] = {}
+        # By rows: tiles that see what others see, too, and what became of those.
+        self._wide: dict[int, list[tuple[slice, Span]]] = {}
+        self._allowed_there: dict[tuple[int, int], tuple[Array, Array]] = {}
         for n, band in enumerate(turn.bands):
             for number, span in enumerate(band.spans):
                 if not span.full:
-                    self._alike.setdefault(_size(band.rows, span), []).append((n, number))
+                    self._waiting.setdefault(_size(band.rows, span), []).append((n, number))
+        if turn.alike:
+            self._find_wide()
 
     def __iter__(self) -> Iterator[tuple[Band, list[Selection | None]]]:
+        found = self._part if self.turn.alike else self._next
         for n, band in enumerate(self.turn.bands):
-            chosen: list[Selection | None] = [None] * len(band.spans)
-            for number, span in enumerate(band.spans):
-                if not span.full:
-                    if (n, number) not in self._ready:
-                        self._read_ahead(_size(band.rows, span))
-                    chosen[number] = self._ready.pop((n, number))
-            yield band, chosen
+            yield (
+                band,
+                [None if span.full else found(n, number) for number, span in enumerate(band.spans)],
+            )
+
+    def _find_wide(self) -> None:
+        for size in sorted(self._waiting, key=lambda size: -size[1]):
+            for n, number in self._waiting[size]:
+                band = self.turn.bands[n]
+                rows, span = band.rows, band.spans[number]
+                wide = self._wide.setdefault(size[0], [])
+                if not any(_within(rows, span, *other) for other in wide):
+                    wide.append((rows, span))
+
+    def _part(self, n: int, number: int) -> Selection:
+        """The selection of a tile that is alike others."""
+        band = self.turn.bands[n]
+        rows, span = band.rows, band.spans[number]
+        tall, wide = _size(rows, span)
+        name = (tall, wide, span.start - rows.start, band.many > 1)
+        if name in self._ready:
+            return self._ready[name]
+        others = self._wide[tall]
+        place = next(i for i, other in enumerate(others) if _within(rows, span, *other))
+        if (tall, place) not in self._allowed_there:
+            allowed = self._allowed([others[place]])
+            self._allowed_there[tall, place] = allowed, self._added(allowed)
+        at, other = others[place]
+        first = (span.start - rows.start) - (other.start - at.start)
+        # One tile has the batch before its heads, many tiles stand in its place.
+        tile: Any = 0 if band.many == 1 else (slice(None), 0)
+        allowed, added = (
+            x[tile][..., first : first + wide] for x in self._allowed_there[tall, place]
+        )
+        count, seen = allowed.sum(-1, dtype=torch.int32), allowed.any(-2)
+        every = None if seen.all() else self._by_key_head(seen)
+        self._ready[name] = Selection(added, count, not bool(count.all()), every)
+        return self._ready[name]
+
+    def _next(self, n: int, number: int) -> Selection:
+        if (n, number) not in self._ready:
+            band = self.turn.bands[n]
+            self._read_ahead(_size(band.rows, band.spans[number]))
+        return self._ready.pop((n, number))
 
     def _read_ahead(self, size: tuple[int, int]) -> None:
-        waiting = self._alike[size]
-        ahead = max(1, SELECTION // selection_bytes(self.w, self.turn, *size))
+        waiting = self._waiting[size]
+        ahead = max(1, SELECTION // selection_bytes(self.sizes, self.turn, *size))
         taken: list[tuple[int, int]] = []
         tiles: list[tuple[slice, Span]] = []
         while waiting:
             n, number = waiting[0]
-            more = self.turn.bands[n].tiles(number)[: self._evaluated(n)]
+            more = self.turn.bands[n].tiles(number)
             if taken and len(tiles) + len(more) > ahead:
                 break
             taken.append(waiting.pop(0))
@@ -82,14 +126,11 @@ class Selections:
         count, seen = allowed.sum(-1, dtype=torch.int32), allowed.any(-2)
         least = count.flatten(1).amin(1).tolist()
         all_seen = seen.flatten(1).all(1).tolist()
-        added = torch.zeros(allowed.shape, dtype=self.w.query.dtype, device=self.w.device)
-        added.masked_fill_(~allowed, -torch.inf)
+        added = self._added(allowed)
         first = 0
         for place in taken:
-            many = self._evaluated(place[0])
-            # One tile has the batch before its heads, many tiles stand in its place.
-            single = self.turn.bands[place[0]].many == 1
-            part: Any = first if single else (slice(first, first + many), 0)
+            many = self.turn.bands[place[0]].many
+            part: Any = first if many == 1 else (slice(first, first + many), 0)
             every = all(all_seen[first : first + many])
             self._ready[place] = Selection(
                 added[part],
@@ -99,10 +140,9 @@ class Selections:
             )
             first += many
 
-    def _evaluated(self, n: int) -> int:
-        """How many tiles of a band are evaluated."""
-        band = self.turn.bands[n]
-        return 1 if self.turn.alike else band.many
+    def _added(self, allowed: Array) -> Array:
+        added = torch.zeros(allowed.shape, dtype=self.w.query.dtype, device=self.w.device)
+        return added.masked_fill_(~allowed, -torch.inf)
 
     def _allowed(self, tiles: Sequence[tuple[slice, Span]]) -> Array:
         """(tiles, B' or 1, H' or 1, rows, keys), whether row may see key."""
@@ -152,3 +192,9 @@ class Selections:
 
 def _size(at: slice, span: Span) -> tuple[int, int]:
     return at.stop - at.start, span.stop - span.start
+
+
+def _within(rows: slice, span: Span, other_rows: slice, other: Span) -> bool:
+    """Whether a tile sees, from where it stands, what the other one sees, or a part of it."""
+    start, stop = span.start - rows.start, span.stop - rows.start
+    return other.start - other_rows.start <= start and stop <= other.stop - other_rows.start

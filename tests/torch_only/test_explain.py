@@ -18,6 +18,9 @@ from attn_core import Dropout, attention, explain, masks, registry, scores
 BACKEND = registry.load("torch")
 
 
+BY_HEAD = attn_core.mask(lambda b, h, q, k: q - k <= 100 * (h + 1))
+
+
 def draw(length: int, batch: int = 1, heads: int = 4, dtype: Any = torch.float32) -> torch.Tensor:
     return torch.randn(batch, heads, length, 64).to(dtype)
 
@@ -99,6 +102,20 @@ def test_blocks_in_the_tiles_that_run() -> None:
     counted(said, dense)
 
 
+def test_tiles_of_the_fused_kernel() -> None:
+    """A window's are low and fine; documents are cut where they begin, in no tiles of one size."""
+    x = torch.zeros(1, 8, 2048, 8)
+    window = masks.causal() & masks.window(left=255)
+    said = explain(x, x, x, mask=window, impl="native")
+    assert said.tiles == (32, 16)
+    counted(said, seen(window, (1, 1, 2048, 2048)))
+    for packed in (masks.segments(np.arange(2048) // 300), masks.segments(np.arange(2048) // 512)):
+        for mask in (packed, packed & masks.causal()):
+            said = explain(x, x, x, mask=mask, impl="native")
+            assert said.tiles is None
+            assert explain(x, x, x, mask=mask, impl="native", kv_lengths=[9]).tiles == (128, 64)
+
+
 def test_values_that_nobody_has_yet() -> None:
     with FakeTensorMode():
         x = torch.zeros(1, 2, 300, 8)
@@ -131,7 +148,12 @@ def test_values_that_nobody_has_yet() -> None:
         {"mask": masks.causal(), "impl": "native", "offset": 100},
         {"mask": masks.prefix(700) | masks.causal(), "impl": "native"},
         {"mask": masks.dense(torch.rand(2048, 2048) > 0.5), "impl": "native"},
-        {"mask": attn_core.mask(lambda b, h, q, k: q - k <= 100 * (h + 1)), "impl": "native"},
+        {"mask": BY_HEAD, "impl": "native"},
+        {"mask": masks.causal() & masks.window(left=100), "impl": "native", "offset": None},
+        {"mask": masks.window(100, 9), "impl": "native", "offset": None, "dtype": torch.bfloat16},
+        {"mask": masks.window(600, 0), "impl": "native", "offset": None, "batch": 3},
+        {"mask": BY_HEAD, "impl": "native", "offset": None},
+        {"mask": masks.window(256, 0), "impl": "native", "kv_heads": 1, "offset": None},
         {"mask": masks.window(256, 0), "impl": "native", "kv_heads": 1, "batch": 3},
         {"mask": masks.window(256, 0), "impl": "native", "kv_heads": 1, "dtype": torch.bfloat16},
         {"lengths": [2048, 1500, 300], "impl": "native", "batch": 3},
