@@ -106,7 +106,7 @@ def spans(p: Problem) -> Spans | None:
     g = cut_up(p, p.batch, p.q_len, p.k_len, (False, False))
     offset = p.k_len - p.q_len if p.offset == "end" else 0
     sizes = (p.q_len, p.k_len, p.group)
-    return _found(mask, sizes, offset, (g.block_q, g.block_k), (_BLOCK, AT_ONCE, _WORTH))
+    return _found(mask, sizes, offset, (g.block_q, g.block_k), (_BLOCK, AT_ONCE, _KEPT, _WORTH))
 
 
 @lru_cache(maxsize=128)
@@ -115,9 +115,9 @@ def _found(
     sizes: tuple[int, int, int],
     offset: int,
     tile: tuple[int, int],
-    limits: tuple[int, int, float],
+    limits: tuple[int, int, int, float],
 ) -> Spans | None:
-    (q_len, k_len, group), (block, room, worth) = sizes, limits
+    (q_len, k_len, group), (block, room, kept, worth) = sizes, limits
 
     def read(block_q: int, block_k: int) -> BlockMap:
         blocks = {"block_q": block_q, "block_k": block_k}
@@ -144,7 +144,7 @@ def _found(
     starts = starts.reshape(-1, height).astype(np.int32)
     firsts = starts.min(1)
     reach = int((starts.max(1) - firsts).max()) + slots
-    found = _patterns(mask, offset, block, slots, starts.ravel())
+    found = _patterns(mask, offset, (block, slots * block), starts.ravel(), kept)
     if found is None:
         return None
     patterns, which = found
@@ -160,13 +160,13 @@ def _found(
 
 
 def _patterns(
-    mask: Tree, offset: int, block: int, slots: int, starts: np.ndarray
+    mask: Tree, offset: int, tile: tuple[int, int], starts: np.ndarray, kept: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """(patterns, the number of each tile's pattern); None where they are too many to keep.
 
     They are facts of the call, found beside the graph that is traced: a handful of tiles at a time.
     """
-    keys, numbers, which = slots * block, dict[bytes, int](), list[int]()
+    (block, keys), numbers, which = tile, dict[bytes, int](), list[int]()
     with tf.init_scope(), tf.device("CPU:0"):
         if not tf.executing_eagerly():
             return None
@@ -178,11 +178,11 @@ def _patterns(
             key = start[:, None, None] * block + tf.range(keys)
             index = {"b": zero, "h": zero, "q": row + offset, "k": key, "row": row}
             found = Reading("float32", ()).read(mask, index, ())[0]
-            for tile in tf.broadcast_to(found, (len(start), block, keys)).numpy():
-                which.append(numbers.setdefault(tile.tobytes(), len(numbers)))
-            if len(numbers) * block * keys > _KEPT:
+            for seen in tf.broadcast_to(found, (len(start), block, keys)).numpy():
+                which.append(numbers.setdefault(seen.tobytes(), len(numbers)))
+            if len(numbers) * block * keys > kept:
                 return None
-    tiles = [np.frombuffer(tile, bool).reshape(block, keys) for tile in numbers]
+    tiles = [np.frombuffer(seen, bool).reshape(block, keys) for seen in numbers]
     return np.stack(tiles), np.array(which)
 
 
