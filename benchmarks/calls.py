@@ -35,7 +35,7 @@ class Call(NamedTuple):
             there.
         answer: makes the same call on these arrays ("query", "key", "value", "cotangent") and
             returns its results in NumPy, by the names of `expected_names`.
-        planned: tells the bytes of temporaries that the framework's compiler plans, where it does.
+        planned: tells the bytes of temporaries by the framework's own account, where it keeps one.
         warm: makes a small call that stands for a first one, where the framework keeps what a call
             of full size frees, out of everybody's sight.
     """

@@ -7,13 +7,14 @@ started with the allocator told to give every large block back at once (`ALLOCAT
 earlier call had freed and the process kept would otherwise be taken again without being seen. The
 call has been made once before, so that threads, compiled code and caches exist.
 
-TensorFlow keeps what it frees whatever the allocator is told, so there a second call shows nothing:
-its first call of full size is measured, after one of a sixteenth of the length. With unknown shapes
-that is the same graph; with known ones it is another, and some 20 MB that TensorFlow sets up for a
-new graph are counted with the temporaries.
-
-XLA knows better than the kernel does: what it plans to allocate is asked of it, and the mark stands
-beside that for comparison.
+XLA and TensorFlow know better than the kernel does, and the mark stands beside what they say for
+comparison. XLA tells what it plans to allocate. TensorFlow takes memory from a pool of its own and
+gives none back, whatever the allocator is told: what a call takes again there the kernel does not
+see, and the mark moves by what happens to be missing. So its pool is asked how much of it was in
+use at most, less what was so before the call and what its results take. It is told to keep all
+tensors (`ALLOCATOR`), which otherwise are only those of 256 KiB and more, and that is all that is
+changed: operations are the same. A block may have been handed out that is larger than what was
+asked for, so the account errs upwards by up to that, and the least of `CALLS` calls stands.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ ALLOCATOR = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536:glibc.malloc.trim_threshold=65536",
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
+    "TF_CPU_ALLOCATOR_USE_BFC": "true",
 }
+CALLS = 3
+"""Calls of which a pool that may hand out too much is asked about."""
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
@@ -53,6 +57,26 @@ def peak(run: Callable[[], object], results: int, *, first: bool = False) -> int
     most = _read("VmHWM")
     del held
     return max(most - before - results, 0)
+
+
+def pooled(
+    run: Callable[[], object], results: int, reset: Callable[[], int], most: Callable[[], int]
+) -> int:
+    """Bytes of temporaries of one call, by a pool's own account; never below 0.
+
+    Args:
+        results: bytes of what the call returns.
+        reset: forgets the most, and tells the bytes that are in use.
+        most: tells the most bytes that have been in use since.
+    """
+    found = []
+    for _ in range(CALLS):
+        gc.collect()
+        before = reset()
+        held = run()
+        found.append(most() - before - results)
+        del held
+    return max(min(found), 0)
 
 
 def _read(name: str) -> int:

@@ -257,10 +257,14 @@ def _side(framework: str, backward: bool) -> str:
 
 
 def _bytes(results: Results, mask: str, length: int, framework: str, side: str) -> int | None:
-    # With known shapes TensorFlow's figure holds the making of the graph (`memory.py`).
-    subject = "tf-unknown:auto" if framework == "tf" else f"{framework}:auto"
-    found = results.find(f"memory-{mask}-T{length}-D64-float32", subject, side)
-    return None if found is None else found.temporaries
+    """Of TensorFlow that form which takes more: of known or of unknown shapes."""
+    sizes = []
+    for subject in [f"{framework}:auto", *(["tf-unknown:auto"] if framework == "tf" else [])]:
+        found = results.find(f"memory-{mask}-T{length}-D64-float32", subject, side)
+        if found is None or found.temporaries is None:
+            return None
+        sizes.append(found.temporaries)
+    return max(sizes)
 
 
 def _overhead(results: Results) -> list[Row]:

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from attn_core import registry
-from attn_core.benchmarks import calls
+from attn_core.benchmarks import calls, memory
 from attn_core.benchmarks.calls import Attend, Call, Made, Refused, Tiling, tiling
 from attn_core.benchmarks.cases import Case
 
@@ -134,4 +134,20 @@ def prepared(name: str, attend: Attend, case: Case, direction: str) -> Call:
             return concrete(*[backend.from_numpy(arrays[n]) for n in names])
         return prepared(name, attend, small, direction).run()
 
-    return Call(lambda: concrete(*given), answer, warm=warm)
+    def run() -> Any:
+        return concrete(*given)
+
+    def planned() -> int:
+        return memory.pooled(run, calls.results_bytes(case, direction), _in_use, _most_used)
+
+    return Call(run, answer, planned, warm)
+
+
+def _in_use() -> int:
+    """Bytes of the pool that are in use; from here on the most is counted."""
+    tf.config.experimental.reset_memory_stats("CPU:0")
+    return int(tf.config.experimental.get_memory_info("CPU:0")["current"])
+
+
+def _most_used() -> int:
+    return int(tf.config.experimental.get_memory_info("CPU:0")["peak"])

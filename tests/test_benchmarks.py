@@ -459,6 +459,26 @@ def test_peak_memory_sees_what_is_gone_when_the_call_ends() -> None:
     assert memory.peak(run, size) < 0.2 * size
 
 
+def test_a_pool_is_asked_for_the_least_of_what_it_handed_out_too_much() -> None:
+    slack = iter([700, 0, 300])
+    marks: list[str] = []
+
+    def reset() -> int:
+        marks.append("reset")
+        return 5000
+
+    def most() -> int:
+        marks.append("most")
+        return 5000 + 2000 + 100 + next(slack)
+
+    def run() -> None:
+        marks.append("run")
+
+    assert memory.pooled(run, 2000, reset, most) == 100
+    assert marks == ["reset", "run", "most"] * 3
+    assert memory.pooled(run, 10_000, lambda: 5000, lambda: 8000) == 0
+
+
 # Rooms -----------------------------------------------------------------------------------------
 
 
@@ -682,16 +702,19 @@ def test_memory_overhead_and_first_calls() -> None:
         name = f"memory-{mask}-T{length}-D64-float32"
         return Measurement(name, subject, side, shares={"out": 0.1}, peak=size, planned=None)
 
-    def every(power: int, unit: int) -> Results:
+    def every(power: int, unit: int, without: str = "", more: int = 0) -> Results:
         return run_of(
             *(
-                held(mask, length, subject, side, unit * (length // 4096) ** power)
+                held(mask, length, subject, side, unit * (length // 4096) ** power + extra)
                 for mask in ("full", "causal")
                 for length in (4096, 8192, 16384)
-                for subject in ("torch:auto", "jax:auto", "tf-unknown:auto")
+                for subject, extra in zip(asked, (0, 0, more, 0), strict=True)
                 for side in DIRECTIONS
+                if subject != without
             )
         )
+
+    asked = ("torch:auto", "jax:auto", "tf:auto", "tf-unknown:auto")
 
     growth = target("temporaries at twice the length, growth")
     assert targets.evaluate(growth, every(1, 4_000_000)).verdict == "aim met"
@@ -700,6 +723,8 @@ def test_memory_overhead_and_first_calls() -> None:
     forward = target("temporaries at T 16384, forward")
     assert targets.evaluate(forward, every(1, 4_000_000)).worst == 16
     assert targets.evaluate(forward, every(2, 4_000_000)).verdict == "missed"
+    assert targets.evaluate(forward, every(1, 4_000_000, more=3_000_000)).worst == 19
+    assert targets.evaluate(forward, every(1, 4_000_000, "tf:auto")).verdict == "incomplete"
 
     name = "tiny-T4-D8-float32"
     pair = [

@@ -77,8 +77,8 @@ def _spans(
     batch = p.batch or 0
     queries, columns = batch * p.heads * (p.q_len or 0), batch * p.kv_heads * (p.k_len or 0)
     saved = queries * (2 * wide + 1)
-    # The whole mask, and with it a tile of what is selected instead.
-    mask = turns * height * s.block * s.keys + (tile if p.group == 1 else 0)
+    # The patterns of the mask, and with them a tile of what is selected instead.
+    mask = s.patterns.size + (tile if p.group == 1 else 0)
     hidden = mask + height * s.block * s.keys + (rows + keys) * width
     forward = 2 * tile + hidden + 2 * saved + queries * p.v_width * narrow
     results = [queries * p.width, columns * p.width, columns * p.v_width]

@@ -36,11 +36,11 @@ would be mostly empty.
 """
 
 _ROWS_WHOLE, _KEYS_WHOLE = 512, 2048
-"""Without a mask, where lengths are known: rows of all query heads of a key head together.
+"""Without a mask: rows of all query heads of a key head together.
 
 There a tile of one head is as good as one of many, and its rows and keys, which lie together, need
-not be copied; and what is done once for a row of a tile is done for many keys. Where lengths are
-not known they may be short, and one head would be too little at a time.
+not be copied; and what is done once for a row of a tile is done for many keys. Of short lengths a
+tile holds more heads, also where it is only seen in the graph that they are short.
 """
 
 _LONGEST = 4096
@@ -85,8 +85,8 @@ def cut_up(p: Problem, batch: Any, q_len: Any, k_len: Any, reads: tuple[bool, bo
     if not isinstance(batch, int):
         batch = tf.maximum(batch, 1)
     tall, keys = _ROWS, _KEYS if p.mask in (None, CAUSAL) else _KEYS_MASKED
-    sized = isinstance(q_len, int) and isinstance(k_len, int)
-    if sized and p.mask is None and not (p.kv_lengths or p.q_lengths):
+    whole = p.mask is None and not (p.kv_lengths or p.q_lengths)
+    if whole:
         tall, keys = max(_ROWS_WHOLE // p.group, _ROWS // 4), _KEYS_WHOLE
     least, area = tall, tall * keys
     if isinstance(k_len, int) and k_len < keys:
@@ -98,16 +98,15 @@ def cut_up(p: Problem, batch: Any, q_len: Any, k_len: Any, reads: tuple[bool, bo
     block_k, columns = _blocks(k_len, wide)
     known = isinstance(block_q, int) and isinstance(block_k, int)
     single = known and rows == columns == 1
-    of_head = p.group * (block_q * block_k if known else tall * wide) * 4
+    of_head: Any = p.group * (block_q * block_k if known or whole else tall * wide) * 4
     reads_b, reads_h = reads
-    heads = 1 if reads_h and not single else _most(p.kv_heads, AT_ONCE // of_head)
+    heads: Any = 1 if reads_h and not single else _most(p.kv_heads, AT_ONCE // of_head)
     batches: Any = 1
-    if heads == p.kv_heads and (single or not reads_b):
-        room = AT_ONCE // (heads * of_head)
-        if isinstance(batch, int):
-            batches = _most(batch, room)
-        else:
-            batches = tf.where(batch <= room, batch, 1)
+    if not isinstance(heads, int):
+        room = tf.where(tf.equal(heads, p.kv_heads), AT_ONCE // (heads * of_head), 1)
+        batches = _most_of(batch, room)
+    elif heads == p.kv_heads and (single or not reads_b):
+        batches = _most_of(batch, AT_ONCE // (heads * of_head))
     return Geometry(
         batch,
         q_len,
@@ -134,9 +133,20 @@ def _blocks(length: Any, block: int) -> tuple[Any, Any]:
     return tf.where(count > 1, -(-length // (8 * count)) * 8, length), count
 
 
-def _most(count: int, room: int) -> int:
+def _most(count: int, room: Any) -> Any:
     """The greatest divisor of `count` within `room`, at least 1."""
-    return max(n for n in range(1, count + 1) if count % n == 0 and (n <= room or n == 1))
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    if isinstance(room, int):
+        return max(n for n in divisors if n <= room or n == 1)
+    fitting = tf.constant(divisors)
+    return tf.reduce_max(tf.where(fitting <= room, fitting, 1)) if count > 1 else 1
+
+
+def _most_of(count: Any, room: Any) -> Any:
+    """All of `count`, or the greatest divisor where it is known, within `room`; else 1."""
+    if isinstance(count, int):
+        return _most(count, room)
+    return tf.where(count <= room, count, 1)
 
 
 def _reads(p: Problem, x: Operands) -> tuple[bool, bool]:

@@ -50,8 +50,8 @@ class Geometry(NamedTuple):
     rows: Any
     columns: Any
     batches: Any
-    heads: int
-    parts: tuple[Any, int]
+    heads: Any
+    parts: tuple[Any, Any]
     padded_rows: bool
     padded_keys: bool
 

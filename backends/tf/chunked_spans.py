@@ -39,6 +39,10 @@ Array = Any
 
 _BLOCK = 64
 """Rows of a tile, and the grain of a span: half of what a window of 128 sees is seen."""
+_KEPT = 2**22
+"""Bytes that the patterns of a mask may take."""
+_TOGETHER = 16
+"""Tiles whose patterns are found at a time."""
 _WORTH = 0.8
 """Entries of spans at most, as a share of those of the tiles that they stand in for."""
 
@@ -55,6 +59,11 @@ class Spans(NamedTuple):
         firsts: int32 (turns,), the least start of a turn.
         reach: slots from that to the end of the turn's last span, at most.
         columns: slots along the keys.
+        patterns: bool (P, block, keys), what the mask says of a tile: under a window nearly all
+            tiles are alike.
+        which: int32 (turns, height), the pattern of every tile.
+        places: int32 (turns, height * keys), the keys of every tile, and in the place of one that
+            no row of it sees one that some row does: nothing is held against the weight 0 then.
     """
 
     mask: Tree
@@ -65,6 +74,9 @@ class Spans(NamedTuple):
     firsts: np.ndarray
     reach: int
     columns: int
+    patterns: np.ndarray
+    which: np.ndarray
+    places: np.ndarray
 
     @property
     def keys(self) -> int:
@@ -77,8 +89,8 @@ def spans(p: Problem) -> Spans | None:
 
     They need a mask that is alike for all batches and heads and looks nothing up, known sizes that
     are multiples of `_BLOCK`, layout "BHTD", and neither lengths, offsets that are given, scores,
-    biases, dropout nor weights. And they must pay: fewer entries than tiles have, and not too few
-    in a turn.
+    biases, dropout nor weights. And they must pay: fewer entries than tiles have, not too few in a
+    turn, and few patterns.
     """
     mask = p.mask
     if mask is None or mask.reads("b") or mask.reads("h") or p.layout != "BHTD":
@@ -94,7 +106,7 @@ def spans(p: Problem) -> Spans | None:
     g = cut_up(p, p.batch, p.q_len, p.k_len, (False, False))
     offset = p.k_len - p.q_len if p.offset == "end" else 0
     sizes = (p.q_len, p.k_len, p.group)
-    return _found(mask, sizes, offset, (g.block_q, g.block_k), (_BLOCK, AT_ONCE, _WORTH))
+    return _found(mask, sizes, offset, (g.block_q, g.block_k), (_BLOCK, AT_ONCE, _KEPT, _WORTH))
 
 
 @lru_cache(maxsize=128)
@@ -103,9 +115,9 @@ def _found(
     sizes: tuple[int, int, int],
     offset: int,
     tile: tuple[int, int],
-    limits: tuple[int, int, float],
+    limits: tuple[int, int, int, float],
 ) -> Spans | None:
-    (q_len, k_len, group), (block, room, worth) = sizes, limits
+    (q_len, k_len, group), (block, room, kept, worth) = sizes, limits
 
     def read(block_q: int, block_k: int) -> BlockMap:
         blocks = {"block_q": block_q, "block_k": block_k}
@@ -132,7 +144,46 @@ def _found(
     starts = starts.reshape(-1, height).astype(np.int32)
     firsts = starts.min(1)
     reach = int((starts.max(1) - firsts).max()) + slots
-    return Spans(mask, offset, block, slots, starts, firsts, reach, columns)
+    found = _patterns(mask, offset, (block, slots * block), starts.ravel(), kept)
+    if found is None:
+        return None
+    patterns, which = found
+    # argmax: the first key that is seen, or 0.
+    seen = patterns.any(1)
+    near = np.where(seen, np.arange(slots * block), seen.argmax(1)[:, None])
+    places = starts.reshape(-1, 1) * block + near[which]
+    return Spans(
+        *(mask, offset, block, slots, starts, firsts, reach, columns, patterns),
+        which.reshape(starts.shape).astype(np.int32),
+        places.reshape(len(starts), -1).astype(np.int32),
+    )
+
+
+def _patterns(
+    mask: Tree, offset: int, tile: tuple[int, int], starts: np.ndarray, kept: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """(patterns, the number of each tile's pattern); None where they are too many to keep.
+
+    They are facts of the call, found beside the graph that is traced: a handful of tiles at a time.
+    """
+    (block, keys), numbers, which = tile, dict[bytes, int](), list[int]()
+    with tf.init_scope(), tf.device("CPU:0"):
+        if not tf.executing_eagerly():
+            return None
+        zero = tf.zeros((1, 1, 1), tf.int32)
+        for first in range(0, len(starts), _TOGETHER):
+            start = tf.constant(starts[first : first + _TOGETHER], tf.int32)
+            number = tf.range(first, first + len(start))
+            row = number[:, None, None] * block + tf.range(block)[:, None]
+            key = start[:, None, None] * block + tf.range(keys)
+            index = {"b": zero, "h": zero, "q": row + offset, "k": key, "row": row}
+            found = Reading("float32", ()).read(mask, index, ())[0]
+            for seen in tf.broadcast_to(found, (len(start), block, keys)).numpy():
+                which.append(numbers.setdefault(seen.tobytes(), len(numbers)))
+            if len(numbers) * block * keys > kept:
+                return None
+    tiles = [np.frombuffer(seen, bool).reshape(block, keys) for seen in numbers]
+    return np.stack(tiles), np.array(which)
 
 
 class _Cut:
@@ -142,26 +193,8 @@ class _Cut:
         self.p, self.s = p, s
         self.turns, self.height = s.starts.shape
         self.starts = tf.constant(s.starts)
-        # One byte an entry, for all batches and heads; read turn by turn, as its steps are larger.
-        self.allowed = self._allowed()
-        self.seen = tf.reduce_any(self.allowed, 2)[..., None]
-
-    def _allowed(self) -> Array:
-        """The mask's boolean (turns, height, block, keys)."""
-        p, s = self.p, self.s
-        shape = (self.height, s.block, s.keys)
-
-        def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            first = (tf.range(self.height) + n * self.height)[:, None, None] * s.block
-            row = first + tf.range(s.block)[:, None]
-            key = tf.gather(self.starts, n)[:, None, None] * s.block + tf.range(s.keys)
-            zero = tf.zeros((1, 1, 1), tf.int32)
-            index = {"b": zero, "h": zero, "q": row + s.offset, "k": key, "row": row}
-            found = Reading(p.accumulation, ()).read(s.mask, index, ())[0]
-            return (carry[0].write(n, tf.broadcast_to(found, shape)),)
-
-        fresh = tf.TensorArray(tf.bool, self.turns, element_shape=shape)
-        return parts.loop(0, self.turns, turn, (fresh,))[0].stack()
+        self.patterns, self.which = tf.constant(s.patterns), tf.constant(s.which)
+        self.places = tf.constant(s.places)
 
     def head(self, n: Array) -> tuple[Array, Array]:
         """(number of the key head through all batches, turn within it)."""
@@ -179,22 +212,21 @@ class _Cut:
         return tf.transpose(tf.gather(x, place), (1, 0, 2, 3))
 
     def keys(self, x: Array, n: Array, clean: bool) -> Array:
-        """(height, 1, keys, X) of (B, Hk, Tk, X), with 0 where no row sees a key if `clean`."""
+        """(height, keys, X) of (B, Hk, Tk, X); none that no row sees if `clean`."""
         at, turn = self.head(n)
         last, s = x.shape[-1], self.s
-        slot = tf.gather(self.starts, turn)[:, None] + tf.range(s.slots) + at * s.columns
-        found = tf.gather(tf.reshape(x, (-1, s.block * last)), slot)
         if clean:
-            # Whole rows are selected, which the older operation does without repeating anything.
-            seen = tf.reshape(tf.gather(self.seen, turn), (-1,))
-            found = tf.reshape(found, (self.height * s.keys, last))
-            found = tf.raw_ops.Select(condition=seen, x=found, y=tf.zeros_like(found))
+            place = tf.gather(self.places, turn) + at * (s.columns * s.block)
+            found = tf.gather(tf.reshape(x, (-1, last)), place)
+        else:
+            slot = tf.gather(self.starts, turn)[:, None] + tf.range(s.slots) + at * s.columns
+            found = tf.gather(tf.reshape(x, (-1, s.block * last)), slot)
         found = tf.reshape(found, (self.height, s.keys, last))
         return tf.cast(found, DTYPES[self.p.accumulation])
 
     def hide(self, x: Array, n: Array, instead: Array) -> Array:
         """`x` where the mask allows it, and else `instead`, a `constant`."""
-        allowed = tf.gather(self.allowed, n % self.turns)[:, None]
+        allowed = tf.gather(self.patterns, tf.gather(self.which, n % self.turns))[:, None]
         return tf.where(allowed, self.unfolded(x), instead)
 
     def constant(self, value: float) -> Array:
@@ -228,37 +260,51 @@ def forward(p: Problem, x: Operands, s: Spans) -> Rows:
     dtype, cut = DTYPES[p.accumulation], _Cut(p, s)
     count = batch * p.kv_heads * cut.turns
     shape = (cut.height, p.group, s.block)
-    kinds = [(DTYPES[p.dtype], p.v_width), (dtype, 1), (dtype, 1), (tf.bool, 1)]
+    kinds = [(DTYPES[p.dtype], p.v_width), (dtype, 1), (dtype, 1)]
     arrays = [tf.TensorArray(kind, count, element_shape=(*shape, last)) for kind, last in kinds]
     low = cut.constant(-np.inf)
+    sinks = None if x.sinks is None else tf.cast(x.sinks, dtype)
 
     def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         q = tf.cast(cut.rows(x.query, n), dtype) * p.scale
         z = tf.matmul(cut.folded(q), cut.keys(x.key, n, False), transpose_b=True)
         z = cut.hide(z, n, low)
-        m = tf.reduce_max(z, -1, keepdims=True)
+        top = tf.reduce_max(z, -1, keepdims=True)
         share = tf.nn.softmax(z)
-        hidden = tf.equal(m, -np.inf)
-        m = tf.where(hidden, tf.zeros_like(m), m)
-        # exp(m - m), which an infinite maximum makes NaN, over the largest share.
-        total = tf.exp(m - m) / tf.reduce_max(share, -1, keepdims=True)
-        total = tf.where(hidden, tf.zeros_like(total), total)
+        most = tf.reduce_max(share, -1, keepdims=True)
         acc = cut.unfolded(tf.matmul(cut.folded(share), cut.keys(x.value, n, True)))
-        alive, fade = tf.not_equal(total, 0), tf.ones_like(total)
-        if x.sinks is not None:
-            sink = tf.reshape(tf.cast(x.sinks, dtype), (p.kv_heads, 1, p.group, 1, 1))
-            sink = tf.gather(sink, cut.head(n)[0] % p.kv_heads)
-            top = tf.where(hidden, sink, tf.maximum(m, sink))
-            m, before = tf.where(tf.equal(top, -np.inf), tf.zeros_like(top), top), m
-            fade = tf.where(alive, total * tf.exp(before - m), tf.zeros_like(m))
-            total = fade + tf.exp(sink - m)
-            fade = fade / tf.where(tf.equal(total, 0), tf.ones_like(total), total)
-        out = tf.math.multiply_no_nan(acc, tf.where(alive, fade, tf.zeros_like(fade)))
-        found = (tf.cast(out, DTYPES[p.dtype]), m, total, alive)
+        if sinks is None:
+            fade = tf.cast(tf.not_equal(top, -np.inf), dtype)
+        else:
+            sink = tf.reshape(sinks, (p.kv_heads, 1, p.group, 1, 1))
+            fade = _settled(top, most, tf.gather(sink, cut.head(n)[0] % p.kv_heads))[3]
+        out = tf.math.multiply_no_nan(acc, fade)
+        found = (tf.cast(out, DTYPES[p.dtype]), top, most)
         return tuple([a.write(n, r) for a, r in zip(carry, found, strict=True)])
 
     done = [cut.gather_up(a.stack(), batch) for a in parts.loop(0, count, turn, arrays)]
-    return Rows(done[0], *[a[..., 0] for a in done[1:]])
+    top, most = (a[..., 0] for a in done[1:])
+    return Rows(done[0], *_settled(top, most, None if sinks is None else sinks[:, None])[:3])
+
+
+def _settled(top: Array, most: Array, sink: Array | None) -> tuple[Array, Array, Array, Array]:
+    """(m, total, alive, what the shares of a row keep beside its sink).
+
+    Args:
+        top, most: the greatest logit and the largest share of every row.
+    """
+    hidden = tf.equal(top, -np.inf)
+    m = tf.where(hidden, tf.zeros_like(top), top)
+    # exp(m - m), which an infinite maximum makes NaN, over the largest share.
+    total = tf.where(hidden, tf.zeros_like(m), tf.exp(m - m) / most)
+    alive, fade = tf.not_equal(total, 0), tf.cast(tf.logical_not(hidden), m.dtype)
+    if sink is not None:
+        top = tf.where(hidden, sink, tf.maximum(m, sink))
+        m, before = tf.where(tf.equal(top, -np.inf), tf.zeros_like(top), top), m
+        fade = tf.where(alive, total * tf.exp(before - m), tf.zeros_like(m))
+        total = fade + tf.exp(sink - m)
+        fade = fade / tf.where(tf.equal(total, 0), tf.ones_like(total), total)
+    return m, total, alive, fade
 
 
 def backward(

@@ -367,7 +367,8 @@ def counted(monkeypatch):
         ({"mask": masks.causal() & masks.window(left=511), "query_offset": "end"}, 9, 6),
         ({"kv_lengths": [600]}, 8, 4),
         ({"q_lengths": [256]}, 2, 0),
-        ({}, 8, 0),
+        # One key head and its two query heads, 512 rows and all keys: larger tiles, half as many.
+        ({}, 4, 0),
     ],
 )
 def test_empty_tiles_are_skipped_and_full_ones_ask_no_mask(counted, options, known, live, masked):
@@ -384,11 +385,31 @@ def test_empty_tiles_are_skipped_and_full_ones_ask_no_mask(counted, options, kno
             out = attn_core.attention(**dict(zip(names, given, strict=True)), **options)
         return out, tape.gradient(out, given)
 
-    if known and not options:
-        # One key head and its two query heads, 512 rows and all keys: larger tiles, half as many.
-        live //= 2
     run(*call.values())
     assert counted == {"logits": 2 * live, "structure": 2 * masked}
+
+
+@pytest.mark.parametrize("heads", [1, 6, 8])
+@pytest.mark.parametrize(
+    ("batch", "length"), [(1, 2048), (1, 512), (3, 2040), (64, 16), (40, 100), (2, 5000)]
+)
+def test_unknown_sizes_are_cut_as_known_ones(batch, length, heads, monkeypatch):
+    """Without a mask; a batch of which not all fits into a tile goes one by one."""
+    asked = []
+    geometry = chunked_grid.geometry
+    monkeypatch.setattr(backend.chunked, "geometry", lambda p, x: asked.append(p) or geometry(p, x))
+    backend.chunked._compiled.cache_clear()
+    x = tf.zeros((1, heads, 8, 4))
+    attn_core.attention(x, x, x, impl="chunked")
+    (p,) = asked
+    known = chunked_grid.cut_up(p, batch, length, length, (False, False))
+    sizes = [tf.constant(n) for n in (batch, length, length)]
+    found = chunked_grid.cut_up(p, *sizes, (False, False))
+    wanted = [int(n) for n in (*known[3:9], *known.parts)]
+    got = [int(n) for n in (*found[3:9], *found.parts)]
+    if known.batches not in (1, batch):
+        wanted[4], wanted[6] = 1, batch
+    assert got == wanted
 
 
 def test_lengths_that_are_tensors_skip_tiles(counted):

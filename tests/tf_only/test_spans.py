@@ -254,6 +254,21 @@ def test_lengths_that_are_no_multiple_and_the_other_layout(taken, monkeypatch):
     assert all(s is None for _, s in taken)
 
 
+def test_patterns_are_few_or_there_are_no_spans(taken, monkeypatch):
+    call = inputs(1, 64, 64)
+    answers(call, mask=WINDOW)
+    found = taken[0][1]
+    assert found.which.size == 8
+    tiles = zip(found.which.ravel(), found.starts.ravel(), strict=True)
+    for i, (number, start) in enumerate(tiles):
+        row, key = 8 * i + np.arange(8)[:, None], 8 * start + np.arange(found.keys)
+        assert (found.patterns[number] == ((key <= row) & (row - key < 10))).all()
+    assert len(found.patterns) < 8
+    monkeypatch.setattr(chunked_spans, "_KEPT", found.patterns.size - 1)
+    answers(call, mask=WINDOW)
+    assert taken[-1][1] is None
+
+
 def test_runs_are_one_bit_for_bit(taken, monkeypatch):
     small_tiles(monkeypatch)
     call = inputs(2, 128, 128, dtype=np.float32) | {"mask": WINDOW}
