@@ -44,6 +44,11 @@ def nearest(name: Any, known: tuple[str, ...]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def near(name: Any, known: str) -> bool:
+    """Whether `name` is `known` misspelt: nearer than what `nearest` asks about."""
+    return bool(get_close_matches(str(name).lower(), [known], cutoff=0.8))
+
+
 def check_backend(name: Any) -> str:
     """`name`, if it names a backend."""
     if name in BACKENDS:

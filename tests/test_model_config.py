@@ -86,7 +86,7 @@ def test_a_config_goes_into_a_mapping_and_back(config):
     held = config.to_mapping()
     assert None not in held.values()
     assert type(config).load(held) == config
-    assert read_config({config.TABLE: held, "title": "a"}) == config
+    assert read_config({config.TABLE: held, "training": {"steps": 3}}) == config
     assert hash(type(config).load(held)) == hash(config)
 
 
@@ -131,10 +131,58 @@ def test_fields_by_name_are_refused_with_the_nearest_and_with_our_word():
 
 
 def test_fields_beside_their_table_are_refused():
-    held = {"attention": LAYER, "attn_core": {"backend": "jax"}, "title": "a"}
-    assert AttentionConfig.load(held) == AttentionConfig(**LAYER)
+    held = {"attention": LAYER, "additive": {"width": 3}, "training": {"dropuot": 3}}
+    assert AttentionConfig.load({**held, "stages": [{"steps": 3}]}) == AttentionConfig(**LAYER)
     with pytest.raises(ValueError, match="Got the table `attention` and 'causal' beside it"):
         AttentionConfig.load({**held, "causal": True})
+
+
+def test_values_beside_a_table_are_refused_with_the_nearest(tmp_path):
+    """Nobody would read them: a rate of dropout that is misspelt, above its table, is no rate."""
+    path = tmp_path / "model.toml"
+    path.write_text("dropuot = 0.5\n[attention]\nwidth = 24\nheads = 6\n")
+    held = {"attention": LAYER}
+    for source, words in (
+        (path, "and 'dropuot' beside it. Did you mean 'dropout'?"),
+        ({**held, "backedn": "jax"}, "and 'backedn' beside it. Did you mean 'backend'?"),
+        ({**held, "num_heads": 3}, "and 'num_heads' beside it. Did you mean 'heads'?"),
+        ({**held, "title": "a"}, "other tables only. Got the table `attention` and 'title' beside"),
+        ({**held, "stages": []}, "and 'stages' beside it."),
+        ({**held, "attn-core": {"backend": "jax"}}, "Got 'attn-core'. Did you mean 'attn_core'?"),
+    ):
+        for door in (AttentionConfig.load, AttentionConfig.of, read_config):
+            with pytest.raises(ValueError) as caught:
+                door(source)
+            assert words in str(caught.value)
+
+
+DOORS = {
+    "load": AttentionConfig.load,
+    "of": AttentionConfig.of,
+    "of with a field": lambda source: AttentionConfig.of(source, heads=6),
+    "build": read_config,
+}
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_the_table_of_the_flag_says_the_same_at_every_door(door, tmp_path):
+    said = {"attn_core": {"backend": "jax", "impl": "reference"}}
+    want = AttentionConfig(**LAYER, backend="jax", impl="reference")
+    path = tmp_path / "model.toml"
+    path.write_text(
+        '[attn_core]\nbackend = "jax"\nimpl = "reference"\n[attention]\nwidth = 24\nheads = 6\n'
+    )
+    for source in (path, {**said, "attention": LAYER}, {**said, **LAYER}):
+        assert door(source) == want
+    assert AttentionConfig.of(path, impl="chunked").impl == "chunked"
+    for table, words in (
+        ({"backedn": "jax"}, "Did you mean 'backend'"),
+        ({"impl": "refrence"}, "Did you mean 'reference'"),
+        ({"backend": "torch"}, "`backend` must be the same.*Got 'jax' and 'torch'"),
+        (3, "`attn_core` of a config must be a mapping"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            door({"attention": {**LAYER, "backend": "jax"}, "attn_core": table})
 
 
 def test_the_table_of_another_config_is_named(tmp_path):
@@ -330,6 +378,11 @@ WRONG_MODELS = {
         {"window": 2, "window_blocks": [0, 2]},
         ValueError,
         "`window_blocks` must be ascending numbers, each below 2. Got [0, 2]",
+    ),
+    "a window in no block": (
+        {"window": 1, "window_blocks": []},
+        ValueError,
+        "`window_blocks` must name a block, or `window` be left out, which none would read",
     ),
     "blocks named twice": ({"window": 2, "window_blocks": [1, 1]}, ValueError, "be ascending"),
     "rotary": ({"positions": "rotary", "head_width": 3}, ValueError, "turn in pairs"),

@@ -89,8 +89,8 @@ def _gemma2(o: Original) -> dict[str, Any]:
     for word in types:
         if word not in (sliding, full):
             o.must("layer_types", word, sliding, f"or {full!r}, of each block")
-    window = _window(o, o.get("sliding_window"))
     blocks = [n for n, word in enumerate(types) if word == sliding]
+    window = _window(o, o.get("sliding_window")) if blocks else {}
     return {
         **fields,
         **window,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -21,8 +20,8 @@ def build(config: Any, *, backend: str | None = None, seed: int = 0, **options: 
     Args:
         config: AttentionConfig, AdditiveConfig or TransformerConfig; or a TOML, YAML or JSON file,
             or a mapping, with the table `attention`, `additive` or `transformer`, or with the
-            fields of a layer or a model at the top. A table `attn_core` beside them says `backend`
-            and `impl` where the config itself leaves them open.
+            fields of a layer or a model at the top: as `AttentionConfig.load` reads them, with
+            the table `attn_core` beside them.
         backend: "torch", "tf" or "jax". Left out, the config's own; where that is silent, the
             flag (`attn_core.use`, `attn_core.config`, ATTN_CORE_BACKEND).
         seed: of the first values: the same numbers in every framework.
@@ -59,7 +58,7 @@ _CLASSES: dict[Any, str] = {
 
 
 def read_config(source: Any) -> Any:
-    """Whichever config `source` is or holds, with what its table `attn_core` says."""
+    """Whichever config `source` is or holds, as its own `load` reads it."""
     if type(source) in _CLASSES:
         return source
     if not isinstance(source, (str, PathLike, Mapping)):
@@ -68,21 +67,7 @@ def read_config(source: Any) -> Any:
             f"or a mapping. Got {type(source).__name__}."
         )
     held = dict(source) if isinstance(source, Mapping) else flag.read(Path(source))
-    said = flag.as_mapping(held.pop("attn_core", {}), "`attn_core` of a config")
-    return _with_settings(_config_in(held), flag.settings_of(said))
-
-
-def _with_settings(config: Any, said: dict[str, str | None]) -> Any:
-    """The config with the settings that stand beside it, which may not gainsay it."""
-    found = {name: value for name, value in said.items() if value is not None}
-    for name, value in found.items():
-        own = getattr(config, name)
-        if own not in (None, "auto", value):
-            raise ValueError(
-                f"`{name}` must be the same in a config and in the table `attn_core` beside it. "
-                f"Got {own!r} and {value!r}."
-            )
-    return dataclasses.replace(config, **found) if found else config
+    return _config_in(held)
 
 
 def _config_in(held: dict[str, Any]) -> Any:

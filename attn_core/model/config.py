@@ -26,7 +26,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from attn_core.config import as_mapping, check_impl, nearest, read
+from attn_core.config import as_mapping, check_impl, near, nearest, read, settings_of
 from attn_core.language.text import parse, text
 from attn_core.language.tree import Tree
 from attn_core.language.values import Mask
@@ -83,6 +83,23 @@ def _meant(key: Any, known: Iterable[str]) -> str:
     return f" Did you mean {close!r}?" if close in names else nearest(key, names)
 
 
+def _check_beside(held: Mapping[str, Any], table: str, known: Iterable[str]) -> None:
+    """Beside a table stand other tables: a value there is one that nobody would read."""
+    for key, value in held.items():
+        tables = value if isinstance(value, list) and value else [value]
+        if key in known or not all(isinstance(one, Mapping) for one in tables):
+            raise ValueError(
+                "a config must hold its fields in one place, and beside their table other tables "
+                f"only. Got the table `{table}` and {key!r} beside it."
+                f"{'' if key in known else _meant(key, known)}"
+            )
+        if near(key, "attn_core"):
+            raise ValueError(
+                f"a config must say `backend` and `impl` in the table `attn_core`. Got {key!r}. "
+                "Did you mean 'attn_core'?"
+            )
+
+
 class Config:
     """What both configs can do: be loaded, written down, and changed in a few fields."""
 
@@ -106,22 +123,21 @@ class Config:
         """The config that a TOML, YAML or JSON file, or a mapping, holds.
 
         The fields stand at the top, or in a table (`attention`, `additive`, `transformer`) beside
-        which other things may stand. YAML needs the extra `attn-core[yaml]`.
+        which other tables may stand, and nothing else. The table `attn_core`, beside either, says
+        `backend` and `impl` where the fields leave them open. YAML needs `attn-core[yaml]`.
 
         Raises:
-            ValueError: an unknown key, with the nearest known one; a value out of its range.
+            ValueError: an unknown key, with the nearest known one; a value out of its range; a
+                table `attn_core` that says another thing than the fields.
             TypeError: a value of the wrong kind, or a field missing that has no default.
         """
         held = dict(source) if isinstance(source, Mapping) else read(Path(source))
+        said = settings_of(as_mapping(held.pop("attn_core", {}), "`attn_core` of a config"))
         known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         if cls.TABLE in held:
-            stray = [key for key in held if key in known]
-            if stray:
-                raise ValueError(
-                    f"a config must hold its fields in one place. Got the table `{cls.TABLE}` and "
-                    f"{stray[0]!r} beside it."
-                )
-            held = as_mapping(held[cls.TABLE], f"`{cls.TABLE}` of a config")
+            own = as_mapping(held.pop(cls.TABLE), f"`{cls.TABLE}` of a config")
+            _check_beside(held, cls.TABLE, known)
+            held = own
         elif tables := [kind.TABLE for kind in Config.__subclasses__() if kind.TABLE in held]:
             raise ValueError(
                 f"a config of {cls.__name__} must hold the table `{cls.TABLE}`, or its fields at "
@@ -139,7 +155,19 @@ class Config:
         for name in cls.WORDS:
             if held.get(name) == "none":
                 held[name] = None
-        return cls(**held)
+        return cls(**held)._with_settings(said)
+
+    def _with_settings(self, said: Mapping[str, str | None]) -> Self:
+        """The config with the settings that stand beside it, which may not gainsay it."""
+        found = {name: value for name, value in said.items() if value is not None}
+        for name, value in found.items():
+            own = getattr(self, name)
+            if own not in (None, "auto", value):
+                raise ValueError(
+                    f"`{name}` must be the same in a config and in the table `attn_core` beside "
+                    f"it. Got {own!r} and {value!r}."
+                )
+        return dataclasses.replace(self, **found) if found else self  # type: ignore[type-var]
 
     @classmethod
     def of(cls, given: Any = None, **options: Any) -> Self:

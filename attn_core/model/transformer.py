@@ -234,6 +234,11 @@ class TransformerConfig(Config):
             )
         deepest = max(self.blocks(stack) for stack in self.stacks)
         fields.numbers("window_blocks", self.window_blocks, deepest)
+        if not self.window_blocks:
+            raise ValueError(
+                "`window_blocks` must name a block, or `window` be left out, which none would "
+                f"read. Got [] and window={self.window}."
+            )
         self.set("window_blocks", tuple(self.window_blocks))
 
     @property
