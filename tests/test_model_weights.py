@@ -171,6 +171,27 @@ def test_a_layer_saves_itself(tmp_path):
 
     attn_core.save_weights(tmp_path / "w", Layer())
     assert attn_core.load_weights(tmp_path / "w").config == LAYER
+    kept = dataclasses.replace(LAYER, dropout=0.5, backend="jax", impl="chunked")
+    attn_core.save_weights(tmp_path / "w", Layer(), kept)
+    assert attn_core.load_weights(tmp_path / "w").config == dataclasses.replace(LAYER, dropout=0.5)
+
+
+def test_a_config_that_is_not_the_layers_is_refused(tmp_path):
+    """Its names and shapes are the layer's, and it would be read back as another layer."""
+
+    class Layer:
+        config = LAYER
+
+        def export_weights(self):
+            return weights(LAYER)
+
+    (tmp_path / "w").write_bytes(b"before")
+    other = dataclasses.replace(LAYER, causal=not LAYER.causal, scale=0.25)
+    with pytest.raises(ValueError, match=r"`config` must be that of the layer.*causal: .*scale: "):
+        attn_core.save_weights(tmp_path / "w", Layer(), other)
+    with pytest.raises(TypeError, match=r"layer, AttentionConfig\. Got TransformerConfig"):
+        attn_core.save_weights(tmp_path / "w", Layer(), MODEL)
+    assert (tmp_path / "w").read_bytes() == b"before"
 
 
 def test_what_is_written_belongs_to_no_framework_and_is_read_as_it_was_held(tmp_path):

@@ -48,10 +48,12 @@ def save_weights(path: str | os.PathLike[str], weights: Any, config: Any = None)
         path: of the file; what is there is replaced once the new one is complete.
         weights: name -> array, as `export_weights` gives; or a layer or model itself.
         config: AttentionConfig, AdditiveConfig or TransformerConfig; a layer's own where left
-            out. Its `backend` and `impl` are not written, and its `dtype` is that of the weights.
+            out, which another may differ from in dropout, `dtype`, `backend` and `impl` alone.
+            Its `backend` and `impl` are not written, and its `dtype` is that of the weights.
 
     Raises:
-        TypeError, ValueError: the weights are not those of the config; nothing has been written.
+        TypeError, ValueError: the weights are not those of the config, or it is not the layer's;
+            nothing has been written.
         FileNotFoundError: there is no folder of that name.
         ImportError: safetensors is missing.
     """
@@ -61,8 +63,8 @@ def save_weights(path: str | os.PathLike[str], weights: Any, config: Any = None)
             f"`path` must lie in a folder that is there. Got {path}: make {folder} first."
         )
     if hasattr(weights, "export_weights"):
-        config = weights.config if config is None else config
-        weights = weights.export_weights()
+        held, own = weights.export_weights(), weights.config
+        weights, config = held, own if config is None else _of_layer(config, own)
     plan = parameters(config)
     found = checked(plan, weights, None)
     library = _safetensors()
@@ -76,6 +78,25 @@ def save_weights(path: str | os.PathLike[str], weights: Any, config: Any = None)
         os.replace(part, whole)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _of_layer(config: Any, own: Any) -> Any:
+    """A config that is given beside a layer, if it means what the layer's own does.
+
+    Names and shapes would not tell: causal or not, scale and rotary base have no parameters.
+    """
+    if type(config) is not type(own):
+        raise TypeError(
+            f"`config` must be that of the layer, {type(own).__name__}. "
+            f"Got {type(config).__name__}."
+        )
+    apart = config.differences(own, FREE)
+    if apart:
+        raise ValueError(
+            f"`config` must be that of the layer, but for {', '.join(FREE)}. Got another, which "
+            f"differs (`config`, the layer's): {'; '.join(apart)}."
+        )
+    return config
 
 
 def load_weights(path: str | os.PathLike[str]) -> Loaded:
