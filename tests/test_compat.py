@@ -84,6 +84,19 @@ def test_added_and_boolean_masks_of_multihead_attention_stand_apart():
         (lambda: compat.from_hf_mask(np.ones((2, 3, 4), int)), ValueError, "must be .B, Tk."),
         (lambda: compat.from_hf_mask(np.ones((2, 3))), TypeError, "added to the scores is `bias=`"),
         (lambda: compat.from_keras_mask(np.ones((2, 3))), ValueError, "must be .B, Tq, Tk."),
+        (lambda: compat.from_hf_mask([[1, 1, 0]]), TypeError, "`attention_mask` must be an array"),
+        (lambda: compat.from_keras_mask([[[True]]]), TypeError, "must be an array .* Got list"),
+        (lambda: compat.from_transformer_engine_mask([[True]]), TypeError, "must be an array"),
+        (
+            lambda: compat.from_torch_mha_mask([[True]], heads=2),
+            TypeError,
+            "`attn_mask` must be an array of the library in which the mask is to be. Got list",
+        ),
+        (
+            lambda: compat.from_torch_mha_mask(key_padding_mask=[[True]], heads=2),
+            TypeError,
+            "`key_padding_mask` must be an array",
+        ),
         (
             lambda: compat.from_transformer_engine_mask(np.ones((2, 3))),
             TypeError,
@@ -223,3 +236,31 @@ def test_what_is_no_config_of_transformers():
         compat.from_transformers(3, {})
     with pytest.raises(FileNotFoundError):
         compat.from_transformers("not/there/config.json", {})
+
+
+def test_changes_may_not_gainsay_a_model():
+    import transformers_cases as cases
+
+    held = cases.weights(cases.LLAMA)
+    found = compat.from_transformers(cases.LLAMA, held, heads=4, window=2, dropout=0.5)
+    assert (found.config.heads, found.config.window, found.config.dropout) == (4, 2, 0.5)
+    for change, words in (
+        ({"heads": 2}, r"the original computes, but for dtype, .*, window\..* heads: 4, 2"),
+        ({"kv_heads": 4}, "kv_heads: 2, 4"),
+        ({"rotary_base": 7.0}, r"\(the original's, the given\): rotary_base: 50.0, 7.0"),
+        ({"scale": 1.0}, "scale: 0.408.*, 1.0"),
+        ({"logit_softcap": 3.0}, "logit_softcap: None, 3.0"),
+        ({"dropuot": 0.5}, "Did you mean 'dropout'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            compat.from_transformers(cases.LLAMA, held, **change)
+    windowed = {**cases.LLAMA, "model_type": "mistral", "sliding_window": 4}
+    with pytest.raises(ValueError, match="window: 3, 2"):
+        compat.from_transformers(windowed, held, window=2)
+
+
+def test_a_window_that_no_block_reads_is_none():
+    import transformers_cases as cases
+
+    told = {**cases.GEMMA2, "layer_types": ["full_attention"] * 2}
+    assert compat.from_transformers(told, cases.weights(told)).config.window is None

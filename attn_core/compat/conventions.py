@@ -41,13 +41,14 @@ def from_torch_mha_mask(
         combined, float masks are summed.
 
     Raises:
-        TypeError, ValueError: a mask is neither boolean nor float, or not of such a shape.
+        TypeError, ValueError: a mask is no array, neither boolean nor float, or not of such a
+            shape.
     """
     found: dict[str, Any] = {}
     if _int("heads", heads) < 1:
         raise ValueError(f"`heads` must be at least 1. Got {heads}.")
     if attn_mask is not None:
-        shape = tuple(attn_mask.shape)
+        shape = _shape("attn_mask", attn_mask)
         if len(shape) == 3:
             if shape[0] % heads:
                 raise ValueError(
@@ -59,12 +60,22 @@ def from_torch_mha_mask(
             raise ValueError(f"`attn_mask` must be (L, S) or (N * heads, L, S). Got {shape}.")
         _put(found, "attn_mask", attn_mask)
     if key_padding_mask is not None:
-        shape = tuple(key_padding_mask.shape)
+        shape = _shape("key_padding_mask", key_padding_mask)
         if len(shape) not in (1, 2):
             raise ValueError(f"`key_padding_mask` must be (N, S) or (S,). Got {shape}.")
         batch = shape[0] if len(shape) == 2 else 1
         _put(found, "key_padding_mask", key_padding_mask.reshape((batch, 1, 1, shape[-1])))
     return found
+
+
+def _shape(name: str, given: Any) -> tuple[Any, ...]:
+    """The shape of an array, whose library is the one in which the mask comes back."""
+    if not hasattr(given, "shape") or not hasattr(given, "dtype"):
+        raise TypeError(
+            f"`{name}` must be an array of the library in which the mask is to be. "
+            f"Got {type(given).__name__}."
+        )
+    return tuple(given.shape)
 
 
 def _put(found: dict[str, Any], name: str, given: Any) -> None:
@@ -82,6 +93,7 @@ def _put(found: dict[str, Any], name: str, given: Any) -> None:
 
 def from_transformer_engine_mask(attention_mask: Any) -> Any:
     """Transformer Engine's boolean mask, True = masked, turned over: True = attend."""
+    _shape("attention_mask", attention_mask)
     if "bool" not in str(attention_mask.dtype):
         raise TypeError(f"`attention_mask` must be boolean. Got {attention_mask.dtype}.")
     return ~attention_mask
@@ -93,7 +105,7 @@ def from_hf_mask(attention_mask: Any) -> Any:
     Where padding stands at the end of every row, `kv_lengths=attention_mask.sum(-1)` says the same
     without an array of masks.
     """
-    shape = tuple(attention_mask.shape)
+    shape = _shape("attention_mask", attention_mask)
     if len(shape) != 2:
         raise ValueError(f"`attention_mask` must be (B, Tk), 1 = a token. Got {shape}.")
     if "float" in str(attention_mask.dtype):
@@ -110,7 +122,7 @@ def from_keras_mask(attention_mask: Any) -> Any:
     Keras reads rank 3 with the batch first; here, as in torch and jax.nn, an array of rank 3 would
     start with the heads, so `attention` refuses it.
     """
-    shape = tuple(attention_mask.shape)
+    shape = _shape("attention_mask", attention_mask)
     if len(shape) not in (3, 4):
         raise ValueError(
             f"`attention_mask` must be (B, Tq, Tk) or (B, heads, Tq, Tk). Got {shape}."

@@ -20,6 +20,7 @@ import numpy as np
 
 from attn_core.compat.families import FAMILIES
 from attn_core.compat.original import UNLEARNT, Original
+from attn_core.compat.weights import with_changes
 from attn_core.config import nearest, read
 from attn_core.model.parameters import parameters
 from attn_core.model.transformer import TransformerConfig
@@ -46,15 +47,16 @@ def from_transformers(config: Any, weights: Any, **changes: Any) -> ConvertedMod
         weights: its state dict: names of transformers -> NumPy arrays, with the prefix of the base
             model ("model.", "transformer.", "bert.") or without; or the path of a safetensors file
             of them, or of the index of several, model.safetensors.index.json.
-        changes: fields of our config, such as dropout=0.0, impl="chunked" or backend="jax".
+        changes: fields of our config that do not change what weights mean, such as dropout=0.0,
+            impl="chunked" or backend="jax".
 
     Of GPT-2, Llama, Mistral and Gemma 2 the model with its head is meant, which gives logits; of
     BERT the encoder alone, which gives the last hidden state. Padding goes with the call: `lengths`
     where it stands at the end, else `mask=from_hf_mask(attention_mask)`.
 
     Raises:
-        ValueError: another family; a field of its config that says what none of ours can; a weight
-            that is missing, of another shape, or read by nobody.
+        ValueError: another family; a field of its config that says what none of ours can; a change
+            that gainsays it; a weight that is missing, of another shape, or read by nobody.
         TypeError: a weight is no NumPy array, or they do not share one dtype; a config that is
             none.
     """
@@ -71,7 +73,7 @@ def from_transformers(config: Any, weights: Any, **changes: Any) -> ConvertedMod
     original = Original(family, told, weights, prefix, "dropout" in changes)
     fields = convert(original)
     original.check_read()
-    ours = TransformerConfig.load({"dtype": original.dtype, **fields, **changes})
+    ours = with_changes(TransformerConfig, {"dtype": original.dtype, **fields}, changes)
     plan = parameters(ours)
     arrays = original.made
     for name, parameter in plan.items():

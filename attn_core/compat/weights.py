@@ -7,20 +7,28 @@ arrays under the names of `attn_core.model.parameters`:
     layer = attn_core.build(config)
     layer.load_weights(weights)
 
-Where the original says something of a call (causal or not), or ours can say more, fields of the
-config may be given by name: `from_multihead_attention(module, causal=True, backend="jax")`. What
-the original computes and no field says is refused, before anything is made.
+Fields of the config may be given by name, `from_multihead_attention(module, causal=True,
+backend="jax")`: those that change no meaning of weights (dropout, dtype, backend, impl), and, where
+the layer itself hides nothing so, those that hide what a call's mask could (causal, window, mask).
+One that gainsays what the layer computes is refused, and so is, before anything is made, what the
+original computes and no field says.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, NoReturn
+import dataclasses
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
-from attn_core.model.config import AttentionConfig
+from attn_core.model.config import AttentionConfig, Config
 from attn_core.model.parameters import parameters
-from attn_core.model.weights import checked
+from attn_core.model.weights import FREE, checked
+
+HIDING = ("causal", "window", "mask")
+"""Fields that hide what a call's own mask could, of a layer that does not hide so itself."""
+
+Kind = TypeVar("Kind", bound=Config)
 
 
 class Converted(NamedTuple):
@@ -45,11 +53,34 @@ def converted(
         raise TypeError(
             f"the weights of a layer must share one dtype. Got {', '.join(sorted(dtypes))}."
         )
-    given = {"dtype": dtypes.pop(), **fields, **changes}
-    config = AttentionConfig.load({name: x for name, x in given.items() if x is not None})
+    config = with_changes(AttentionConfig, {"dtype": dtypes.pop(), **fields}, changes)
     weights = {name: np.array(x, order="C") for name, x in held.items()}
     plan = parameters(config)
     return Converted(config, checked(plan, weights, dict.fromkeys(plan, config.dtype)))
+
+
+def with_changes(kind: type[Kind], fields: dict[str, Any], changes: dict[str, Any]) -> Kind:
+    """The config of an original, with fields given by name on top.
+
+    Raises:
+        ValueError: one gainsays the original.
+    """
+    silent = [name for name in HIDING if fields.get(name) is None or fields[name] is False]
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    free = [name for name in (*FREE, *silent) if name in known]
+    allowed = {name: x for name, x in changes.items() if name in free}
+    own, config = [
+        kind.load({name: x for name, x in {**fields, **given}.items() if x is not None})
+        for given in (allowed, changes)
+    ]
+    apart = own.differences(config, ())
+    if apart:
+        raise ValueError(
+            "fields given to a converter must say what the original computes, but for "
+            f"{', '.join(free)}. Got others, which differ (the original's, the given): "
+            f"{'; '.join(apart)}."
+        )
+    return config
 
 
 def projection(kernel: np.ndarray) -> np.ndarray:

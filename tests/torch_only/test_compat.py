@@ -281,6 +281,23 @@ def test_errors_are_in_our_words(arguments, error, words):
         ours(**{"query": X, "key": X, "value": X, **arguments})
 
 
+def test_what_torch_takes_and_ours_refuses():
+    """As the page says; each of torch's answers is of what the page says it takes."""
+    x = torch.randn(2, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    scaled, plain = theirs(x, x, x, scale=torch.tensor(0.5)), theirs(x, x, x, scale=0.5)
+    torch.testing.assert_close(scaled, plain, rtol=0, atol=0)
+    with pytest.raises(TypeError, match="`scale` must be a host number"):
+        ours(x, x, x, scale=torch.tensor(0.5))
+    mean = x.mean(-2, keepdim=True).expand_as(x)
+    torch.testing.assert_close(theirs(x[..., :0], x[..., :0], x), mean)
+    with pytest.raises(ValueError, match="D, Hq and Hk must be at least 1"):
+        ours(x[..., :0], x[..., :0], x)
+    few = x[..., :3, :]
+    torch.testing.assert_close(theirs(x, x, few), theirs(x, few, few), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="`value` must agree on Tk"):
+        ours(x, x, few)
+
+
 def test_nested_tensors_are_refused():
     nested = torch.nested.nested_tensor([torch.zeros(3, 8)], layout=torch.jagged)
     with pytest.raises(TypeError, match="dense tensor"):

@@ -75,6 +75,32 @@ def test_multihead_attention_causal():
     assert layers.within(shares), shares
 
 
+def test_changes_may_not_gainsay_a_layer():
+    """heads=2 would cut the same matrices into other heads."""
+    module = torch.nn.MultiheadAttention(16, 4, dropout=1.0)  # no rate of ours, unless one is given
+    given = {"dtype": "float64", "dropout": 0.5, "backend": "jax", "impl": "chunked"}
+    hiding = {"causal": True, "window": 3, "mask": "k < 4"}
+    found = from_multihead_attention(module, heads=4, head_width=4, **given, **hiding).config
+    assert {name: getattr(found, name) for name in (*given, *hiding)} == {**given, **hiding}
+    for change, words in (
+        ({"heads": 2}, "heads: 4, 2; .*head_width: 4, 8"),
+        ({"scale": 1.0}, "scale: 0.5, 1.0"),
+        ({"softcap": 2.0}, "softcap: None, 2.0"),
+        ({"positions": "alibi"}, "positions: None, 'alibi'"),
+        ({"out_bias": False}, "out_bias: True, False"),
+    ):
+        with pytest.raises(ValueError, match=f"what the original computes, but for .*: {words}"):
+            from_multihead_attention(module, dropout=0.0, **change)
+
+
+def test_what_a_layer_hides_itself_stays_hidden():
+    _, layer = attention_of("gemma2", 0)
+    own = compat.transformers.from_attention(layer).config
+    for change in ({"causal": False}, {"window": own.window + 1}, {"window": None}):
+        with pytest.raises(ValueError, match=f"{next(iter(change))}: "):
+            compat.transformers.from_attention(layer, **change)
+
+
 def test_what_is_converted_is_a_copy():
     module = stock()
     found = from_multihead_attention(module)
