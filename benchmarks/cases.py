@@ -254,7 +254,6 @@ def _sparse() -> list[Case]:
 
 def _floors() -> list[Case]:
     """The forward passes beside what their products alone cost: where the time goes."""
-    asked = (*_OURS, *_FLOORS, "matmul")
     found = []
     for mask, length, reach in (
         ("full", 2048, 0),
@@ -262,18 +261,34 @@ def _floors() -> list[Case]:
         ("window", 8192, 256),
         ("documents", 8192, 512),
     ):
-        name = f"floor-{mask}-T{length}-D64-float32"
         # Beside the causal floor at that length: what share of work the bare products reach.
-        more = tuple(causal_floor(x) for x in ("torch", "jax", "tf")) if reach else ()
+        # Beside jax.nn: how many times as fast as that they are.
+        more = tuple(causal_floor(x) for x in ("torch", "jax", "tf")) if reach else ("jax-nn",)
         found.append(
             Case(
-                *(name, length),
+                f"floor-{mask}-T{length}-D64-float32",
+                length,
                 mask=mask,
                 reach=reach,
-                subjects=(*asked, *more),
+                subjects=(*_OURS, *_FLOORS, "matmul", *more),
                 directions=("forward",),
             )
         )
+    beside = ("jax:auto", "jax-floor", "jax-nn", "matmul")
+    for mask in ("full", "causal"):
+        for length, width in DENSE:
+            for dtype in ("float32", "bfloat16"):
+                if length == 2048 and (width, dtype) != (64, "float32"):
+                    found.append(
+                        Case(
+                            f"floor-{mask}-T{length}-D{width}-{dtype}",
+                            *(length, width),
+                            dtype=dtype,
+                            mask=mask,
+                            subjects=beside,
+                            directions=("forward",),
+                        )
+                    )
     return found
 
 

@@ -49,7 +49,7 @@ def nn(case: Case) -> Attend:
 def floor(case: Case) -> Call:
     """All live tiles, one after the other, at rows and keys that change.
 
-    Of as many heads at once as `chunked` takes.
+    Of as many heads at once as `chunked` takes, and summed in float32 as it sums.
     """
     t = tiling(case, "jax")
     heads = case.batch * case.heads
@@ -69,9 +69,11 @@ def floor(case: Case) -> Call:
                 return jax.lax.dynamic_slice(x, (head, at, 0), (together, size, case.width))
 
             rows, keys, values = taken(q, row, t.rows), taken(k, key, t.keys), taken(v, key, t.keys)
-            return total + (rows @ keys.swapaxes(1, 2)) @ values
+            logits = jax.numpy.einsum("hqd,hkd->hqk", rows, keys, **wide)
+            return total + jax.numpy.einsum("hqk,hkd->hqd", logits.astype(v.dtype), values, **wide)
 
-        start = jax.numpy.zeros((together, t.rows, case.width), q.dtype)
+        wide = {"preferred_element_type": jax.numpy.float32}
+        start = jax.numpy.zeros((together, t.rows, case.width), jax.numpy.float32)
         return jax.lax.fori_loop(0, t.live * (heads // together), tile, start)
 
     compiled = jax.jit(products)

@@ -52,6 +52,7 @@ class Target(NamedTuple):
 
     Attributes:
         floors: by the labels of rows, what the bare products of the tiles reach of the same.
+        why: what stands in the way where it is missed.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Target(NamedTuple):
     more: bool
     rows: Rows
     floors: Callable[[Results], dict[str, float]] | None = None
+    why: str = ""
 
     def holds(self, value: float, bound: float) -> bool:
         return value >= bound if self.more else value <= bound
@@ -199,6 +201,17 @@ def _floors(mask: str) -> Callable[[Results], dict[str, float]]:
     return shares
 
 
+def _beside_nn(results: Results) -> dict[str, float]:
+    """How many times as fast as jax.nn the bare products of our tiles are, by dense case."""
+    found = {}
+    for name in results.cases:
+        if name.startswith("floor-"):
+            ratio = results.faster(name, "forward", "jax-floor", "jax-nn")
+            if ratio is not None:
+                found[name.removeprefix("floor-")] = ratio[0]
+    return found
+
+
 def sweep(results: Results, subject: str) -> list[tuple[int, float]]:
     """(live blocks of all heads, seconds) for every window that was measured."""
     name = "windows-T8192-D64-float32"
@@ -290,6 +303,15 @@ _F32, _BF16 = ("float32",), ("bfloat16",)
 _JAX, _TORCH, _TF = ("jax:auto",), ("torch:auto",), ("tf:auto", "tf-unknown:auto")
 _FLASH, _SDPA, _EACH = "torch-sdpa-flash", "torch-sdpa", (*_F32, *_BF16)
 
+_SMALL_PRODUCTS = (
+    "What is live here lies in small tiles, and causal attention, which it is measured against, "
+    "in large ones. A tile with less hidden is a smaller product, which runs at a lower rate: "
+    "torch's kernel splits short tiles into 32 rows instead of 256; XLA runs a product of fewer "
+    "than about 256 x 256 on one core, whatever the batch, and half of a tile of 256 x 512 is "
+    "hidden; TensorFlow reads and writes each tile of logits in every operation of its softmax, "
+    "however small. A backward pass has five products of each tile in place of two."
+)
+
 TARGETS: tuple[Target, ...] = (
     Target(
         "JAX forward against torch flash, float32",
@@ -302,6 +324,10 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "JAX forward against jax.nn",
         *(5.0, 6.0, "x", True, _speed("forward", _JAX, "jax-nn", _EACH)),
+        floors=_beside_nn,
+        why="jax.nn makes the same two products, in one piece each, so what is gained is what it "
+        "spends beside them and, of causal attention, the half that it need not make. The wider "
+        "the heads, the more of all time is products.",
     ),
     Target(
         "JAX backward against torch flash, float32",
@@ -330,16 +356,23 @@ TARGETS: tuple[Target, ...] = (
         "window of 256 at T 8192, share of work",
         *(0.6, 0.8, "x", True, _work("window-256-T8192-D64-float32")),
         floors=_floors("window"),
+        why=_SMALL_PRODUCTS,
     ),
     Target(
         "16 packed documents of 512, share of work",
         *(0.6, 0.8, "x", True, _work("documents-16x512-T8192-D64-float32")),
         floors=_floors("documents"),
+        why=_SMALL_PRODUCTS,
     ),
     Target(
         "time against live blocks, windows 128 to 4096, linear", 0.25, 0.10, "of it", False, _linear
     ),
-    Target("temporaries at T 16384, forward", 32, 16, "MB", False, _temporaries(False)),
+    Target(
+        "temporaries at T 16384, forward",
+        *(32, 16, "MB", False, _temporaries(False)),
+        why="TensorFlow's graphs write into no tensor: rows of tiles of `out` are collected and "
+        "then joined, so beside `out` there is `out` once more, 33.6 MB at that length.",
+    ),
     Target("temporaries at T 16384, backward", 96, 48, "MB", False, _temporaries(True)),
     Target("temporaries at twice the length, growth", 2.5, 2.2, "x", False, _growth),
     Target("overhead on tiny tensors", 40, 15, "us", False, _overhead),

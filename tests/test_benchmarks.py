@@ -111,7 +111,7 @@ def test_a_subject_may_be_asked_with_another_mask() -> None:
 
 def test_a_name_is_one_case_and_a_part_of_it_several() -> None:
     assert [case.name for case in named(["tiny-T4-D8-float32"])] == ["tiny-T4-D8-float32"]
-    assert len(named(["causal-T2048"])) == 5
+    assert len(named(["causal-T2048"])) == 8
     with pytest.raises(ValueError, match=r"must name a case or a part of one. Got cuasal"):
         named(["cuasal"])
 
@@ -857,6 +857,26 @@ def test_the_bare_products_share_of_work_stands_beside_ours() -> None:
     assert "| torch forward | not measured |  | not measured |" in text
 
 
+def test_why_a_target_is_missed_stands_below_its_cases() -> None:
+    each = next(t for t in targets.TARGETS if t.name == "temporaries at T 16384, forward")
+    row = targets.Row("tf full forward", 40.0)
+    told = [
+        " ".join(page._target_rows(run_of(), targets.Outcome(each, [row], 40.0, verdict)).split())
+        for verdict in ("missed", "met")
+    ]
+    assert each.why in told[0]
+    assert each.why not in told[1]
+
+
+def test_bare_products_beside_jax_nn() -> None:
+    name = "causal-T2048-D128-float32"
+    parts = [timed(name, "jax:auto", "forward", 1.0), timed(name, "jax-nn", "forward", 4.0)]
+    parts += [timed(f"floor-{name}", "jax-floor", "forward", 0.5)]
+    parts += [timed(f"floor-{name}", "jax-nn", "forward", 4.5)]
+    text = page.page(run_of(*parts), "x", picture=False)
+    assert f"| {name} | 4 x | 4 x to 4 x, median 4 x | 9 x |" in text
+
+
 def test_floors_stand_beside_what_they_are_the_floor_of() -> None:
     name = next(case.name for case in CASES if case.name.startswith("floor-window"))
     parts = [timed(name, "jax:auto", "forward", 0.2), timed(name, "jax-floor", "forward", 0.05)]
@@ -870,7 +890,7 @@ def test_floors_stand_beside_what_they_are_the_floor_of() -> None:
 def test_a_floor_is_timed_and_never_checked(name: str) -> None:
     if find_spec("tensorflow" if name == "tf" else name) is None:
         pytest.skip(f"{name} is not installed")
-    for case in (c.small() for c in CASES if c.name.startswith("floor-")):
+    for case in (c.small() for c in CASES if f"{name}-floor" in c.subjects):
         question = {"subject": f"{name}-floor", "case": case.as_dict()}
         with rooms.Worker(1) as room:
             command = {"do": "prepare", **question, "least": 0.001}
