@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from attn_core.backends.torch.arrays import DTYPES
 from attn_core.backends.torch.philox import keep, words
+from attn_core.backends.torch.tiles import constant
 from attn_core.language.values import Dropout, drop_threshold
 from attn_core.model import calls
 from attn_core.model.initial import initial
@@ -140,17 +142,41 @@ ACTIVATIONS = {
 }
 
 
-def wheel_of(base: float, channels: int, make: dict[str, Any]) -> Array | None:
-    """The words of `channels` that turn, which a cast of the module leaves alone, as integers."""
-    return torch.as_tensor(wheel(base, channels), device=make["device"]) if channels else None
+HELD: dict[tuple[float, int, torch.device], Array] = {}
+"""What `wheel_of` has made."""
+
+
+def wheel_of(base: float, channels: int, device: torch.device) -> Array:
+    """The words of `channels` that turn, int64 (2, channels / 2), which never overflow in products.
+
+    They follow from the config, and no module holds them: what is moved, cast, emptied or loaded
+    leaves them as they are. A device is given them once, so that no call waits for a copy.
+    """
+    place = base, channels, device
+    if place not in HELD:
+        made = wheel(base, channels).astype(np.int64)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return constant(made, torch.int64, device)  # of the graph, and filled when it runs
+        # Whatever transforms or records the first call, this is a plain tensor.
+        with torch._C._DisableFuncTorch(), _disable_current_modes(), torch.inference_mode(False):
+            HELD[place] = torch.from_numpy(made).to(device)
+    return HELD[place]
+
+
+# What torch.compiler.assume_constant_result does, without loading torch's compiler (and triton).
+wheel_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def turns_for(x: Array, base: float, channels: int) -> Array:
+    """The words where x lies; of a tensor that only stands for one, another such."""
+    if type(x) is torch.Tensor:
+        return wheel_of(base, channels, x.device)
+    return torch.as_tensor(wheel(base, channels), device=x.device).to(torch.int64)
 
 
 def angles(turns: Array, positions: Array, dtype: torch.dtype) -> Array:
-    """Radians of every channel pair, (B, T, pairs), at int positions (B, T); see model.positions.
-
-    Words are held in int64, which never overflows here.
-    """
-    high, low = turns.to(torch.int64)
+    """Radians of every channel pair, (B, T, pairs), at int positions (B, T), as model.positions."""
+    high, low = turns
     whole = positions.to(torch.int64)[..., None] * high
     wrapped = ((whole + 2**31) & 0xFFFFFFFF) - 2**31
     rest = positions[..., None].to(dtype) * low.to(dtype)
@@ -233,7 +259,10 @@ def check_tensors(**given: Any) -> None:
 
 def check_dtype(part: Any, **given: Any) -> None:
     """Inputs have the dtype of the torch.nn.Linear that reads them, but under autocast."""
-    if type(part) is not torch.nn.Linear or torch.is_autocast_enabled(part.weight.device.type):
+    if type(part) is not torch.nn.Linear:
+        return
+    kind = part.weight.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return
     for name, x in given.items():
         if x.dtype != part.weight.dtype:

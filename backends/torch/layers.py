@@ -21,8 +21,8 @@ from attn_core.backends.torch.layer_parts import (
     linear,
     made,
     rotated,
+    turns_for,
     weights_dropout,
-    wheel_of,
 )
 from attn_core.model import calls, fields
 from attn_core.model.cache import Cache, Filling, LayerOutput, Memory, check_room, filling
@@ -52,8 +52,6 @@ class MultiHeadAttention(Portable):
     Source: Vaswani et al., arXiv 1706.03762; config.py names those of the options.
     """
 
-    wheel: Array
-
     def __init__(
         self,
         config: AttentionConfig | str | PathLike[str] | dict[str, Any] | None = None,
@@ -78,8 +76,6 @@ class MultiHeadAttention(Portable):
         if c.gate:
             self.gate = linear(s.width, s.heads * s.value, c.bias, **make)
         self.out = linear(s.heads * s.value, s.out, c.out_bias, **make)
-        words = wheel_of(c.rotary_base, turned(c), make)
-        self.register_buffer("wheel", words, persistent=False)
         self.initialise(seed)
 
     @in_our_words
@@ -154,7 +150,8 @@ class MultiHeadAttention(Portable):
         if c.positions == "rotary":
             if positions is None:
                 positions = starts(q, k, kv_lengths, q_lengths, query_offset) + indices(q)
-            q = rotated(q, self.wheel, positions, c.rotary_pairs)
+            turns = turns_for(q, c.rotary_base, turned(c))
+            q = rotated(q, turns, positions, c.rotary_pairs)
         if cache is not None and fill is not None:
             k, v = _filled(cache.key, k, fill), _filled(cache.value, v, fill)
             cache = Cache(k, v, fill.lengths)
@@ -246,7 +243,8 @@ class MultiHeadAttention(Portable):
             k = self.key_norm(k)
         if c.positions == "rotary":
             at = indices(k) if positions is None else positions
-            k = rotated(k, self.wheel, at, c.rotary_pairs)
+            turns = turns_for(k, c.rotary_base, turned(c))
+            k = rotated(k, turns, at, c.rotary_pairs)
         return k, v
 
     def _filling(self, cache: Cache, query: Array, q_lengths: Any) -> Filling:

@@ -28,7 +28,7 @@ from attn_core.backends.torch.layer_parts import (
     made,
     on_host,
     sinusoidal,
-    wheel_of,
+    turns_for,
 )
 from attn_core.backends.torch.layers import MultiHeadAttention
 from attn_core.model import calls
@@ -141,7 +141,6 @@ class Block(torch.nn.Module):
 class Stack(torch.nn.Module):
     """An encoder or a decoder: embedding and positions, blocks named by number, a norm."""
 
-    wheel: Array
     embedding: Any
     input: Any
     types: Any
@@ -171,8 +170,6 @@ class Stack(torch.nn.Module):
             self.add_module(str(number), Block(config, stack, number, device))
         if config.ends_in_norm:
             self.norm = model_norm(config, **make)
-        turns = width if config.positions == "sinusoidal" else 0
-        self.register_buffer("wheel", wheel_of(10000.0, turns, make), persistent=False)
 
     @property
     def blocks(self) -> list[Any]:
@@ -205,7 +202,7 @@ class Stack(torch.nn.Module):
         if self.positions is not None:
             x = x + self.positions(at.clamp(0, self.positions.num_embeddings - 1))
         elif c.positions == "sinusoidal":
-            x = x + sinusoidal(self.wheel, at, x.dtype)
+            x = x + sinusoidal(turns_for(x, 10000.0, c.width), at, x.dtype)
         x = x if self.embedding_norm is None else self.embedding_norm(x)
         x = hidden_dropout(x, c.dropout, seed, self.site, at, self.training)
         weights, caches = [], []

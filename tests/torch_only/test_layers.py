@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 import attn_core
 from attn_core import AttentionConfig, masks
 from attn_core.backends.torch import MultiHeadAttention
+from attn_core.backends.torch.layer_parts import HELD
 from attn_core.conformance.tolerance import CAP, EPS, JUDGE
 from attn_core.model.cache import Cache, LayerOutput
 from attn_core.model.parameters import parameters
@@ -551,6 +552,39 @@ def test_moved_to_another_dtype() -> None:
     found = call(layer, case, [torch.as_tensor(x).bfloat16() for x in inputs])
     assert found.dtype == torch.bfloat16
     assert (found.float() - wide).abs().max() < 3 * CAP["out"]["bfloat16"] * wide.abs().max()
+
+
+def test_shapes_on_the_meta_device() -> None:
+    layer = MultiHeadAttention(width=12, heads=2, positions="rotary", device="meta")
+    found = layer(X.to("meta"), return_weights=True)
+    assert found.out.is_meta
+    assert (found.out.shape, found.weights.shape) == (X.shape, (B, 2, 5, 5))
+
+
+@pytest.mark.parametrize("form", ["eager", "compiled", "transformed"])
+def test_the_turns_of_a_first_call_serve_every_other(form: str) -> None:
+    layer = MultiHeadAttention(width=12, heads=2, rotary_base=77.0, positions="rotary").eval()
+    want = layer(X)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return layer(x).square().sum()
+
+    HELD.clear()
+    torch._dynamo.reset()
+    if form == "eager":
+        with torch.inference_mode():
+            layer(X)
+    elif form == "compiled":
+        torch.compile(layer, fullgraph=True, backend="aot_eager")(X)
+    else:
+        torch.func.grad(loss)(X)
+    (held,) = HELD.values()
+    assert not held.is_inference()
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(held)
+    x = X.clone().requires_grad_()
+    assert torch.equal(layer(x), want)
+    loss(x).backward()
+    assert torch.equal(x.grad, torch.func.grad(loss)(X))
 
 
 @pytest.mark.parametrize("strict", [False, True])

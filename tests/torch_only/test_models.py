@@ -354,6 +354,29 @@ def test_autocast() -> None:
     assert 0 < (found - want).abs().max() < 0.05 * want.abs().max()
 
 
+@pytest.mark.parametrize("positions", ["rotary", "sinusoidal", "learned"])
+@pytest.mark.parametrize("way", ["emptied", "skipped", "context", "assigned"])
+def test_weights_alone_make_a_model_of_one_on_meta(way: str, positions: str) -> None:
+    config = TransformerConfig.of(
+        DECODER, positions=positions, max_length=9 if positions == "learned" else None
+    )
+    whole = Transformer(config, seed=3).eval()
+    if way == "skipped":
+        model = torch.nn.utils.skip_init(Transformer, config)
+    elif way == "context":
+        with torch.device("meta"):
+            model = Transformer(config).to_empty(device="cpu")
+    else:
+        model = attn_core.build(config, backend="torch", device="meta")
+        model = model if way == "assigned" else model.to_empty(device="cpu")
+    if way == "emptied":
+        model.load_weights(whole.export_weights())
+    else:
+        model.load_state_dict(whole.state_dict(), assign=way == "assigned")
+    assert not list(model.buffers())
+    assert torch.equal(model.eval()(TOKENS), whole(TOKENS))
+
+
 def test_export_round_trip() -> None:
     case = CASES["decoder"]
     model, inputs = model_of(case, impl="reference").eval(), inputs_of(case)
