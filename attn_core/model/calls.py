@@ -5,7 +5,7 @@ Sizes of heads, masks, scores, bias and lengths are checked where they always ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from attn_core.model import fields
 from attn_core.model.additive import AdditiveConfig
 from attn_core.model.config import AttentionConfig
 from attn_core.model.transformer import TransformerConfig
+from attn_core.spec import DTYPES
 
 Shape = tuple[Any, ...]
 TOKENS = ("int32", "int64")
@@ -89,6 +90,17 @@ def check_slots(batch: Any, length: Any) -> None:
     for name, size in (("batch", batch), ("length", length)):
         if isinstance(size, (int, float, np.number)):
             fields.count(name, size, 0)
+
+
+def cache_dtype(given: Any, own: Mapping[str, Any]) -> str:
+    """The word of the floats that a cache holds; of integers it would cut off what it is given.
+
+    own: the framework's own dtypes by their words.
+    """
+    same = [word for word, dtype in own.items() if given is dtype or given == dtype]
+    word = given if isinstance(given, str) else same[0] if same else str(given)
+    fields.choice("dtype", word, DTYPES)
+    return word
 
 
 def check_kind(name: str, given: Any, kind: type) -> None:

@@ -217,14 +217,20 @@ def opened(kind: Any, config: Any, dtype: Any, options: dict[str, Any]) -> tuple
     return config, policy
 
 
-def _check_float64(config: Any) -> None:
-    """Keras must not narrow it on the way, which it does with JAX."""
+def check_float64() -> Array:
+    """One float64: Keras must not narrow it on the way, which it does with JAX."""
     made = ops.convert_to_tensor(np.zeros((), np.float64))
     if dtype_of(made) != "float64":
         raise ValueError(
             '`dtype` must not be "float64" where JAX holds none: jax.config.update('
             '"jax_enable_x64", True) is the caller\'s to set. Got float64.'
         )
+    return made
+
+
+def _check_float64(config: Any) -> None:
+    """Keras must not narrow it, nor what is computed of it."""
+    made = check_float64()
     turns = getattr(config, "positions", None) in ("rotary", "sinusoidal")
     if turns and dtype_of(ops.cos(made)) != "float64":
         raise ValueError(
@@ -326,6 +332,18 @@ def tanh(x: Array) -> Array:
 def dtype_of(x: Any) -> str:
     """A dtype by name."""
     return str(keras.backend.standardize_dtype(x.dtype))
+
+
+def cache_dtype(given: Any) -> str:
+    """The word of the floats that a cache is to hold, whichever of Keras' spellings is given."""
+    try:
+        given = keras.backend.standardize_dtype(given)
+    except (TypeError, ValueError):
+        pass  # no dtype of Keras, as is said next
+    word = calls.cache_dtype(given, {})
+    if word == "float64":
+        check_float64()
+    return word
 
 
 def at_least_float32(x: Any) -> str:

@@ -19,6 +19,7 @@ from attn_core.backends.keras.layer_parts import (
     Words,
     as_is,
     bare,
+    cache_dtype,
     in_our_words,
     indices,
     integers,
@@ -277,9 +278,9 @@ class MultiHeadAttention(Portable):
 
     @as_is
     def make_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
-        """An empty Cache of `length` slots; in the policy's compute dtype, or in another."""
+        """An empty Cache of `length` slots; in the policy's compute dtype, or in other floats."""
         calls.check_slots(batch, length)
-        s, dtype = self.config.sizes, self.compute_dtype if dtype is None else dtype
+        s, dtype = self.config.sizes, self.compute_dtype if dtype is None else cache_dtype(dtype)
         return Cache(
             ops.zeros((batch, length, s.kv_heads, s.head), dtype),
             ops.zeros((batch, length, s.kv_heads, s.value), dtype),

@@ -184,10 +184,10 @@ class MultiHeadAttention(Portable):
         return LayerOutput(out, found.weights if return_weights else None, cache)
 
     def make_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
-        """An empty Cache of `length` slots; in the dtype of the weights, or in another."""
+        """An empty Cache of `length` slots; in the dtype of the weights, or in other floats."""
         calls.check_slots(batch, length)
         s, like = self.config.sizes, self.query.weight
-        dtype = like.dtype if dtype is None else DTYPES.get(dtype, dtype)
+        dtype = like.dtype if dtype is None else DTYPES[calls.cache_dtype(dtype, DTYPES)]
         make = {"device": like.device, "dtype": dtype}
         return Cache(
             torch.zeros((batch, length, s.kv_heads, s.head), **make),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import nnx
 import attn_core
 from attn_core import AttentionConfig
 from attn_core.backends.jax import MultiHeadAttention, Transformer, linen
+from attn_core.backends.jax.arrays import DTYPES
 from attn_core.backends.jax.layer_parts import Linear
 
 ENCODER = {"kind": "encoder", "width": 8, "depth": 1, "heads": 2, "vocabulary": 11, "classes": 3}
@@ -111,3 +113,37 @@ def test_a_token_beyond_the_vocabulary_is_named(token: int) -> None:
     assert jnp.isfinite(model(good, good)).all()
     # Traced, nobody can be told when.
     assert jnp.isnan(nnx.jit(lambda model, x: model(x, good))(model, bad)).any()
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "int32",
+        "bool",
+        "float8_e4m3fn",
+        "complex64",
+        "flaot32",
+        5,
+        float,
+        [1],
+        jnp.int8,
+        jnp.float8_e4m3fn,
+        np.dtype("complex64"),
+    ],
+)
+def test_a_cache_holds_floats(dtype: Any) -> None:
+    words = "`dtype` must be one of float64, float32, bfloat16, float16. Got"
+    for layer in (
+        MultiHeadAttention(width=8, heads=2),
+        Transformer(DECODER),
+        linen.Transformer(DECODER),
+    ):
+        with pytest.raises(ValueError, match=words):
+            layer.make_cache(2, 4, dtype=dtype)
+
+
+def test_a_cache_of_every_float() -> None:
+    layer = MultiHeadAttention(width=8, heads=2)
+    for word, dtype in DTYPES.items():
+        for given in (word, dtype):
+            assert layer.make_cache(2, 4, dtype=given).key.dtype == dtype

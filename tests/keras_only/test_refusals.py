@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
-from keras_support import array, tensor
+from keras_support import BACKEND, array, tensor, wide
 
 from attn_core.backends.keras import MultiHeadAttention, Transformer
 
@@ -54,3 +55,37 @@ def test_positions_beyond_int32_are_refused() -> None:
 def test_a_cache_has_no_negative_size() -> None:
     with pytest.raises(ValueError, match="`length` must be at least 0"):
         Transformer(DECODER).make_cache(2, -1)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "int32",
+        "bool",
+        "float8_e4m3fn",
+        "complex64",
+        "flaot32",
+        5,
+        [1],
+        np.int8,
+        np.dtype("complex64"),
+    ],
+)
+def test_a_cache_holds_floats(dtype: Any) -> None:
+    words = "`dtype` must be one of float64, float32, bfloat16, float16. Got"
+    for layer in (MultiHeadAttention(width=8, heads=2), Transformer(DECODER)):
+        with pytest.raises(ValueError, match=words):
+            layer.make_cache(2, 4, dtype=dtype)
+
+
+def test_a_cache_of_every_float() -> None:
+    layer, like = MultiHeadAttention(width=8, heads=2), tensor(np.ones(2, "float32"))
+    for word in ("float32", "bfloat16", "float16"):
+        for given in (word, keras.ops.cast(like, word).dtype):
+            made = layer.make_cache(2, 4, dtype=given).key
+            assert keras.backend.standardize_dtype(made.dtype) == word
+    with wide():
+        assert "float64" in str(layer.make_cache(2, 4, dtype="float64").key.dtype)
+    if BACKEND == "jax":
+        with pytest.raises(ValueError, match='`dtype` must not be "float64" where JAX holds none'):
+            layer.make_cache(2, 4, dtype="float64")

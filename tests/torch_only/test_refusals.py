@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 import attn_core
 from attn_core.backends.torch import MultiHeadAttention, Transformer
+from attn_core.backends.torch.arrays import DTYPES
 
 ENCODER = {"kind": "encoder", "width": 8, "depth": 1, "heads": 2, "vocabulary": 11, "classes": 3}
 DECODER = {"kind": "decoder", "width": 8, "depth": 1, "heads": 2, "vocabulary": 11}
@@ -132,3 +135,33 @@ def test_a_token_beyond_the_vocabulary_is_named(token: int) -> None:
     with pytest.raises(ValueError, match="`types` must be within `token_types`, from 0 to 1"):
         typed(good, types=bad)
     assert model(good, good).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "int32",
+        "bool",
+        "float8_e4m3fn",
+        "complex64",
+        "flaot32",
+        5,
+        float,
+        [1],
+        torch.int8,
+        torch.float8_e4m3fn,
+        torch.ones(2),
+    ],
+)
+def test_a_cache_holds_floats(dtype: Any) -> None:
+    words = "`dtype` must be one of float64, float32, bfloat16, float16. Got"
+    for layer in (MultiHeadAttention(width=8, heads=2), Transformer(DECODER)):
+        with pytest.raises(ValueError, match=words):
+            layer.make_cache(2, 4, dtype=dtype)
+
+
+def test_a_cache_of_every_float() -> None:
+    layer = MultiHeadAttention(width=8, heads=2)
+    for word, dtype in DTYPES.items():
+        for given in (word, dtype):
+            assert layer.make_cache(2, 4, dtype=given).key.dtype == dtype
