@@ -1,18 +1,21 @@
-"""Run by itself: by how many MiB a process grows in one training step of additive attention.
+"""Run by itself: how many MiB one training step of additive attention holds at most.
 
-It prints a line for each form that Keras' backend has. All pairs of the step are 1024 MiB.
+It prints a line for each form that Keras' backend has. All pairs of the step are 1024 MiB. What the
+process once held hides nothing: TensorFlow's pool and XLA are asked, and of torch's step the kernel
+keeps a mark of its own, as attn_core.benchmarks.memory says, whose `ALLOCATOR` must be set.
 """
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
 import numpy as np
 
 from attn_core.backends.keras import AdditiveAttention
+from attn_core.benchmarks import memory
 
 ROWS = 2048
 LAYER = AdditiveAttention(width=64)
@@ -22,7 +25,7 @@ def loss(x: Any) -> Any:
     return keras.ops.sum(LAYER(x, x) ** 2)
 
 
-def tensorflow() -> dict[str, Callable[..., Any]]:
+def tensorflow() -> dict[str, int]:
     import tensorflow as tf
 
     def run(x: Any) -> Any:
@@ -31,13 +34,23 @@ def tensorflow() -> dict[str, Callable[..., Any]]:
             total = loss(x)
         return tape.gradient(total, [x, *[v.value for v in LAYER.trainable_variables]])
 
-    spec = [tf.TensorSpec([None, None, 64])]
-    dynamic = tf.function(run, input_signature=spec)
-    return {"eager": run, "function": tf.function(run), "dynamic": dynamic}
+    def reset() -> int:
+        tf.config.experimental.reset_memory_stats("CPU:0")
+        return int(tf.config.experimental.get_memory_info("CPU:0")["current"])
+
+    def most() -> int:
+        return int(tf.config.experimental.get_memory_info("CPU:0")["peak"])
+
+    spec, x = [tf.TensorSpec([None, None, 64])], given(ROWS)
+    forms: dict[str, Callable[[Any], Any]] = {
+        "eager": run,
+        "function": tf.function(run),
+        "dynamic": tf.function(run, input_signature=spec),
+    }
+    return {n: memory.pooled(partial(form, x), 0, reset, most) for n, form in forms.items()}
 
 
-def jax() -> dict[str, Callable[..., Any]]:
-    """Compiling takes more than running: what XLA reserves for the step is asked."""
+def jax() -> dict[str, int]:
     import jax
 
     values = [v.value for v in LAYER.trainable_variables]
@@ -47,17 +60,17 @@ def jax() -> dict[str, Callable[..., Any]]:
         return keras.ops.sum(out**2)
 
     compiled = jax.jit(jax.grad(total, (0, 1))).lower(values, given(ROWS)).compile()
-    print("jit", compiled.memory_analysis().temp_size_in_bytes / 2**20)
-    return {}
+    return {"jit": compiled.memory_analysis().temp_size_in_bytes}
 
 
-def torch() -> dict[str, Callable[..., Any]]:
-    def run(x: Any) -> Any:
-        x.requires_grad_()
+def torch() -> dict[str, int]:
+    x = given(ROWS).requires_grad_()
+
+    def run() -> None:
+        x.grad = None
         loss(x).backward()
-        return x.grad
 
-    return {"eager": run}
+    return {"eager": memory.peak(run, 0)}
 
 
 def given(rows: int) -> Any:
@@ -65,17 +78,10 @@ def given(rows: int) -> Any:
     return keras.ops.convert_to_tensor(x)
 
 
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
 def main() -> None:
-    forms = {"tensorflow": tensorflow, "jax": jax, "torch": torch}[keras.backend.backend()]()
-    for form, run in forms.items():
-        run(given(32))
-        before = peak()
-        run(given(ROWS))
-        print(form, peak() - before)
+    measured = {"tensorflow": tensorflow, "jax": jax, "torch": torch}[keras.backend.backend()]()
+    for form, size in measured.items():
+        print(form, size / 2**20)
 
 
 main()
