@@ -152,6 +152,24 @@ def check_lengths(name: str, shape: Shape, query: Shape) -> None:
         )
 
 
+def check_counts(name: str, given: Any, read: Shape) -> None:
+    """The lengths of what a model reads, (B, T, ..), as `attention` takes them under other names.
+
+    Numbers on the host lie within T; arrays of a framework are held within it.
+    """
+    if given is None:
+        return
+    numbers = (int, float, np.number)
+    if isinstance(given, (list, tuple)) and not all(isinstance(x, numbers) for x in given):
+        return  # of arrays, or nested: `attention` reads them
+    found = np.asarray(given) if isinstance(given, (int, float, list, tuple)) else given
+    kind = str(getattr(found.dtype, "name", found.dtype)).split(".")[-1]
+    if "int" not in kind:
+        raise TypeError(f"`{name}` must be integers. Got {kind}.")
+    check_lengths(name, tuple(found.shape), read)
+    check_reach(name, given, 0, read[1], lambda _: False)
+
+
 def check_memory(value: Any, kv_lengths: Any, cache: Any) -> None:
     """What goes with a Memory: nothing that it says itself."""
     for name, given in (("value", value), ("cache", cache)):
@@ -297,8 +315,18 @@ def check_source(
         )
 
 
-def check_prompt(config: TransformerConfig, prompt: Shape, steps: Any, stop: Any) -> None:
-    """What generation starts from, how far it goes, and after which token it repeats that one."""
+def check_prompt(
+    config: TransformerConfig,
+    prompt: Shape,
+    steps: Any,
+    stop: Any,
+    dtype: str = "int32",
+    tokens: np.ndarray | None = None,
+) -> None:
+    """What generation starts from, how far it goes, and after which token it repeats that one.
+
+    tokens: the prompt, where the host holds its values.
+    """
     if stop is not None:
         fields.count("stop", stop, 0)
         if config.vocabulary is not None and stop >= config.vocabulary:
@@ -306,8 +334,12 @@ def check_prompt(config: TransformerConfig, prompt: Shape, steps: Any, stop: Any
                 f"`stop` must be below the vocabulary, {config.vocabulary}. Got {stop}."
             )
     fields.count("steps", steps, 0)
-    if len(prompt) != 2 or prompt[1] == 0:
-        raise ValueError(f"`prompt` must be int tokens (B, T), T at least 1. Got {show(prompt)}.")
+    if len(prompt) != 2 or prompt[1] == 0 or dtype not in TOKENS:
+        raise ValueError(
+            f"`prompt` must be int tokens (B, T), {' or '.join(TOKENS)}, T at least 1. "
+            f"Got {show(prompt)} of {dtype}."
+        )
+    check_tokens("prompt", tokens, config.vocabulary)
 
 
 def check_reach(

@@ -48,10 +48,14 @@ class Portable(nnx.Module):
         return parameters(self.config)
 
     def export_weights(self) -> dict[str, np.ndarray]:
-        """The weights under their neutral names, matrices (in, out): copies, NumPy."""
+        """The weights under their neutral names, matrices (in, out): copies, NumPy.
+
+        Raises:
+            ValueError: a parameter is no longer the plan's.
+        """
         from attn_core.backends.jax import to_numpy
 
-        return {name: to_numpy(self.get_parameter(name)[...]) for name in self.plan}
+        return {name: to_numpy(x[...]) for name, x in self._parameters_of_plan().items()}
 
     def load_weights(self, source: str | PathLike[str] | Mapping[str, Any]) -> None:
         """Set every weight, from a file of any framework or a mapping of neutral names to arrays.

@@ -281,6 +281,7 @@ class Transformer(Portable):
         calls.check_read(c, stack, "given", shape(given), given.dtype.name)
         calls.check_classes(c, mask, lengths, shape(given))
         calls.check_tokens("given", on_host(given), c.tokens(stack))
+        calls.check_counts("lengths", lengths, shape(given))
         if types is not None:
             calls.check_types(c, shape(types), types.dtype.name, shape(given))
             calls.check_tokens("types", on_host(types), c.token_types, "`token_types`")
@@ -351,7 +352,9 @@ class Transformer(Portable):
         body is compiled once, makes the tokens.
         """
         calls.check_given("jnp.asarray", prompt=prompt, source=source)
-        calls.check_prompt(self.config, jnp.shape(prompt), steps, stop)
+        # What follows is compiled, and sees no values.
+        read = prompt.dtype.name, on_host(jnp.asarray(prompt))
+        calls.check_prompt(self.config, jnp.shape(prompt), steps, stop, *read)
         definition, state = nnx.split(self)
         calls.check_reach("lengths", lengths, 1, jnp.shape(prompt)[1], known)
         if source is not None:
@@ -361,8 +364,6 @@ class Transformer(Portable):
         if lengths is not None:
             calls.check_lengths("lengths", shape(told["lengths"]), jnp.shape(prompt))
         told["source"] = None if source is None else jnp.asarray(source)
-        # What follows is compiled, and sees no values.
-        calls.check_tokens("prompt", on_host(jnp.asarray(prompt)), self.config.vocabulary)
         if source is not None:
             calls.check_tokens("source", on_host(told["source"]), self.config.tokens("encoder"))
         return _generated(definition, steps, stop, state, jnp.asarray(prompt), told)
@@ -371,6 +372,7 @@ class Transformer(Portable):
         calls.check_given("jnp.asarray", source=source)
         calls.check_read(self.config, "encoder", "source", shape(source), source.dtype.name)
         calls.check_tokens("source", on_host(source), self.config.tokens("encoder"))
+        calls.check_counts("source_lengths", lengths, shape(source))
         x, seen, _ = self.encoder(source, lengths=lengths, **options)
         return x, seen
 

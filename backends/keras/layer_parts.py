@@ -69,11 +69,15 @@ class Portable(keras.layers.Layer):
             object.__setattr__(self, name, fact)
 
     def export_weights(self) -> dict[str, np.ndarray]:
-        """The weights under their neutral names, matrices (in, out): copies, NumPy."""
+        """The weights under their neutral names, matrices (in, out): copies, NumPy.
+
+        Raises:
+            ValueError: a part is no longer the plan's.
+        """
         read = room().to_numpy
         return {
-            name: np.array(read(ops.convert_to_tensor(variable(self, name))), order="C")
-            for name in self.plan
+            name: np.array(read(ops.convert_to_tensor(held)), order="C")
+            for name, held in self._variables_of_plan().items()
         }
 
     def load_weights(self, source: str | PathLike[str] | Mapping[str, Any]) -> None:

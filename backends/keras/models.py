@@ -218,7 +218,9 @@ class Transformer(Portable):
         memories: tuple[Memory, ...] = ()
         if source is not None:
             calls.check_given("keras.ops.convert_to_tensor", source=source)
-            encoded, _ = self._encode(tensor(source), source_lengths, {})
+            source = tensor(source)
+            calls.check_counts("source_lengths", source_lengths, shape(source))
+            encoded, _ = self._encode(source, source_lengths, {})
             memories = self._memories(encoded, source_lengths)
         blocks = [b.attention.make_cache(batch, length, dtype) for b in self.decoder.blocks]
         return ModelCache(tuple(blocks), memories)
@@ -251,7 +253,8 @@ class Transformer(Portable):
         """
         calls.check_given("keras.ops.convert_to_tensor", prompt=prompt, source=source)
         prompt = tensor(prompt)
-        calls.check_prompt(self.config, shape(prompt), steps, stop)
+        read = dtype_of(prompt), on_host(prompt)
+        calls.check_prompt(self.config, shape(prompt), steps, stop, *read)
         batch, rows = ops.shape(prompt)
         last = integers("lengths", rows if lengths is None else lengths)
         calls.check_lengths("lengths", shape(last), shape(prompt))
@@ -311,11 +314,13 @@ class Transformer(Portable):
         stack: str = c.stacks[-1]
         calls.check_read(c, stack, "given", shape(given), dtype_of(given))
         calls.check_tokens("given", on_host(given), c.tokens(stack))
+        calls.check_counts("lengths", reading[1], shape(given))
         if types is not None:
             calls.check_types(c, shape(types), dtype_of(types), shape(given))
             calls.check_tokens("types", on_host(types), c.token_types, "`token_types`")
         if source is not None:
             calls.check_read(c, "encoder", "source", shape(source), dtype_of(source))
+            calls.check_counts("source_lengths", source_lengths, shape(source))
         if cache is not None:
             calls.check_blocks(c, stack, [shape(b.key) for b in cache.blocks], shape(given))
         return stack

@@ -35,12 +35,16 @@ class Portable(torch.nn.Module):
     plan: Plan
 
     def export_weights(self) -> dict[str, np.ndarray]:
-        """The weights under their neutral names, matrices (in, out): copies, NumPy."""
+        """The weights under their neutral names, matrices (in, out): copies, NumPy.
+
+        Raises:
+            ValueError: a parameter is no longer the plan's.
+        """
         from attn_core.backends.torch import to_numpy
 
         return {
-            name: np.array(_turned(to_numpy(self.get_parameter(name)), kind), order="C")
-            for name, (_, kind) in self.plan.items()
+            name: np.array(_turned(to_numpy(parameter), self.plan[name].kind), order="C")
+            for name, parameter in self._parameters_of_plan().items()
         }
 
     def load_weights(self, source: str | PathLike[str] | Mapping[str, Any]) -> None:

@@ -301,6 +301,8 @@ class Transformer(Portable):
         calls.check_read(c, stack, "given", given.shape, describe(given).dtype)
         calls.check_classes(c, mask, lengths, given.shape)
         calls.check_tokens("given", on_host(given), c.tokens(stack))
+        if not torch.compiler.is_compiling():
+            calls.check_counts("lengths", lengths, given.shape)
         if types is not None:
             calls.check_types(c, types.shape, describe(types).dtype, given.shape)
             calls.check_tokens("types", on_host(types), c.token_types, "`token_types`")
@@ -369,7 +371,8 @@ class Transformer(Portable):
         (`model.compile()`) is compiled once for the prompt and once for all steps.
         """
         check_tensors(prompt=prompt, source=source)
-        calls.check_prompt(self.config, prompt.shape, steps, stop)
+        read = describe(prompt).dtype, on_host(prompt)
+        calls.check_prompt(self.config, prompt.shape, steps, stop, *read)
         options = {"source": source, "source_lengths": source_lengths}
         batch, rows = prompt.shape
         last = integers("lengths", rows if lengths is None else lengths, prompt.device)
@@ -392,6 +395,8 @@ class Transformer(Portable):
         check_tensors(source=source)
         calls.check_read(self.config, "encoder", "source", source.shape, describe(source).dtype)
         calls.check_tokens("source", on_host(source), self.config.tokens("encoder"))
+        if not torch.compiler.is_compiling():
+            calls.check_counts("source_lengths", lengths, source.shape)
         x, seen, _ = self.encoder(source, lengths=lengths, **options)
         return x, seen
 
