@@ -15,6 +15,7 @@ from attn_core.backends.keras.layer_parts import (
     Linear,
     Portable,
     bare,
+    check_graph,
     in_our_words,
     integers,
     opened,
@@ -185,6 +186,7 @@ class AdditiveAttention(Portable):
         **options: Any,
     ) -> Any:
         """The same of KerasTensors: out, or (out, weights), which `__call__` gives their names."""
+        check_graph(seed=options.get("seed"), mask=options.get("attention_mask"))
         value = key if value is None else value
         calls.check_additive(self.config, shape(query), shape(key), shape(value))
         batch, rows, _ = query.shape
@@ -193,6 +195,12 @@ class AdditiveAttention(Portable):
             return out
         seen = (batch, 1, rows, key.shape[1])
         return out, keras.KerasTensor(seen, dtype=self.compute_dtype)
+
+    def compute_output_shape(
+        self, query_shape: Any, key_shape: Any, value_shape: Any = None, **named: Any
+    ) -> Any:
+        """(B, Tq, Dv)."""
+        return (*query_shape[:2], (key_shape if value_shape is None else value_shape)[2])
 
     def get_config(self) -> dict[str, Any]:
         """What `from_config` makes an equal layer of; weights apart."""

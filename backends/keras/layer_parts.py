@@ -151,6 +151,26 @@ def bare(x: Any) -> Any:
     return x.value if isinstance(x, Leaf) else x
 
 
+def check_graph(seed: Any = None, **given: Any) -> None:
+    """What a call of KerasTensors hands on to the call of tensors: no tensor of theirs is within.
+
+    Keras puts tensors in the place of arguments that are KerasTensors, and looks into no Mask.
+    """
+    if isinstance(seed, keras.KerasTensor):
+        raise ValueError(
+            "`seed` must be a number in a graph of KerasTensors, or an array that is known when it "
+            "is built: an Input has a batch, and a seed has none. Got a KerasTensor."
+        )
+    for name, x in given.items():
+        arrays = x.value.arrays if isinstance(x, Leaf) else ()
+        if any(isinstance(array, keras.KerasTensor) for array in arrays):
+            raise ValueError(
+                f"`{name}` must hold arrays that are known when a graph of KerasTensors is built. "
+                "Got one of KerasTensors: give a boolean array of allowed pairs as `mask` itself, "
+                "`kv_lengths` or a `bias`, or build the rule in the `call` of a layer of your own."
+            )
+
+
 def with_mask(options: dict[str, Any], mask: Any) -> dict[str, Any]:
     """The options of a call with its `mask` as `attention_mask`.
 

@@ -20,6 +20,7 @@ from attn_core.backends.keras.layer_parts import (
     as_is,
     bare,
     cache_dtype,
+    check_graph,
     in_our_words,
     indices,
     integers,
@@ -247,6 +248,8 @@ class MultiHeadAttention(Portable):
         **options: Any,
     ) -> Any:
         """The same of KerasTensors: out, or (out, weights), which `__call__` gives their names."""
+        read = {name: options.get(name) for name in ("seed", "score")}
+        check_graph(mask=options.get("attention_mask"), **read)
         memory = key if isinstance(key, Memory) else None
         if memory is None:
             key = query if key is None else key
@@ -264,6 +267,10 @@ class MultiHeadAttention(Portable):
         keys = memory.key.shape[1] if memory is not None else key.shape[1]
         seen = (batch, c.heads, rows, keys)
         return out, keras.KerasTensor(seen, dtype=self.compute_dtype)
+
+    def compute_output_shape(self, query_shape: Any, *others: Any, **named: Any) -> Any:
+        """(B, Tq, out), whatever keys and values are."""
+        return (*query_shape[:2], self.config.sizes.out)
 
     def get_config(self) -> dict[str, Any]:
         """What `from_config` makes an equal layer of; weights apart."""

@@ -14,6 +14,7 @@ from attn_core.backends.keras.layer_parts import (
     Portable,
     as_is,
     bare,
+    check_graph,
     dtype_of,
     in_our_words,
     indices,
@@ -174,7 +175,7 @@ class Transformer(Portable):
         **options: Any,
     ) -> Any:
         """The same of KerasTensors."""
-        c = self.config
+        check_graph(seed=options.get("seed"), mask=attention_mask)
         if cache is not None or return_weights:
             raise ValueError(
                 "`cache` and `return_weights` must be left out in a graph of KerasTensors, whose "
@@ -183,12 +184,14 @@ class Transformer(Portable):
         padding = given_mask, source_mask
         reading = bare(attention_mask), lengths
         self._check(given, source, source_lengths, None, padding, types, reading)
-        batch, rows = given.shape[:2]
+        return keras.KerasTensor(self.compute_output_shape(given.shape), dtype=self.compute_dtype)
+
+    def compute_output_shape(self, given_shape: Any, *others: Any, **named: Any) -> Any:
+        """(B, T, vocabulary); of an encoder (B, T, width), or (B, classes)."""
+        c, (batch, rows) = self.config, given_shape[:2]
         if c.kind != "encoder":
-            found: tuple[Any, ...] = (batch, rows, c.vocabulary)
-        else:
-            found = (batch, rows, c.width) if c.classes is None else (batch, c.classes)
-        return keras.KerasTensor(found, dtype=self.compute_dtype)
+            return batch, rows, c.vocabulary
+        return (batch, rows, c.width) if c.classes is None else (batch, c.classes)
 
     def get_config(self) -> dict[str, Any]:
         """What `from_config` makes an equal model of; weights apart."""

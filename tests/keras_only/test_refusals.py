@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from keras_support import BACKEND, array, tensor, wide
 
-from attn_core.backends.keras import MultiHeadAttention, Transformer
+from attn_core import masks
+from attn_core.backends.keras import AdditiveAttention, MultiHeadAttention, Transformer
 
 DECODER = {"kind": "decoder", "width": 8, "depth": 1, "heads": 2, "vocabulary": 11}
 PAIR = {**DECODER, "kind": "encoder-decoder"}
@@ -116,3 +117,33 @@ def test_a_prompt_is_named_as_it_was_given() -> None:
         model.generate(tokens_of([[1, 11]]), 2)
     with pytest.raises(ValueError, match=r"`prompt` must be int tokens .*Got \(2, 3\) of float32"):
         model.generate(tensor(np.ones((2, 3), "float32")), 2)
+
+
+def test_a_graph_of_keras_tensors_holds_none_within_a_rule() -> None:
+    layer, model = MultiHeadAttention(width=8, heads=2), Transformer(DECODER)
+    x, rows, tokens = keras.Input((7, 8)), keras.Input((7,), dtype="int32"), keras.Input((7,))
+    tokens = keras.ops.cast(tokens, "int32")
+    for call in (
+        lambda: layer(x, mask=masks.segments(rows)),
+        lambda: AdditiveAttention(width=8)(x, x, mask=masks.segments(rows)),
+        lambda: model(tokens, mask=masks.segments(rows)),
+    ):
+        with pytest.raises(ValueError, match="`mask` must hold arrays that are known when a graph"):
+            call()
+    for call in (lambda: layer(x, seed=keras.Input(())), lambda: model(tokens, seed=tokens)):
+        with pytest.raises(ValueError, match="`seed` must be a number in a graph"):
+            call()
+    known = masks.segments(tensor(np.array([0, 0, 0, 1, 1, 1, 1], "int32")))
+    given = tensor(np.random.default_rng(0).random((2, 7, 8)).astype("float32"))
+    found = keras.Model(x, layer(x, mask=known))(given)
+    assert np.allclose(array(found), array(layer(given, mask=known)), atol=1e-6)
+
+
+def test_shapes_of_outputs() -> None:
+    layer = MultiHeadAttention(width=8, heads=2, out_width=5)
+    assert layer.compute_output_shape((2, None, 8)) == (2, None, 5)
+    assert layer.compute_output_shape((2, 3, 8), (2, 4, 8)) == (2, 3, 5)
+    assert AdditiveAttention(width=8).compute_output_shape((2, 3, 8), (2, 4, 8)) == (2, 3, 8)
+    assert Transformer(DECODER).compute_output_shape((2, 3)) == (2, 3, 11)
+    classes = Transformer({**DECODER, "kind": "encoder", "classes": 4})
+    assert classes.compute_output_shape((None, 3)) == (None, 4)
