@@ -119,10 +119,12 @@ bench: $(STAMP)
 	$(BIN)/attn-core bench page $(RESULTS)
 
 # It refuses where there is no CUDA device; the tests of the kernels run compiled where there is one.
+# They run one by one, each named as it ends, since such a machine may go away before the summary.
+# A plug-in of benchmarks, which images for GPUs tend to hold, warns of xdist: an error here.
 gpu: $(STAMP)
 	$(BIN)/python -c "from attn_core.benchmarks import gpu; gpu.device()"
 ifeq ($(strip $(MINUTES)),)
-	$(PYTEST) -n 0 tests/kernels_only
+	$(PYTEST) -n 0 -v -ra --tb=short --maxfail=40 -p no:benchmark tests/kernels_only
 endif
 	rc=0; $(BIN)/attn-core bench gpu $(if $(strip $(MINUTES)),--minutes $(MINUTES)) || rc=$$?; \
 		$(BIN)/attn-core bench gpu-page; exit $$rc

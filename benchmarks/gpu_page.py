@@ -9,13 +9,7 @@ from typing import Any
 from attn_core.benchmarks.gpu import measured_of
 from attn_core.benchmarks.gpu_cases import OURS, Found, Run, cases
 
-NOTHING = """# On a GPU
-
-**No figure has been measured on a GPU yet**, and none stands here that was not. What is known of
-the kernels without one is in [KERNELS.md](KERNELS.md): they are right in Triton's interpreter, and
-they compile for sm_80, sm_90, sm_100 and gfx942.
-
-Where there is a GPU, `make gpu` judges the kernels on it, times them beside cuDNN,
+_HOW = """Where there is a GPU, `make gpu` judges the kernels on it, times them beside cuDNN,
 FlashAttention-2 and flex_attention, and writes this page. Where it is there for minutes only:
 
     attn-core bench gpu --minutes 9     the suite's smoke tier, then cases in the order of what they
@@ -25,20 +19,29 @@ FlashAttention-2 and flex_attention, and writes this page. Where it is there for
 
 What is measured is in `benchmarks/results/<gpu>.json` after every case, so that nothing is lost by
 stopping; and every case runs in a process that may end without the others.
+"""
 
+NOTHING = f"""# On a GPU
+
+**No figure has been measured on a GPU yet**, and none stands here that was not. What is known of
+the kernels without one is in [KERNELS.md](KERNELS.md): they are right in Triton's interpreter, and
+they compile for sm_80, sm_90, sm_100 and gfx942.
+
+{_HOW}
 It promises these; whether they hold is not known:
 
 | target | must | aim |
 | --- | --- | --- |
 """
 
-_HEAD = """# On a GPU
+_HEAD = f"""# On a GPU
 
 Measured, not written: `make gpu` made this page. Every figure has passed a check first, against
 float64, on sampled query rows. Subjects that are compared took turns; times are medians of samples
 by the device's own clock, with its second-level cache swept before every call. A ratio is the time
 of the named backend over ours: above 1 we win. Losses stand here as they were measured.
-"""
+
+{_HOW}"""
 
 
 def page(runs: Sequence[Mapping[str, Any]]) -> str:

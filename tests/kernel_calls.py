@@ -57,10 +57,24 @@ def widened(x: Any) -> Any:
     return x
 
 
+def alike(a: torch.Tensor, b: torch.Tensor) -> None:
+    """The same, bit for bit where kernels are interpreted.
+
+    Compiled, what is laid out otherwise in memory is another kernel, which may add up in another
+    order.
+    """
+    if DEVICE == "cpu":
+        assert torch.equal(a, b)
+    else:
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
 def compare(given: dict[str, Any], tolerance: float) -> None:
     """The kernels' outputs and gradients are the reference's in float64, as far as sums round.
 
-    The tolerance is of the largest entry of each, where that is above 1.
+    The tolerance is of the largest entry of each, where that is above 1. On a GPU, whose exp2 is
+    two units off and whose sums go as the compiler thinks, it is a floor: as in the suite, twice
+    the error of the reference in the dtype itself, on the same device, comes on top.
     """
     batch, heads, rows = given["query"].shape[:3]
     if given.get("layout") == "BTHD":
@@ -71,6 +85,11 @@ def compare(given: dict[str, Any], tolerance: float) -> None:
     got = found(by_kernel, given, up, up_lse)
     wide = {name: widened(x) for name, x in given.items()}
     want = found(by_reference, wide, up.double(), up_lse.double())
-    for a, b in zip(got, want, strict=True):
-        spread = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * max(1.0, spread))
+    plain = want if DEVICE == "cpu" else found(by_reference, given, up, up_lse)
+    for a, b, c in zip(got, want, plain, strict=True):
+        spread = off = 0.0
+        if b.isfinite().any():
+            spread = float(b[b.isfinite()].abs().max())
+            off = float((c.double() - b)[b.isfinite()].abs().max())
+        allowed = tolerance * max(1.0, spread) + 2 * off
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=allowed)

@@ -63,7 +63,8 @@ class Spans(NamedTuple):
             tiles are alike.
         which: int32 (turns, height), the pattern of every tile.
         places: int32 (turns, height * keys), the keys of every tile, and in the place of one that
-            no row of it sees one that some row does: nothing is held against the weight 0 then.
+            no row of it sees one that some row does, of another tile if this one sees none:
+            nothing is held against the weight 0 then.
     """
 
     mask: Tree
@@ -148,10 +149,14 @@ def _found(
     if found is None:
         return None
     patterns, which = found
-    # argmax: the first key that is seen, or 0.
-    seen = patterns.any(1)
+    # argmax: the first key that is seen.
+    seen = np.asarray(patterns.any(1))
     near = np.where(seen, np.arange(slots * block), seen.argmax(1)[:, None])
     places = starts.reshape(-1, 1) * block + near[which]
+    blind = ~np.any(seen, axis=1)[which]
+    if blind.all():
+        return None
+    places[blind] = places[~blind][0, 0]
     return Spans(
         *(mask, offset, block, slots, starts, firsts, reach, columns, patterns),
         which.reshape(starts.shape).astype(np.int32),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from attn_core.api import attention
-from attn_core.backends.torch import accounts, chunked, native, reference, triton
+from attn_core.backends.torch import accounts, chunked, held, native, reference, triton
 from attn_core.backends.torch import pytrees as _pytrees
 from attn_core.backends.torch.arrays import DTYPES
 from attn_core.backends.torch.documents import attention_module, scaled_dot_product_attention
@@ -261,6 +261,10 @@ def _tensors(problem: Problem, operands: Operands, device: torch.device) -> Oper
         if isinstance(x, Table):
             dtype = {"bool": torch.bool, "int": torch.int32, "float": DTYPES[problem.accumulation]}
             return torch.tensor(x.values, dtype=dtype[x.kind], device=device).reshape(x.shape)
-        return from_numpy(x).to(device) if isinstance(x, np.ndarray) else x
+        if not isinstance(x, np.ndarray):
+            return x
+        if not tracing() and held.keeps(x, device):
+            return held.copy(x, device)
+        return from_numpy(x).to(device)
 
     return operands.map_host(tensor)

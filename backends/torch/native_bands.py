@@ -319,10 +319,12 @@ def _most(
     heads, keys = len(range(sizes.heads)[turn.heads]), len(range(sizes.kv_heads)[turn.keys])
     # Keys that several tiles see are read once, but each tile has gradients of its own.
     given = max(size * heads, (max(width, step) if backward else step) * keys) * sizes.entry
-    if turn.alike or all(span.full for span in spans):
+    if all(span.full for span in spans):
         return max(1, BAND // given)
     if sizes.by_batch and len(range(sizes.batch)[turn.batch]) > 1:
         return 1  # tiles would stand where batches with selections of their own do
+    if turn.alike:
+        return max(1, BAND // given)
     return max(1, min(BAND // given, SELECTION // selection_bytes(sizes, turn, size, width)))
 
 

@@ -2,7 +2,7 @@
 
 A schedule is made on the tensors' device from the interval reading: nothing waits for the device,
 and nothing depends on what tensors hold. Where no tensor has a say in it, it depends on sizes alone
-and is kept for the next call.
+and is kept for the next call; and so where all that has is `held`, as the host's arrays are.
 
 Imported where it is used: torch alone does not need triton.
 """
@@ -17,7 +17,7 @@ import torch
 from triton import next_power_of_2
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attn_core.backends.torch import philox, reference
+from attn_core.backends.torch import held, philox, reference
 from attn_core.backends.torch import triton_launch as launcher
 from attn_core.backends.torch.chunked_parts import Ask
 from attn_core.backends.torch.tiles import Tiles
@@ -114,8 +114,16 @@ class Call:
         """Of tiles of so many rows and keys: (Bm, Hm, ...), Hm over key heads."""
         ask = self.ask
         reads = ask.mask is not None and ask.mask.reads("q")
-        if (reads and ask.offset == "given") or self.cut or self.x.mask:
+        if (reads and ask.offset == "given") or self.cut:
             return self._schedule(rows, keys, columns, self.lengths[2])
+        if self.x.mask:
+            numbers = tuple(held.number(x) for x in self.x.mask)
+            grid = -(-self.q_len // rows) * -(-self.k_len // keys)
+            if None in numbers or grid > KEPT or not launcher.keeping(self.device):
+                return self._schedule(rows, keys, columns, self.lengths[2])
+            given = (ask.mask, numbers, self.start, self._ends(rows, keys), self.device)
+            lengths = (self.batch, self.heads, self.kv_heads, self.q_len, self.k_len)
+            return _of_held(_Asked((rows, keys, columns, given, lengths), self))
         # An offset that the mask does not read moves nothing here.
         start = 0 if ask.offset == "given" else self.start
         grid = -(-self.q_len // rows) * -(-self.k_len // keys)
@@ -218,6 +226,33 @@ def _ordered(found: Array, kv_heads: int, ends: tuple[bool, bool], columns: bool
     if columns:
         found = found.transpose(-1, -2).contiguous()
     return of_status(_tiles(found.device), found)
+
+
+class _Asked:
+    """A question for `_of_held`: equal ones have equal keys, and the call is who answers a new one.
+
+    Attributes:
+        key: everything that the answer depends on.
+        call: let go once it has answered.
+    """
+
+    def __init__(self, key: Any, call: Call) -> None:
+        self.key, self.call = key, call
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Asked) and self.key == other.key
+
+
+@lru_cache(maxsize=64)
+def _of_held(asked: _Asked) -> Schedule:
+    """A schedule in which only held arrays have a say."""
+    call = asked.call
+    del asked.call
+    rows, keys, columns, *_ = asked.key
+    return call._schedule(rows, keys, columns, call.lengths[2])
 
 
 @lru_cache(maxsize=64)

@@ -1,7 +1,11 @@
-"""Triton's interpreter where there is no GPU: chosen before triton is imported, or not at all."""
+"""Triton's interpreter where there is no GPU: chosen before triton is imported, or not at all.
+
+A machine with a GPU may be there for minutes only: each failure is told as it happens, too.
+"""
 
 import os
 from importlib.util import find_spec
+from typing import Any
 
 if find_spec("triton") is None or find_spec("torch") is None:
     collect_ignore_glob = ["*"]
@@ -10,3 +14,34 @@ else:
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+
+# What is shipped is judged, on any machine: a user's table is left aside, here and in subprocesses.
+os.environ["ATTN_CORE_KERNEL_CONFIGS"] = os.devnull
+# Without it torch refuses cuBLAS' products where deterministic algorithms are asked for.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+class Failures:
+    """Each failure and its reason, a line as it comes in: whoever is cut off has had them."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        screen = self.config.pluginmanager.get_plugin("terminalreporter")
+        if not report.failed or screen is None:
+            return
+        crash = getattr(report.longrepr, "reprcrash", None)
+        said = crash.message if crash is not None else str(report.longrepr)
+        reason = " ".join(said.split())[:300]
+        screen.ensure_newline()
+        screen.write_line(f"{report.when} of {report.nodeid}: {reason}")
+
+
+def pytest_configure(config: Any) -> None:
+    if "TRITON_INTERPRET" in os.environ:
+        return
+    # Torch says so once of a thread of its own that goes backward, and mends it by itself.
+    config.addinivalue_line("filterwarnings", "ignore:Attempting to run cuBLAS")
+    if not hasattr(config, "workerinput"):  # they have no screen
+        config.pluginmanager.register(Failures(config), "attn-core-failures")

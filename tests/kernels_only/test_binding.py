@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_calls import DEVICE, compare, draw
+from kernel_calls import DEVICE, alike, compare, draw
 from torch.func import grad, hessian, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -57,14 +57,20 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
 # --- Who answers. ---------------------------------------------------------------------------------
 
 
-def test_kernels_come_first_on_a_gpu_and_last_where_they_are_interpreted() -> None:
-    said = explain(QUERY, KEY, VALUE)
-    names = [c.name for c in said.candidates]
+def test_kernels_come_early_on_a_gpu_and_last_where_they_are_interpreted() -> None:
+    """There torch's own is asked first where queries are many; of float32 it answers none."""
+    said, few = explain(QUERY, KEY, VALUE), explain(QUERY[:, :, :3], KEY, VALUE)
+    masked = explain(QUERY, KEY, VALUE, mask=masks.window(9, 3), query_offset=0)
+    many, step, banded = ([c.name for c in told.candidates] for told in (said, few, masked))
     if DEVICE == "cpu":
-        assert (said.impl, names[-1]) == ("native", "triton")
+        assert (said.impl, many[-1], step[-1], banded[-1]) == ("native", *["triton"] * 3)
     else:
-        assert (said.impl, names[0]) == ("triton", "triton")
-    assert {c.verdict for c in said.candidates if c.name == "triton"} <= {"chosen", "would answer"}
+        assert many[:2] == banded[:2] == ["native", "triton"]
+        assert step[:2] == ["triton", "native"]
+        assert said.impl == few.impl == masked.impl == "triton"
+    for told in (said, few, masked):
+        verdicts = {c.verdict for c in told.candidates if c.name == "triton"}
+        assert verdicts <= {"chosen", "would answer"}
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -179,8 +185,10 @@ def test_compiled_whole() -> None:
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     got = torch.autograd.grad(compiled(*given), given)
     want = torch.autograd.grad(loss(*given), given)
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    for x, one, other in zip(given, got, want, strict=True):
+        # What a score looks up is added by atomics: on a GPU no two runs share their order.
+        off = 1e-5 if x is given[-1] and DEVICE != "cpu" else 0
+        torch.testing.assert_close(one, other, rtol=off, atol=off)
         assert other.abs().max() > 1e-3
 
 
@@ -531,7 +539,7 @@ def test_strides_of_every_kind() -> None:
         got = call(*given)
         if given[0] is QUERY:
             want = call(QUERY, given[1].contiguous(), given[2].contiguous())
-        assert torch.equal(got, want)
+        alike(got, want)
 
 
 @interpreted

@@ -6,6 +6,7 @@ It runs where the table of configurations says so, and nowhere where torch asks 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,21 @@ class Ran(list[tuple[str, dict[str, Any]]]):
         return [name for name in named if name not in ("forward", "combine", "delta")]
 
 
+SPILLING = configs.Config(16, 16, 8, 1)
+"""Of float32 no tile is free of spills, and the shipped table refuses to launch any: it would be
+slow. Its numbers are right all the same, and are what is judged here."""
+
+
+def unrefused(stack: ExitStack) -> None:
+    """Let fused run where a table refuses it on the GPU that is here."""
+    here = triton_launch.architecture(torch.device(DEVICE))
+    for dtype, bits in (("float16", 16), ("float32", 32)):
+        asked = (configs.FUSED, here, D, D, dtype)
+        if any(configs.explain(*asked, name).refused for name in configs.CLASSES):
+            about = (configs.FUSED, (here,), (), bits, (), SPILLING)
+            stack.enter_context(configs.trying(configs.Entry(*about, "a test", "yours")))
+
+
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ran]:
     """Chosen instead of the split everywhere; what ran is written down."""
@@ -38,7 +54,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ran]:
         launch(kernel, programs, shape, *args, **options)
 
     monkeypatch.setattr(triton_launch, "launch", spy)
-    with configs.fusing(True):
+    with ExitStack() as stack:
+        unrefused(stack)
+        stack.enter_context(configs.fusing(True))
         yield seen
 
 
@@ -113,8 +131,11 @@ def test_poison_of_keys_that_no_row_sees_reaches_no_query(name: str, ran: Ran) -
     if name == "a bias":
         given["key"][0, :, 13:] = torch.nan
     got = found(by_kernel, given, up, up_lse)
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
+    for n, (a, b) in enumerate(zip(got, want, strict=True)):
+        if n == 2 and DEVICE != "cpu":  # dQ, added on a GPU in an order that no two runs share
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        else:
+            assert torch.equal(a, b)
     assert ran.backward()[0] == "d_keys, fused"
 
 
@@ -194,7 +215,8 @@ def test_arrays_of_a_score_are_added_on_the_way(ran: Ran) -> None:
     out = attention(QUERY, key, VALUE, score=scores.alibi(slopes), query_offset=0, impl="triton")
     got = torch.autograd.grad(out.square().sum(), (key, slopes))
     assert ran.backward() == ["d_keys, fused"]
-    out = attention(QUERY, key, VALUE, score=scores.alibi(slopes), query_offset=0)
+    # Named: on a GPU kernels would answer again.
+    out = attention(QUERY, key, VALUE, score=scores.alibi(slopes), query_offset=0, impl="reference")
     want = torch.autograd.grad(out.square().sum(), (key, slopes))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

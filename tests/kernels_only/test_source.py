@@ -181,7 +181,9 @@ def test_small_and_large_arguments_of_tanh() -> None:
     s = np.resize(np.r_[0.0, 10.0 ** np.linspace(-30, 30, 200), np.linspace(0.2, 0.4, 56)], 512)
     s = np.float32(s * np.resize([1, -1], 512)).reshape(ROWS, KEYS)
     found, wanted = both(made.tree, made.arrays, s=s)
-    np.testing.assert_allclose(found, wanted, rtol=4e-7, atol=0)
+    # A GPU's exp and its division are two units off each, where NumPy's are rounded.
+    rtol = 1e-6 if torch.cuda.is_available() else 4e-7
+    np.testing.assert_allclose(found, wanted, rtol=rtol, atol=0)
 
 
 def test_floats_that_are_no_numbers() -> None:

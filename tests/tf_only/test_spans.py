@@ -190,13 +190,18 @@ def test_narrow_dtypes_are_summed_in_float32(dtype, taken, monkeypatch):
 def test_poison_that_no_row_sees(taken, monkeypatch):
     """Keys beyond the last row, and rows that see no key with what flows back into them."""
     small_tiles(monkeypatch)
-    for tq, tk, sight in ((64, 96, slice(64, None)), (96, 64, slice(0, 0))):
-        call = inputs(1, tq, tk) | {"mask": WINDOW, "query_offset": "start"}
+    far = attn_core.mask(lambda b, h, q, k: (q - k >= 30) & (q - k < 38))
+    for mask, tq, tk, sight, dead in (
+        (WINDOW, 64, 96, slice(64, None), slice(0, 0)),
+        (WINDOW, 96, 64, slice(0, 0), slice(73, None)),
+        # Whole tiles of rows see nothing, and their spans lie where nobody looks.
+        (far, 96, 96, slice(66, None), slice(0, 30)),
+    ):
+        call = inputs(1, tq, tk) | {"mask": mask, "query_offset": "start"}
         spoilt = dict(call)
         for n in ("key", "value"):
             spoilt[n] = call[n].copy()
             spoilt[n][:, :, sight] = np.nan
-        dead = slice(73, None)
         spoilt["query"] = call["query"].copy()
         spoilt["query"][:, :, dead] = np.nan
         pulled = {"out": draw(1, HQ, tq, DV, seed=4)}

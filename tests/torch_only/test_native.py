@@ -247,6 +247,20 @@ def test_a_mask_of_batches_has_a_map_for_each(impl: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("offsets", [[0, 1], [8, 24], [200, 150]])
+@pytest.mark.parametrize("name", ["window", "of batches"])
+def test_batches_with_windows_of_their_own(name: str, offsets: list[int]) -> None:
+    """Offsets, or a mask that reads b: tiles alike along one batch are not alike across batches."""
+    given = [draw(2, HQ, 512, D), draw(2, HK, 712, D), draw(2, HK, 712, D)]
+    widths = masks.window(100) & masks.causal()
+    if name != "window":
+        widths = attn_core.mask(lambda b, h, q, k: (q >= k) & (q - k < 100 + 50 * b))
+    options = {"mask": widths, "query_offset": torch.tensor(offsets)}
+    both = [found(given, each, **options) for each in ("native", "reference")]
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 def documents(length: int, size: int) -> Any:
     return masks.causal() & masks.segments(np.arange(length) // size)
 

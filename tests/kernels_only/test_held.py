@@ -1,0 +1,88 @@
+"""Arrays of the host are held by content, and so is the schedule that follows from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kernel_calls import DEVICE, by_reference, draw
+
+import attn_core
+from attn_core import masks
+from attn_core.backends.torch import held, triton_call
+
+THERE = torch.device(DEVICE)
+
+
+def of(ids: np.ndarray) -> Any:
+    return masks.causal() & masks.segments(held.copy(ids, THERE))
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """By rows or by columns, every schedule that was made and not found."""
+    asked: list[bool] = []
+    schedule = triton_call.Call._schedule
+
+    def counting(self: Any, rows: int, keys: int, columns: bool, offsets: Any) -> Any:
+        asked.append(columns)
+        return schedule(self, rows, keys, columns, offsets)
+
+    monkeypatch.setattr(triton_call.Call, "_schedule", counting)
+    triton_call._of_held.cache_clear()
+    return asked
+
+
+def test_a_copy_is_known_by_what_it_holds() -> None:
+    ids = np.arange(100, dtype=np.int32) // 30
+    first, number = held.copy(ids, THERE), held.number(held.copy(ids, THERE))
+    assert held.copy(ids.copy(), THERE) is first
+    assert number is not None
+    assert held.number(first.clone()) is None
+    ids[0] = 7
+    other = held.copy(ids, THERE)
+    assert other is not first
+    assert held.number(other) not in (None, number)
+    assert first[0] == 0
+    assert held.copy(ids.astype(np.int64), THERE).dtype == torch.int64
+
+
+def test_what_is_held() -> None:
+    few, many = np.zeros(8, np.int32), np.zeros(held.MOST + 1, np.int8)
+    gpu = torch.device("cuda")
+    assert not held.keeps(few, torch.device("cpu"))
+    if torch.cuda.is_available():
+        assert held.keeps(few, gpu)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            assert not held.keeps(few, gpu)
+    assert not held.keeps(many, gpu)
+    assert not held.keeps(few.astype(np.float32), gpu)
+
+
+def test_a_schedule_is_made_once_for_a_content(made: list[bool]) -> None:
+    ids = np.arange(150, dtype=np.int32) // 40
+    q, k, v = (draw(2, 2, 150, 16).requires_grad_() for _ in range(3))
+
+    def step(mask: Any, **more: Any) -> list[torch.Tensor]:
+        out = attn_core.attention(q, k, v, mask=mask, impl="triton", **more)
+        return [out, *torch.autograd.grad(out.square().sum(), [q, k, v])]
+
+    first = step(of(ids))
+    count = len(made)
+    assert count >= 2, "by rows, and by columns for the gradients of keys"
+    for x, y in zip(step(of(ids.copy())), first, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+    assert len(made) == count
+    # Another content, other tensors, and offsets that a tensor gives, have schedules of their own.
+    for mask, more in (
+        (of(ids // 2), {}),
+        (masks.causal() & masks.segments(torch.tensor(ids, device=DEVICE)), {}),
+        (of(ids), {"query_offset": torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)}),
+    ):
+        before = len(made)
+        got = step(mask, **more)
+        assert len(made) > before
+        want = by_reference(query=q, key=k, value=v, mask=mask, **more).out
+        torch.testing.assert_close(got[0], want, rtol=1e-4, atol=1e-4)
