@@ -391,7 +391,7 @@ def test_the_page_holds_what_was_measured_and_says_what_was_not() -> None:
     assert "| forward vs FlashAttention-2 | 1.15 | 1.4 | 1.2 | incomplete |" in text
     assert "| backward vs FlashAttention-2 | 1 | 1.3 |  | not measured |" in text
     assert "it / broke" in text
-    assert "minutes" not in text
+    assert "rounds of turns" not in text
     hurried = {**whole, "pace": {**gpu.HURRIED._asdict(), "minutes": 9.0}}
     said = "In 9 minutes: 3 rounds of turns, and answers checked on 8 key heads of each case."
     assert said in gpu_page.page([hurried])
