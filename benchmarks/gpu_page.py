@@ -62,6 +62,8 @@ def _chapter(whole: Mapping[str, Any]) -> str:
         versions = ", ".join(f"{n} {packages[n]}" for n in ("torch", "triton") if n in packages)
         told = (f"commit {place.get('commit') or 'not recorded'}", versions, place.get("ptxas", ""))
         text += f"\n{place.get('date', '')[:10]}, {', '.join(part for part in told if part)}.\n"
+        for name, value in place.get("settings", {}).items():
+            text += f"\nSet: `{name}={value}`.\n"
     pace = whole.get("pace", {})
     if pace.get("minutes"):
         text += (

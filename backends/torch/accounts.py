@@ -26,7 +26,7 @@ _PHILOX = 20
 """Bytes of an entry of dropout's mask while it is made: words and their products are int64."""
 
 
-_TILE, _KEPT = 80, 4
+_TILE, _KEPT = 160, 4
 """Bytes of a tile in the schedules of kernels: while they are made, and of one that is kept."""
 
 _KEYS = 512

@@ -47,10 +47,12 @@ def arrays(case: Case) -> dict[str, Any]:
 
 
 def call(model: Any, case: Case, inputs: list[Any], **more: Any) -> Any:
-    """Compiled: a model is many small operations."""
+    """Compiled: a model is many small operations. A seed is traced, where 32 bits hold it."""
     definition, state = nnx.split(model)
-    seed = {"seed": jnp.uint32(case.call["seed"] % 2**32)} if "seed" in case.call else {}
-    options = {**arrays(case), **seed}
+    options = arrays(case)
+    if "seed" in options:
+        seed = options.pop("seed")
+        (options if seed < 2**32 else more)["seed"] = jnp.uint32(seed) if seed < 2**32 else seed
     run = jax.jit(
         lambda state, inputs, options: nnx.merge(definition, state)(*inputs, **options, **more)
     )
