@@ -367,12 +367,7 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "time against live blocks, windows 128 to 4096, linear", 0.25, 0.10, "of it", False, _linear
     ),
-    Target(
-        "temporaries at T 16384, forward",
-        *(32, 16, "MB", False, _temporaries(False)),
-        why="TensorFlow's graphs write into no tensor: rows of tiles of `out` are collected and "
-        "then joined, so beside `out` there is `out` once more, 33.6 MB at that length.",
-    ),
+    Target("temporaries at T 16384, forward", 32, 16, "MB", False, _temporaries(False)),
     Target("temporaries at T 16384, backward", 96, 48, "MB", False, _temporaries(True)),
     Target("temporaries at twice the length, growth", 2.5, 2.2, "x", False, _growth),
     Target("overhead on tiny tensors", 40, 15, "us", False, _overhead),

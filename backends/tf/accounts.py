@@ -1,8 +1,8 @@
 """What each implementation spends: bytes beside arguments and results, and in which numbers.
 
 Counted from the same sizes by which the work is cut up: within the loops a few tiles of logits are
-held, and slices of the arguments. What the loops leave is put together afterwards, which takes a
-second copy of it, of one gradient after the other.
+held, and slices of the arguments. `out` is written where it belongs; of gradients, what the loops
+leave is put together afterwards, which takes a second copy of it, of one after the other.
 """
 
 from __future__ import annotations
@@ -58,7 +58,6 @@ def _chunked(p: Problem, numbers: tuple[str, tuple[str, str] | None]) -> Account
     saved = rows * (2 * wide + 1)
     forward = 2 * tile + hidden + score + dropped + 2 * saved
     forward += (q * (p.width + p.v_width) + kv * (p.width + p.v_width)) * wide
-    forward += rows * p.v_width * narrow
     backward = 3 * tile + hidden + slope + dropped + 4 * saved
     backward += 2 * (q + kv) * (p.width + p.v_width) * wide
     # Gradients are summed in the accumulation dtype, beside which the results are made.
@@ -80,8 +79,8 @@ def _spans(
     # The patterns of the mask, and with them a tile of what is selected instead.
     mask = s.patterns.size + (tile if p.group == 1 else 0)
     hidden = mask + height * s.block * s.keys + (rows + keys) * width
-    forward = 2 * tile + hidden + 2 * saved + queries * p.v_width * narrow
-    results = [queries * p.width, columns * p.width, columns * p.v_width]
+    forward = 2 * tile + hidden + 2 * saved
+    results = [columns * p.width, columns * p.v_width]
     backward = 4 * tile + hidden + 4 * saved + (rows + keys) * width + max(results) * narrow
     # Gradients of a key head, turn by turn, and put together.
     backward += 2 * turns * s.reach * s.block * width

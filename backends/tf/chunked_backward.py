@@ -250,13 +250,13 @@ def _slopes(
     if pulled.weights is not None:
         inverse = tf.reshape(tf.gather(pulled.inverse, n), shape)
         dp = dp + tf.cast(parts.tile_of(pulled.weights, part, *at), dp.dtype) * inverse
-    slope = e * (dp - base)
+    slope = dp - base
+    # Where the mask hides a key, e is 0, and with it whatever comes of a value that may not be
+    # seen, which nothing has selected away before.
+    slope = e * slope if found.allowed is None else tf.math.multiply_no_nan(slope, e)
     if pulled.lone is not None:
         moved, lone = slope, tf.reshape(tf.gather(pulled.lone, n), shape)
         slope = tf.cond(tf.reduce_any(lone), lambda: settled(moved, e, lone), lambda: moved)
-    if found.allowed is not None:
-        # Also what comes of values that may not be seen, which nothing has selected away before.
-        slope = tf.where(found.allowed, slope, zero)
     return kept, slope
 
 

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from attn_core.backends.tf import chunked_parts as parts
 from attn_core.backends.tf import chunked_tile as tiles
+from attn_core.backends.tf import chunked_written as written
 from attn_core.backends.tf.arrays import DTYPES
 from attn_core.backends.tf.chunked_grid import Plan, schedule
 from attn_core.backends.tf.chunked_parts import Geometry, Inputs, Part
@@ -53,6 +54,10 @@ def forward(
         tf.TensorArray(kind, count, element_shape=parts.static((*outer, last)))
         for kind, last in shapes
     ]
+    # One tile is all there is, and need not be put into its place.
+    several = not isinstance(count, int) or count > 1
+    if several:
+        arrays[0] = written.start(p, g)
     like = None
     if p.return_weights:
         full = (size[0], p.heads, size[1], size[2])
@@ -62,20 +67,22 @@ def forward(
     def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         part, i = parts.part_of(p, x, g, n // g.rows), n % g.rows
         found = _row(p, x, g, todo, by_rows, part, i, sinks)
-        carry = (*[a.write(n, r) for a, r in zip(carry, found, strict=False)], *carry[4:])
+        out, *kept = carry
+        out = written.tile(out, p, g, part, i, found[0]) if several else out.write(n, found[0])
+        kept[:3] = [a.write(n, r) for a, r in zip(kept, found[1:], strict=False)]
         if like is not None:
-            weights = _weights(p, x, g, todo, by_rows, part, i, found, like, carry[4])
-            carry = (*carry[:4], weights)
-        return carry
+            kept[3] = _weights(p, x, g, todo, by_rows, part, i, found, like, kept[3])
+        return (out, *kept)
 
-    done = [a.stack() for a in parts.loop(0, count, turn, arrays)]
-    blocks, layouts = (g.rows, g.block_q), (p.layout, *["BHTD"] * 3)
-    out, *statistics = [
-        parts.join(a, g, blocks, p.group, size[:2], layout)
-        for a, layout in zip(done, layouts, strict=False)
-    ]
-    m, total, alive = (a[..., 0] for a in statistics)
-    return Rows(out, m, total, alive, None if like is None else parts.gather_up(done[4], like))
+    def joined(tiles: Any, layout: str) -> Array:
+        blocks = (g.rows, g.block_q)
+        return parts.join(tiles.stack(), g, blocks, p.group, size[:2], layout)
+
+    out, *kept = parts.loop(0, count, turn, arrays)
+    out = written.done(out, p, g, size[:2]) if several else joined(out, p.layout)
+    m, total, alive = (joined(a, "BHTD")[..., 0] for a in kept[:3])
+    weights = None if like is None else parts.gather_up(kept[3].stack(), like)
+    return Rows(out, m, total, alive, weights)
 
 
 def _row(

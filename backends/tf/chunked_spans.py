@@ -27,10 +27,12 @@ import numpy as np
 import tensorflow as tf
 
 from attn_core.backends.tf import chunked_parts as parts
+from attn_core.backends.tf import chunked_written as written
 from attn_core.backends.tf.arrays import DTYPES, Reading
 from attn_core.backends.tf.chunked_backward import settled
 from attn_core.backends.tf.chunked_forward import Rows, inverted
 from attn_core.backends.tf.chunked_grid import AT_ONCE, cut_up
+from attn_core.backends.tf.chunked_slots import Sums
 from attn_core.blocks import BlockMap, block_map
 from attn_core.language.tree import Tree
 from attn_core.spec import Operands, Problem
@@ -207,14 +209,26 @@ class _Cut:
 
     def rows(self, x: Array, n: Array) -> Array:
         """(height, G, block, X) of (B, Hq, Tq, X)."""
-        at, turn = self.head(n)
         last = x.shape[-1]
         x = tf.reshape(x, (-1, self.height, self.s.block, last))
-        group = self.p.group
-        if group == 1:
+        if self.p.group == 1:
             return tf.gather(x, n)[:, None]
-        place = (at * group + tf.range(group)) * self.turns + turn
-        return tf.transpose(tf.gather(x, place), (1, 0, 2, 3))
+        return tf.transpose(tf.gather(x, self.place(n)), (1, 0, 2, 3))
+
+    def place(self, n: Array) -> Array:
+        """Where the rows of a turn lie, in turns of query heads: (G,)."""
+        at, turn = self.head(n)
+        return (at * self.p.group + tf.range(self.p.group)) * self.turns + turn
+
+    def blank(self, count: int, last: int, dtype: Any) -> Array:
+        """Room for what `count` turns leave."""
+        return written.blank(count * self.p.group, self.height * self.s.block * last, dtype)
+
+    def put(self, whole: Array, n: Array, x: Array) -> Array:
+        """`whole` with what a turn leaves, (height, G, block, X), where its rows lie."""
+        if self.p.group > 1:
+            x = tf.transpose(x, (1, 0, 2, 3))
+        return written.put(whole, self.place(n)[None], tf.reshape(x, (1, self.p.group, -1)))
 
     def keys(self, x: Array, n: Array, clean: bool) -> Array:
         """(height, keys, X) of (B, Hk, Tk, X); none that no row sees if `clean`."""
@@ -233,6 +247,11 @@ class _Cut:
         """`x` where the mask allows it, and else `instead`, a `constant`."""
         allowed = tf.gather(self.patterns, tf.gather(self.which, n % self.turns))[:, None]
         return tf.where(allowed, self.unfolded(x), instead)
+
+    def sighted(self, n: Array) -> Array:
+        """Which rows see a key, (height, 1, block, 1)."""
+        some = tf.constant(self.s.patterns.any(-1, keepdims=True))
+        return tf.gather(some, tf.gather(self.which, n % self.turns))[:, None]
 
     def constant(self, value: float) -> Array:
         """To be selected instead of a tile: made once, of a tile's shape if that is the mask's.
@@ -265,8 +284,10 @@ def forward(p: Problem, x: Operands, s: Spans) -> Rows:
     dtype, cut = DTYPES[p.accumulation], _Cut(p, s)
     count = batch * p.kv_heads * cut.turns
     shape = (cut.height, p.group, s.block)
-    kinds = [(DTYPES[p.dtype], p.v_width), (dtype, 1), (dtype, 1)]
-    arrays = [tf.TensorArray(kind, count, element_shape=(*shape, last)) for kind, last in kinds]
+    arrays = [
+        cut.blank(count, p.v_width, DTYPES[p.dtype]),
+        *[tf.TensorArray(dtype, count, element_shape=(*shape, 1)) for _ in range(2)],
+    ]
     low = cut.constant(-np.inf)
     sinks = None if x.sinks is None else tf.cast(x.sinks, dtype)
 
@@ -284,12 +305,13 @@ def forward(p: Problem, x: Operands, s: Spans) -> Rows:
             sink = tf.reshape(sinks, (p.kv_heads, 1, p.group, 1, 1))
             fade = _settled(top, most, tf.gather(sink, cut.head(n)[0] % p.kv_heads))[3]
         out = tf.math.multiply_no_nan(acc, fade)
-        found = (tf.cast(out, DTYPES[p.dtype]), top, most)
-        return tuple([a.write(n, r) for a, r in zip(carry, found, strict=True)])
+        whole = cut.put(carry[0], n, tf.cast(out, DTYPES[p.dtype]))
+        return (whole, carry[1].write(n, top), carry[2].write(n, most))
 
-    done = [cut.gather_up(a.stack(), batch) for a in parts.loop(0, count, turn, arrays)]
-    top, most = (a[..., 0] for a in done[1:])
-    return Rows(done[0], *_settled(top, most, None if sinks is None else sinks[:, None])[:3])
+    whole, *found = parts.loop(0, count, turn, arrays)
+    whole = tf.reshape(whole, (batch, p.heads, -1, p.v_width))
+    top, most = (cut.gather_up(a.stack(), batch)[..., 0] for a in found)
+    return Rows(whole, *_settled(top, most, None if sinks is None else sinks[:, None])[:3])
 
 
 def _settled(top: Array, most: Array, sink: Array | None) -> tuple[Array, Array, Array, Array]:
@@ -318,13 +340,12 @@ def backward(
     batch = int(p.batch or 0)
     dtype, cut = DTYPES[p.accumulation], _Cut(p, s)
     d_out, d_lse, _ = cotangents
-    heads, low, zero = batch * p.kv_heads, cut.constant(-np.inf), cut.constant(0.0)
+    heads, low = batch * p.kv_heads, cut.constant(-np.inf)
     none = tf.zeros_like(rows.total)
-    inverse = inverted(rows.total)
-    # Of rows that see a key, and 0 in others.
-    living = tf.where(rows.alive, inverse, none)
+    living = tf.cast(rows.alive, dtype)
     moved = None if d_lse is None else tf.where(tf.not_equal(rows.total, 0), d_lse, none)
-    scale = tf.where(rows.alive, tf.constant(p.scale, dtype), tf.zeros((), dtype))
+    blind = not s.patterns.any(-1).all()
+    within = Sums.of(s.starts[..., None] + np.arange(s.slots) - s.firsts[:, None, None], s.reach)
 
     def one(array: Array, n: Array) -> Array:
         return cut.rows(array[..., None], n)
@@ -332,51 +353,63 @@ def backward(
     def turn(at: Array, turns: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         n = at * cut.turns + turns
         query, deltas, dk, dv = carry
-        pulled = tf.cast(cut.rows(d_out, n), dtype)
+        alive = one(living, n)
+        pulled = tf.math.multiply_no_nan(tf.cast(cut.rows(d_out, n), dtype), alive)
         delta = tf.reduce_sum(pulled * tf.cast(cut.rows(rows.out, n), dtype), -1, keepdims=True)
-        delta = tf.where(one(rows.alive, n), delta, tf.zeros_like(delta))
         if moved is not None:
             delta -= one(moved, n)
-        base, m = delta * one(inverse, n), one(rows.m, n)
-        pulled = cut.folded(tf.math.multiply_no_nan(pulled, one(living, n)))
         q = tf.cast(cut.rows(x.query, n), dtype)
-        q = cut.folded(tf.math.multiply_no_nan(q, one(scale, n)))
+        q = cut.folded(tf.math.multiply_no_nan(q, alive * p.scale))
         k, v = cut.keys(x.key, n, True), cut.keys(x.value, n, False)
-        z = cut.unfolded(tf.matmul(q, k, transpose_b=True))
-        e = tf.exp(cut.hide(z - m, n, low))
-        slope = e * (cut.unfolded(tf.matmul(pulled, v, transpose_b=True)) - base)
+        z = cut.hide(tf.matmul(q, k, transpose_b=True), n, low)
+        share = tf.nn.softmax(z)
+        if blind:
+            share = tf.where(cut.sighted(n), share, tf.zeros((), dtype))
+        fade = alive
+        if x.sinks is not None:
+            # What the keys have beside the sink, whose sum is found as in the forward pass.
+            top, most = (tf.reduce_max(a, -1, keepdims=True) for a in (z, share))
+            fade = tf.exp(top - one(rows.m, n)) / (most * one(rows.total, n))
+            fade = tf.math.multiply_no_nan(fade, alive)
+            pulled = pulled * fade
+        pulled = cut.folded(pulled)
+        # No weight, no gradient, whatever comes of values that may not be seen.
+        slope = cut.unfolded(tf.matmul(pulled, v, transpose_b=True)) - delta * fade
+        slope = tf.math.multiply_no_nan(slope, share)
         if d_lse is None:
-            lone, all_of = tf.equal(one(rows.total, n), 1), slope
-            slope = tf.cond(tf.reduce_any(lone), lambda: settled(all_of, e, lone), lambda: all_of)
-        # Also what comes of values that may not be seen, which nothing has selected away before.
-        slope = cut.folded(cut.hide(slope, n, zero))
+            lone, all_of, rest = tf.equal(one(rows.total, n), 1), slope, (share, fade)
+            slope = tf.cond(
+                tf.reduce_any(lone),
+                lambda: settled(all_of, rest[0] * rest[1], lone),
+                lambda: all_of,
+            )
+        slope = cut.folded(slope)
         dq = cut.unfolded(tf.matmul(slope, k)) * p.scale
         # Spans of a turn overlap: summed in the slots from its least start on.
-        place = tf.gather(cut.starts, turns)[:, None] - tf.gather(tf.constant(s.firsts), turns)
-        place = place + tf.range(s.slots)
         sums = []
-        for left, right in ((slope, q), (cut.folded(e), pulled)):
+        for left, right in ((slope, q), (cut.folded(share), pulled)):
             pieces = tf.matmul(left, right, transpose_a=True)
-            last = right.shape[-1]
-            pieces = tf.reshape(pieces, (cut.height, s.slots, s.block * last))
-            sums.append(tf.math.unsorted_segment_sum(pieces, place, s.reach))
+            pieces = tf.reshape(pieces, (cut.height * s.slots, -1))
+            sums.append(within.over(pieces, turns))
         return (
-            query.write(n, tf.cast(dq, x.query.dtype)),
+            cut.put(query, n, tf.cast(dq, x.query.dtype)),
             deltas.write(n, delta),
             dk.write(turns, sums[0]),
             dv.write(turns, sums[1]),
         )
 
     outer = (cut.height, p.group, s.block)
-    place = tf.constant(s.firsts[:, None] + np.arange(s.reach))
     widths = (p.width, p.v_width)
-    query = tf.TensorArray(x.query.dtype, heads * cut.turns, element_shape=(*outer, p.width))
-    deltas = tf.TensorArray(dtype, heads * cut.turns, element_shape=(*outer, 1))
+    count = heads * cut.turns
+    query = cut.blank(count, p.width, x.query.dtype)
+    deltas = tf.TensorArray(dtype, count, element_shape=(*outer, 1))
     shapes = [(s.columns, s.block * last) for last in widths]
     key, value = (
         tf.TensorArray(a.dtype, heads, element_shape=shape)
         for a, shape in zip((x.key, x.value), shapes, strict=True)
     )
+    # A turn may reach beyond the end by slots that hold nothing.
+    every = Sums.of(s.firsts[None, :, None] + np.arange(s.reach), s.columns + s.reach)
 
     def head(at: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         query, deltas, key, value = carry
@@ -386,9 +419,8 @@ def backward(
         ]
         inner = (query, deltas, *fresh)
         query, deltas, *found = parts.loop(0, cut.turns, lambda t, c: turn(at, t, c), inner)
-        # A turn may reach beyond the end by slots that hold nothing.
         dk, dv = (
-            tf.math.unsorted_segment_sum(a.stack(), place, s.columns + s.reach)[: s.columns]
+            every.over(tf.reshape(a.stack(), (cut.turns * s.reach, -1)), 0)[: s.columns]
             for a in found
         )
         written = (key.write(at, tf.cast(dk, key.dtype)), value.write(at, tf.cast(dv, value.dtype)))
@@ -399,12 +431,12 @@ def backward(
     if x.sinks is not None:
         t = cut.gather_up(deltas.stack(), batch)[..., 0]
         sinks = tf.cast(x.sinks, dtype)[:, None]
-        share = tf.exp(sinks - rows.m) * inverse
+        share = tf.exp(sinks - rows.m) * inverted(rows.total)
         share = tf.where(tf.equal(sinks, -np.inf), none, -share * t)
         d_sinks = tf.cast(tf.reduce_sum(share, (0, 2)), x.sinks.dtype)
     d_key, d_value = (
         tf.reshape(a.stack(), (batch, p.kv_heads, -1, last))
         for a, last in zip((key, value), widths, strict=True)
     )
-    d_query = cut.gather_up(query.stack(), batch)
+    d_query = tf.reshape(query, (batch, p.heads, -1, p.width))
     return Operands(query=d_query, key=d_key, value=d_value, sinks=d_sinks)

@@ -1,5 +1,6 @@
 """The chunked implementation: many tiles against the reference, what is skipped, what raises."""
 
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import tensorflow as tf
 import attn_core
 from attn_core import Dropout, UnsupportedError, masks, reference, scores
 from attn_core.backends import tf as backend
-from attn_core.backends.tf import chunked_grid, chunked_tile
+from attn_core.backends.tf import chunked_grid, chunked_tile, chunked_written
 
 HQ, HK, D, DV = 4, 2, 3, 5
 
@@ -622,6 +623,105 @@ def test_memory_is_linear():
     )
     before, after = map(int, done.stdout.split())
     assert after - before < 128
+
+
+_POOL = """
+import tensorflow as tf
+import attn_core
+from attn_core import masks
+
+B, H, T, D = 1, 8, 16384, 64
+
+def run(q):
+    return attn_core.attention(q, q, q, mask=masks.causal(), query_offset=0)
+
+for shape in ((B, H, T, D), (None, H, None, D)):
+    call = tf.function(run, input_signature=[tf.TensorSpec(shape)]).get_concrete_function()
+    q = tf.random.stateless_uniform((B, H, T, D), (1, 2))
+    call(q)
+    tf.config.experimental.reset_memory_stats("CPU:0")
+    before = tf.config.experimental.get_memory_info("CPU:0")["current"]
+    out = call(q)
+    print(tf.config.experimental.get_memory_info("CPU:0")["peak"] - before - 4 * B * H * T * D)
+    del out
+"""
+
+
+def test_out_is_there_once():
+    """Beside `out`, 33.6 MB, there is not `out` once more: by TensorFlow's own account."""
+    done = subprocess.run(
+        [sys.executable, "-c", _POOL],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "TF_CPU_ALLOCATOR_USE_BFC": "true"},
+    )
+    known, unknown = map(int, done.stdout.split())
+    assert 0 < known < 32e6
+    assert 0 < unknown < 32e6
+
+
+# --- Rows of tiles where they belong. -------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("layout", ["BHTD", "BTHD"])
+@pytest.mark.parametrize("form", ["function", "eager"])
+def test_calls_share_no_memory(layout, form):
+    """A result that is held stays as it was, whatever is called afterwards."""
+
+    def run(*given):
+        return attn_core.attention(*given, mask=masks.causal(), layout=layout, impl="chunked")
+
+    calls = []
+    for scale in (1.0, -2.0, 5.0):
+        call = [scale * x for x in inputs(2, 40, 40).values()]
+        calls.append([tf.transpose(x, (0, 2, 1, 3)) for x in call] if layout == "BTHD" else call)
+    run_ = tf.function(run, autograph=False) if form == "function" else run
+    held = [run_(*call) for call in calls]
+    before = [x.numpy().copy() for x in held]
+    assert not np.array_equal(before[0], before[1])
+    for call, x in zip(calls, before, strict=True):
+        np.testing.assert_array_equal(run_(*call), x)
+    for x, y in zip(held, before, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("layout", ["BHTD", "BTHD"])
+def test_what_was_traced_for_the_cpu_compiles(layout):
+    """A function that XLA is handed after it was traced, as one out of a SavedModel is."""
+    call = inputs(2, 37, 37)
+    if layout == "BTHD":
+        call = {n: tf.transpose(x, (0, 2, 1, 3)) for n, x in call.items()}
+
+    def run(q, k, v):
+        return attn_core.attention(q, k, v, mask=masks.causal(), layout=layout, impl="chunked")
+
+    traced = tf.function(run, autograph=False).get_concrete_function(*call.values())
+    assert "InplaceUpdate" in str(traced.graph.as_graph_def())
+    compiled = tf.function(lambda *given: traced(*given), autograph=False, jit_compile=True)
+    want = attn_core.attention(**call, mask=masks.causal(), layout=layout, impl="reference")
+    np.testing.assert_allclose(compiled(*call.values()), want, atol=1e-9)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rows_are_put_where_they_belong_and_those_beyond_the_end_nowhere(compiled):
+    place = np.array([[1, 2, 7], [5, 4, 6]], np.int32)
+    rows = np.random.default_rng(7).standard_normal((2, 3, 4)).astype(np.float32)
+
+    def run(start, rows):
+        out = chunked_written.blank(8, 4, tf.float32)
+        out = chunked_written.put(out, tf.range(8)[None], start)
+        out = chunked_written.put(out, tf.constant(place), rows)
+        return chunked_written.put(out, tf.constant(place[:, ::-1]), rows + 1, tf.constant(2))
+
+    start = np.arange(32, dtype=np.float32).reshape(1, 8, 4)
+    want = start[0].copy()
+    want[place.ravel()] = rows.reshape(-1, 4)
+    want[place[:, :0:-1].ravel()] = rows[:, :2].reshape(-1, 4) + 1
+    found = tf.function(run, jit_compile=compiled)(tf.constant(start), tf.constant(rows))
+    np.testing.assert_array_equal(found, want)
 
 
 # --- Other derivatives. ---------------------------------------------------------------------------

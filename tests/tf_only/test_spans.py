@@ -7,7 +7,7 @@ import tensorflow as tf
 import attn_core
 from attn_core import Dropout, masks, reference, scores
 from attn_core.backends import tf as backend
-from attn_core.backends.tf import chunked_grid, chunked_spans
+from attn_core.backends.tf import chunked_grid, chunked_slots, chunked_spans
 
 HQ, HK, D, DV = 4, 2, 3, 5
 WINDOW = masks.causal() & masks.window(left=9)
@@ -281,6 +281,18 @@ def test_runs_are_one_bit_for_bit(taken, monkeypatch):
     for _ in range(5):
         for n, x in answers(call).items():
             np.testing.assert_array_equal(x, first[n])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_slots_are_summed_where_they_belong(compiled):
+    places = np.array([[[0, 1], [1, 2]], [[3, 4], [0, 3]]])
+    slots = draw(4, 3, seed=8, dtype=np.float32)
+    sums = chunked_slots.Sums.of(places, 6)
+    run = tf.function(lambda x, turn: sums.over(x, turn), jit_compile=compiled)
+    for turn in range(2):
+        want = np.zeros((6, 3), np.float32)
+        np.add.at(want, places[turn].ravel(), slots)
+        np.testing.assert_array_equal(run(tf.constant(slots), tf.constant(turn)), want)
 
 
 def test_explain_tells_the_slots():
