@@ -33,11 +33,10 @@ def chosen(name: str, given: Any, size: int | None, axis: str) -> list[int] | No
     if given is None:
         return None
     try:
-        if isinstance(given, int):
-            given = [given]
-        # torch.compile cannot look into np.iterable, and needs not for what is plainly one.
-        several = isinstance(given, (list, tuple, range)) or np.iterable(given)
-        found = [index(i) for i in (given if several else [given])]
+        # torch.compile cannot look into np.iterable, and needs not for what is plainly one or many.
+        plain = isinstance(given, (int, list, tuple, range))
+        several = not isinstance(given, int) if plain else np.iterable(given)
+        found = [_whole(i) for i in (given if several else [given])]
     except TypeError:
         raise TypeError(
             f"`{name}` must be an int or host ints. Got {type(given).__name__}."
@@ -48,6 +47,13 @@ def chosen(name: str, given: Any, size: int | None, axis: str) -> list[int] | No
         if i < 0 or (size is not None and i >= size):
             raise ValueError(f"`{name}` must lie within [0, {axis}) = [0, {size}). Got {i}.")
     return found
+
+
+def _whole(i: Any) -> int:
+    """A host int; True is none, which Python would take for 1."""
+    if isinstance(i, bool):
+        raise TypeError
+    return index(i)
 
 
 def narrowed(
@@ -66,7 +72,8 @@ def narrowed(
     if rows is not None:
         query = take(query, rows, row_axis)
     if bias is not None and p.bias is not None:
-        for picked, spanned, axis in ((heads, p.bias[1], -3), (rows, p.bias[2], -2)):
+        # Rows first: all heads of a few rows are few, all rows of a few heads are Tq * Tk.
+        for picked, spanned, axis in ((rows, p.bias[2], -2), (heads, p.bias[1], -3)):
             if picked is not None and spanned:
                 bias = take(bias, picked, len(bias.shape) + axis)
     mask = None

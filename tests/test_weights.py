@@ -80,9 +80,11 @@ def test_the_memory_is_that_of_the_chosen_rows() -> None:
     import tracemalloc
 
     query, key = np.ones((1, 2, 4096, 4), np.float32), np.ones((1, 2, 4096, 4), np.float32)
+    bias = np.broadcast_to(np.float32(1), (1, 2, 4096, 4096))
+    options: dict[str, Any] = {"heads": [1], "queries": [0, 4095], "bias": bias}
     tracemalloc.start()
     try:
-        attn_core.weights(query, key, mask=masks.causal(), heads=[1], queries=[0, 4095])
+        attn_core.weights(query, key, mask=masks.causal(), **options)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -95,6 +97,8 @@ def test_the_memory_is_that_of_the_chosen_rows() -> None:
         ({"heads": [4]}, ValueError, r"`heads` must lie within \[0, Hq\) = \[0, 4\). Got 4"),
         ({"queries": -1}, ValueError, r"`queries` must lie within \[0, Tq\) = \[0, 9\). Got -1"),
         ({"heads": 1.5}, TypeError, "`heads` must be an int or host ints. Got float"),
+        ({"heads": True}, TypeError, "`heads` must be an int or host ints. Got bool"),
+        ({"queries": [2, False]}, TypeError, "`queries` must be an int or host ints. Got list"),
         ({"queries": "ab"}, TypeError, "`queries` must be an int or host ints. Got str"),
         ({"mask": masks.causal()}, ValueError, "`query_offset` must be given"),
         ({"mask": "causal"}, TypeError, "`mask` must be a Mask"),

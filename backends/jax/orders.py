@@ -60,4 +60,6 @@ ad.primitive_jvps[_reverse] = _tangent
 _moved = _identity("attn_core_tangent")
 _moved.def_impl(_refuse)
 mlir.register_lowering(_moved, _refuse)
+# Of several tangents at once, which jacfwd pushes, JAX would refuse custom_vjp in its own words.
+batching.primitive_batchers[_moved] = _refuse
 ad.primitive_transposes[_moved] = lambda cotangent, x: [cotangent]

@@ -102,7 +102,8 @@ def known(x: Any) -> bool:
 
 def take(x: Any, index: Sequence[int], axis: int) -> Any:
     """Entries of an axis, by host ints."""
-    return np.take(x, np.asarray(index, np.int64), axis)
+    # np.take would first copy the whole of an array that is not contiguous.
+    return x[(slice(None),) * axis + (np.asarray(index, np.int64),)]
 
 
 def allowed(problem: Problem, operands: Operands, full: tuple[int, int, int, int]) -> Any:

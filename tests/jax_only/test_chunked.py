@@ -337,11 +337,38 @@ def test_what_it_cannot_differentiate_it_refuses_by_name(jit):
     with pytest.raises(UnsupportedError, match=words):
         maybe(lambda *x: jax.jvp(loss, x, x))(*x)
     with pytest.raises(UnsupportedError, match=words):
+        maybe(jax.jacfwd(loss))(*x)
+    with pytest.raises(UnsupportedError, match=words):
+        maybe(jax.vmap(lambda t: jax.jvp(lambda q: loss(q, *x[1:]), x[:1], (t,))))(x[0][None])
+    with pytest.raises(UnsupportedError, match=words):
         maybe(jax.hessian(loss))(*x)
     with pytest.raises(UnsupportedError, match=words):
         maybe(jax.grad(lambda *x: (jax.grad(loss)(*x) ** 2).sum()))(*x)
     with pytest.raises(UnsupportedError, match=words):
         maybe(lambda *x: jax.jvp(jax.grad(loss), x, x))(*x)
+
+
+@pytest.mark.parametrize("around", ["nothing", "checkpoint", "scan"])
+def test_reverse_mode_under_vmap_is_not_taken_for_forward(around):
+    query, key, value = (
+        jnp.asarray(a, jnp.float32) for a in made(3, q_len=20, k_len=20)[2].values()
+    )
+
+    def each(scale):
+        def of(q):
+            return loss(q * scale, key, value)
+
+        def two(q):
+            return jax.lax.scan(lambda total, _: (total + of(q), None), 0.0, length=2)[0]
+
+        call = {"nothing": of, "checkpoint": jax.checkpoint(of), "scan": two}[around]
+        return jax.grad(call)(query)
+
+    together = jax.vmap(each)(jnp.array([0.5, 2.0]))
+    for got, scale in zip(together, (0.5, 2.0), strict=True):
+        np.testing.assert_allclose(got, each(jnp.float32(scale)), rtol=2e-5, atol=2e-5)
+    along = jax.jacrev(lambda q: (attn_core.attention(q, key, value) ** 2).sum((0, 1, 3)))(query)
+    np.testing.assert_allclose(along.sum(0), jax.grad(loss)(query, key, value), atol=2e-4)
 
 
 def test_vmap_gives_each_its_own_tiles():
