@@ -8,6 +8,8 @@ in every layer and in every step, and making them costs launches. Three things c
                          else to do: once for every content, and no queue of yours is emptied
     memory let go        is given to others while a kernel still reads it. So the allocator is told
                          of each stream that reads (`record_stream`), once
+    memory of a graph    is written by its replays. While torch.compile warms up for one, whatever
+                         its thread allocates is of that kind. So it is made in another thread
     a graph, captured    reads the same memory as often as it is replayed. So what a capture has
                          read is never let go (`PINNED` bytes of it at most)
 
@@ -20,8 +22,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from threading import Lock
+from threading import Lock, local
 from typing import Any, TypeVar
 
 import torch
@@ -127,15 +130,26 @@ def capturing(device: torch.device) -> bool:
 
 
 def apart(device: torch.device, make: Callable[[], Value]) -> Value:
-    """What `make()` gives, on a stream of its own and complete when this returns."""
-    with torch.inference_mode(False):  # it outlives whoever asked first
-        if device.type != "cuda":
+    """What `make()` gives, made on a stream and in a thread of its own, complete on return."""
+    if device.type != "cuda":
+        with torch.inference_mode(False):  # it outlives whoever asked first
             return make()
-        stream = _stream(device)
-        with torch.cuda.stream(stream):
-            value = make()
-        stream.synchronize()
-        return value
+    if getattr(_here, "alone", False):
+        return _alone(device, make)
+    with ThreadPoolExecutor(1, "attn-core-kept") as other:
+        return other.submit(_alone, device, make).result()
+
+
+_here = local()
+
+
+def _alone(device: torch.device, make: Callable[[], Value]) -> Value:
+    _here.alone = True  # what is made of other things that are kept makes them here, too
+    stream = _stream(device)
+    with torch.cuda.stream(stream):
+        value = make()
+    stream.synchronize()
+    return value
 
 
 @lru_cache(maxsize=64)

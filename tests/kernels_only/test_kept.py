@@ -6,6 +6,7 @@ There is no GPU in most places: a capture, and streams, are stood in for by what
 from __future__ import annotations
 
 from collections.abc import Iterator
+from threading import get_ident
 from typing import Any
 
 import pytest
@@ -224,8 +225,8 @@ class Stream:
 
 
 def test_every_stream_that_reads_is_known_to_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU that is not there: made on a stream of its own, waited for, recorded once each."""
-    mine, yours, told = Stream(7), [Stream(1)], []
+    """On a GPU that is not there: made apart from all else, waited for, recorded once each."""
+    mine, yours, told, here = Stream(7), [Stream(1)], [], get_ident()
     place: list[Any] = []
 
     class There(torch.Tensor):
@@ -244,7 +245,9 @@ def test_every_stream_that_reads_is_known_to_the_allocator(monkeypatch: pytest.M
 
     def make() -> Any:
         assert place == [mine]
-        return torch.ones(2).as_subclass(There)
+        assert get_ident() != here, "an allocator that gives this thread memory of a graph"
+        inner = keep.of("inner", gpu, lambda: torch.ones(2).as_subclass(There))
+        return inner.clone()
 
     monkeypatch.setattr(kept, "capturing", lambda device: False)
     monkeypatch.setattr(kept, "_stream", lambda device: mine)
@@ -252,12 +255,13 @@ def test_every_stream_that_reads_is_known_to_the_allocator(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: yours[0])
     keep, gpu = Kept(4), torch.device("cuda", 0)
     first = keep.of("a", gpu, make)
-    assert mine.waited == 1
+    assert mine.waited == 2, "for what it is made of, and for itself"
+    told.clear()
     for number in (1, 2, 1, 2):
         yours[0] = Stream(number)
         assert keep.of("a", gpu, make) is first
-    assert told == [1, 2]
-    assert mine.waited == 1
+    assert told == [2]
+    assert mine.waited == 2
 
 
 def test_schedules_are_kept_for_a_mask_of_ids_that_the_host_holds(counted: Counted) -> None:
@@ -296,3 +300,19 @@ def test_a_graph_replays_what_was_kept(warm: bool, fresh: None) -> None:
         want = attention(query, KEY, VALUE, mask=given["mask"], impl="reference")
         torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
         triton_schedule._kept.clear()
+
+
+@gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+def test_what_is_compiled_for_graphs_reads_what_was_kept(fresh: None) -> None:
+    """Torch warms up in memory that its replays write to, where nothing may be kept."""
+    query = draw(B, HQ, T, D)
+
+    def f(q: torch.Tensor) -> torch.Tensor:
+        return attention(q * 2, KEY, VALUE, mask=masks.window(23, 0), impl="triton") + 1
+
+    compiled = torch.compile(f, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        for seed in range(5):
+            query.copy_(torch.randn(query.shape, generator=torch.Generator().manual_seed(seed)))
+            torch.testing.assert_close(compiled(query).clone(), f(query), rtol=1e-5, atol=1e-5)
