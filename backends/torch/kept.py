@@ -57,7 +57,6 @@ class Kept:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.made = 0
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._pinned: dict[Hashable, _Entry] = {}
         self._lock = Lock()
@@ -68,11 +67,9 @@ class Kept:
             found = self._captured(key, device)
             if found is not None:
                 return found
-            self.made += 1
             return make()
         entry = self._found(key, device)
         if entry is None:
-            self.made += 1
             entry = _Entry(apart(device, make))
             with self._lock:
                 self._entries[key, device] = entry

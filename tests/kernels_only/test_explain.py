@@ -109,4 +109,5 @@ def test_estimates_are_near_what_is_allocated(
     finally:
         torch.use_deterministic_algorithms(False)
     assert near(said.forward, taken[0]), taken
-    assert near(said.backward, taken[1]), taken
+    # A step has the one and then the other; the gradients may be more than either.
+    assert near(said.backward, max(taken)), taken
