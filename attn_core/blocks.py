@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from attn_core.language.intervals import HOST, Intervals
+from attn_core.language.intervals import EVERYTHING, HOST, Intervals
 from attn_core.language.operands import Table
-from attn_core.language.tree import Step, Tree
+from attn_core.language.tree import Tree
 
 __all__ = ["EMPTY", "FULL", "PARTIAL", "BlockMap", "block_grid", "block_map", "block_ranges"]
 
@@ -35,7 +35,6 @@ Array = Any
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
-_EVERYTHING = Tree((Step("const", "bool", (), "True"),), (0,))
 _AT_ONCE = 8192
 """Cells of the quadtree read together: bounds the memory of a map, not its size."""
 
@@ -169,7 +168,7 @@ class _Layout:
             raise ValueError(
                 f"`block_q` and `block_k` must be at least 1. Got {(self.block_q, self.block_k)}."
             )
-        tree = _EVERYTHING if tree is None else tree
+        tree = EVERYTHING if tree is None else tree
         self.grid = (-(-self.q_len // self.block_q), -(-self.k_len // self.block_k))
         self.reading = Intervals(ops, tree, arrays, (self.block_q, self.block_k))
         self.offsets = ops.index(offsets) if isinstance(offsets, int) else ops.array(offsets)
@@ -190,22 +189,7 @@ class _Layout:
         size: tuple[int, int],
     ) -> tuple[Array, Array]:
         """(live, full) of tiles with these first and last rows and keys."""
-        ops = self.ops
-        offset, kv_length, q_length = per_batch
-        live = whole = None
-        spans = []
-        for (first, last), length in ((rows, q_length), (keys, kv_length)):
-            if length is not None:
-                cut = ops.minimum(last, length - 1)
-                some, every = first <= cut, cut >= last
-                live = some if live is None else live & some
-                whole = every if whole is None else whole & every
-                last = ops.maximum(cut, first)
-            spans.append((first, last))
-        found = self.reading.read(b, h, spans[0], spans[1], offset, size)
-        full = found.certain if whole is None else whole & found.certain
-        possible = found.possible if live is None else live & found.possible
-        return possible, full & possible
+        return self.reading.status(b, h, rows, keys, per_batch, size)
 
 
 def block_map(

@@ -20,7 +20,9 @@ def _refuse(error: Exception) -> typer.Exit:
 def gpu(
     stage: Annotated[
         list[str] | None,
-        typer.Option(help="smoke, bench, conformance or sanitizer; all by default."),
+        typer.Option(
+            help="doctor, tests, smoke, bench, tune, conformance or sanitizer; all by default."
+        ),
     ] = None,
     case: Annotated[list[str] | None, typer.Option(help="Case, or a part of its name.")] = None,
     minutes: Annotated[

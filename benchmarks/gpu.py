@@ -1,7 +1,10 @@
 """A GPU from beginning to end: is it right, how fast is it, is it clean?
 
-    smoke         the suite's smallest tier: whether there is anything to time
+    doctor        what is installed, and what the kernels' probe says
+    tests         the kernels' own tests, compiled; each failure is written as it happens
+    smoke         the suite's smallest tier, in every dtype: whether there is anything to time
     bench         check, then time: the cases of `gpu_cases.py`, those that tell most first
+    tune          tiles, measured; what wins is written beside, and put in force nowhere
     conformance   the whole suite, every option, float32, float16 and bfloat16
     sanitizer     NVIDIA's compute-sanitizer over a small part of it, where it is installed
 
@@ -10,9 +13,10 @@
      "measured": [{"case": ..., "subject": ..., "direction": ..., "samples": [..ms..]}, ...]}
 
 in `benchmarks/results/<gpu>.json`, from which `gpu_page.py` makes docs/GPU.md. It is written after
-every case, so that who is stopped has what was measured. Where minutes are given, no stage goes on
-beyond them: what was not reached is told, and is no figure. Without a GPU nothing runs and nothing
-is written.
+every case, and what a stage says goes into the folder of that name as it is said, so that who is
+stopped has what was measured and what failed. Where minutes are given, each stage has its part of
+them, and none goes on beyond: what was not reached is told, and is no figure. Without a GPU nothing
+runs and nothing is written.
 """
 
 from __future__ import annotations
@@ -24,9 +28,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +40,19 @@ from attn_core.benchmarks.check import asked, error, expected_names, shares
 from attn_core.benchmarks.gpu_cases import GpuCase, Measured
 
 VERSION = 1
-STAGES = ("smoke", "bench", "conformance", "sanitizer")
+SHARES = {
+    "doctor": 2,
+    "tests": 28,
+    "smoke": 15,
+    "bench": 35,
+    "tune": 12,
+    "conformance": 6,
+    "sanitizer": 2,
+}
+"""Stages in the order of what they tell, and their parts of the time: of those that are asked for,
+and what one leaves over is the others'."""
+
+STAGES = tuple(SHARES)
 SUBJECT = "attn_core.benchmarks.gpu_calls:triton"
 """`attention(impl="triton")` on the device, as the conformance suite names it."""
 
@@ -68,14 +85,17 @@ HURRIED = Pace(3, 10, 8)
 
 Say = Callable[[str], None]
 Keep = Callable[[Sequence[Measured]], None]
-Call = Callable[[list[str], float], tuple[int, str]]
-"""Runs a command for so many seconds at most: (its exit status, the last of what it said)."""
+Call = Callable[[list[str], float, Path], tuple[int, str]]
+"""Runs a command for so many seconds at most, and writes what it says to a file as it comes: (its
+exit status, the last of what it said)."""
 
 _STOPPED = 130
 """The exit status of the suite where it was interrupted: what it says is of a part."""
 
-_SMOKE, _LEAST = 0.3, 20.0
-"""The part of the time that the smoke tier has, and seconds below which no stage is begun."""
+_LEAST = 20.0
+"""Seconds below which no stage is begun."""
+
+_TESTS = Path("tests/kernels_only")
 
 
 class Limit:
@@ -90,6 +110,12 @@ class Limit:
         if self.seconds is None:
             return float("inf")
         return self.began + share * self.seconds - self.clock()
+
+    def until(self, share: float) -> Limit:
+        """The limit of whoever has the time up to this share of it."""
+        other = copy(self)
+        other.seconds = None if self.seconds is None else share * self.seconds
+        return other
 
 
 def device() -> Any:
@@ -136,6 +162,7 @@ def run(
     limit = Limit(minutes)
     known = machine.facts()
     path = into or Path("benchmarks/results") / f"{slug(known['gpu'])}.json"
+    said_in = path.with_suffix("")
     whole: dict[str, Any] = {
         "version": VERSION,
         "gpu": known["gpu"],
@@ -156,7 +183,7 @@ def run(
         whole["measured"] += [m._asdict() for m in found]
         write()
 
-    def timed() -> Stage:
+    def timed(limit: Limit) -> Stage:
         some = [c for c in given or gpu_cases.cases() if not only or _named(c.name, only)]
         units = [(c, direction) for c in gpu_cases.ranked(some) for direction in c.directions]
         try:
@@ -165,18 +192,21 @@ def run(
             return Stage("failed", str(raised))
         return _of_bench(units, measured_of(whole))
 
+    spent, whole_share = 0, sum(SHARES[stage] for stage in stages)
     for stage in STAGES:
         if stage not in stages:
             whole["stages"][stage] = Stage("skipped", "not asked for")._asdict()
             continue
         say(f"== {stage}")
-        if limit.left() < _LEAST:
+        spent += SHARES[stage]
+        mine = limit.until(spent / whole_share)
+        if mine.left() < _LEAST:
             result = Stage("skipped", "no time was left")
         elif stage == "bench":
-            result = timed()
+            result = timed(mine)
         else:
-            share = _SMOKE if stage == "smoke" and set(stages) != {"smoke"} else 1.0
-            result = _SUITES[stage](call or called, limit.left(share))
+            said_in.mkdir(parents=True, exist_ok=True)
+            result = _OTHERS[stage](call or called, mine.left(), said_in)
         say(f"{stage}: {result.status}. {result.said}")
         whole["stages"][stage] = result._asdict()
         write()
@@ -221,10 +251,13 @@ def _named(name: str, parts: Sequence[str]) -> bool:
     return any(part in name for part in parts)
 
 
-def called(command: list[str], seconds: float) -> tuple[int, str]:
+def called(command: list[str], seconds: float, into: Path) -> tuple[int, str]:
     """Runs it; who has not ended by then is interrupted, and says what there is to say."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as told:
-        ran = subprocess.Popen(command, stdout=told, stderr=told, start_new_session=True)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with into.open("w+", encoding="utf-8", errors="replace") as told:
+        ran = subprocess.Popen(
+            command, stdout=told, stderr=told, start_new_session=True, env=environment
+        )
         try:
             status = ran.wait(None if seconds == float("inf") else max(seconds, 0.1))
         except subprocess.TimeoutExpired:
@@ -255,22 +288,33 @@ def _killed(ran: subprocess.Popen[bytes]) -> None:
     ran.wait()
 
 
-def _command(*words: str) -> list[str]:
+def _command(*words: str, setting: tuple[str, Path] | None = None) -> list[str]:
+    """`attn-core` with these words; `setting` is a variable of the environment that it runs in."""
     code = "from attn_core.cli import app\nif __name__ == '__main__': app()"
-    return [sys.executable, "-c", code, "conformance", "run", "--subject", SUBJECT, *words]
+    if setting is not None:
+        name, value = setting
+        code = f"import os\nos.environ[{name!r}] = {str(value.resolve())!r}\n{code}"
+    return [sys.executable, "-c", code, *words]
 
 
-def _suite(tier: str) -> Callable[[Call, float], Stage]:
-    def judged(call: Call, seconds: float) -> Stage:
-        # Compiling is most of it, and that a GPU's host does beside.
-        jobs = str(max(1, min(8, (os.cpu_count() or 2) // 2)))
-        with tempfile.TemporaryDirectory() as room:
-            verdicts = Path(room) / "verdicts.json"
-            words = ("--tier", tier, "--failures", "--jobs", jobs, "--json", str(verdicts))
-            status, said = call(_command(*words), seconds)
-            if status != _STOPPED:
-                return Stage("passed" if status == 0 else "failed", said)
-            rows = json.loads(verdicts.read_text("utf-8"))["verdicts"] if verdicts.exists() else []
+def _judged(*words: str) -> list[str]:
+    return _command("conformance", "run", "--subject", SUBJECT, *words)
+
+
+def _jobs() -> int:
+    # Compiling is most of it, and that a GPU's host does beside.
+    return max(1, min(8, (os.cpu_count() or 2) // 2))
+
+
+def _suite(name: str, tier: str) -> Callable[[Call, float, Path], Stage]:
+    def judged(call: Call, seconds: float, into: Path) -> Stage:
+        verdicts = into / f"{name}.json"
+        verdicts.unlink(missing_ok=True)
+        words = ("--tier", tier, "--failures", "--jobs", str(_jobs()), "--json", str(verdicts))
+        status, said = call(_judged(*words), seconds, into / f"{name}.txt")
+        if status != _STOPPED:
+            return Stage("passed" if status == 0 else "failed", said)
+        rows = json.loads(verdicts.read_text("utf-8"))["verdicts"] if verdicts.exists() else []
         bad = [row["case"] for row in rows if row["status"] in ("failed", "error")]
         said = f"{len(rows)} judged until time was up, {len(bad)} wrong"
         return Stage("failed" if bad else "stopped", ": ".join([said, *bad[:1]]))
@@ -278,19 +322,64 @@ def _suite(tier: str) -> Callable[[Call, float], Stage]:
     return judged
 
 
-def _sanitizer(call: Call, seconds: float) -> Stage:
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        return Stage("skipped", "compute-sanitizer is not installed")
-    cases = [word for name in _SMALL for word in ("--case", name)]
-    command = [tool, "--error-exitcode", "9", "--target-processes", "all"]
-    status, said = call([*command, *_command("--tier", "smoke", "--jobs", "1", *cases)], seconds)
+def _doctor(call: Call, seconds: float, into: Path) -> Stage:
+    status, said = call(_command("doctor"), seconds, into / "doctor.txt")
+    return _of_status(status, said)
+
+
+def _tests(call: Call, seconds: float, into: Path) -> Stage:
+    if not _TESTS.is_dir():
+        return Stage("skipped", f"{_TESTS} is not here: it comes with the source alone")
+    failures = into / "failures.txt"
+    failures.write_text("", "utf-8")
+    together = ["-n", str(_jobs())] if find_spec("xdist") is not None else []
+    # A plug-in of benchmarks, which images for GPUs tend to hold, warns of xdist: an error here.
+    words = [str(_TESTS), *together, "-v", "--tb=short", "-p", "no:benchmark"]
+    words += [f"--junitxml={into / 'tests.xml'}", f"--failures-into={failures}"]
+    status, said = call([sys.executable, "-m", "pytest", *words], seconds, into / "tests.txt")
+    if status != _STOPPED:
+        return _of_status(status, said)
+    bad = failures.read_text("utf-8").count(FAILED)
+    return Stage("failed" if bad else "stopped", f"time was up; {bad} had failed by then")
+
+
+FAILED = "== FAILED "
+"""With what each failure begins in the file of failures, which the tests' conftest writes."""
+
+
+def _tune(call: Call, seconds: float, into: Path) -> Stage:
+    minutes = [] if seconds == float("inf") else ["--minutes", f"{seconds / 60:.2f}"]
+    # What wins stands there, and not where every call would take it from.
+    setting = ("ATTN_CORE_KERNEL_CONFIGS", into / "tiles.toml")
+    command = _command("bench", "tune", *minutes, setting=setting)
+    status, said = call(command, seconds + _LEAST, into / "tune.txt")
+    return Stage("stopped", said) if status == _STOPPED else Stage("passed", said)
+
+
+def _of_status(status: int, said: str) -> Stage:
     if status == _STOPPED:
         return Stage("stopped", "it was interrupted when time was up")
     return Stage("passed" if status == 0 else "failed", said)
 
 
-_SUITES = {"smoke": _suite("smoke"), "conformance": _suite("full"), "sanitizer": _sanitizer}
+def _sanitizer(call: Call, seconds: float, into: Path) -> Stage:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return Stage("skipped", "compute-sanitizer is not installed")
+    cases = [word for name in _SMALL for word in ("--case", name)]
+    command = [tool, "--error-exitcode", "9", "--target-processes", "all"]
+    command += _judged("--tier", "smoke", "--jobs", "1", *cases)
+    return _of_status(*call(command, seconds, into / "sanitizer.txt"))
+
+
+_OTHERS = {
+    "doctor": _doctor,
+    "tests": _tests,
+    "smoke": _suite("smoke", "smoke"),
+    "tune": _tune,
+    "conformance": _suite("conformance", "full"),
+    "sanitizer": _sanitizer,
+}
 
 
 def in_place(

@@ -12,13 +12,15 @@ from attn_core.benchmarks.gpu_cases import OURS, Found, Run, cases
 _HOW = """Where there is a GPU, `make gpu` judges the kernels on it, times them beside cuDNN,
 FlashAttention-2 and flex_attention, and writes this page. Where it is there for minutes only:
 
-    attn-core bench gpu --minutes 9     the suite's smoke tier, then cases in the order of what they
-                                        tell, then as much of the whole suite as there is time for
+    attn-core bench gpu --minutes 14    doctor, the kernels' own tests, the suite's smoke tier, then
+                                        cases in the order of what they tell, tiles, and as much of
+                                        the whole suite as there is time for
     attn-core bench gpu-page            this page, of what was measured
     attn-core bench tune --minutes 20   tiles, and whether the fused backward pass wins
 
-What is measured is in `benchmarks/results/<gpu>.json` after every case, so that nothing is lost by
-stopping; and every case runs in a process that may end without the others.
+What is measured is in `benchmarks/results/<gpu>.json` after every case, and what failed in the
+folder of that name as it happens, so that nothing is lost by stopping; and every case runs in a
+process that may end without the others.
 """
 
 NOTHING = f"""# On a GPU

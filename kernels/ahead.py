@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ from attn_core.kernels.configs import Config
 from attn_core.kernels.samples import FEW, SAMPLES, Sample
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+KERNELS = (*configs.KERNELS, *configs.PREPARING)
 
 WIDTHS = (64, 128, 256)
 
@@ -69,12 +72,18 @@ class Job(NamedTuple):
 
     @property
     def chosen(self) -> Config:
-        return self._entry.config if self.config is None else self.config
+        if self.config is not None:
+            return self.config
+        if self.kernel in configs.PREPARING:
+            # Of the tiles that a forward pass is cut into.
+            tile, launch = self._replace(kernel="forward").chosen, configs.PREPARED
+            return replace(launch, rows=tile.rows, keys=tile.keys)
+        return self._entry.config
 
     @property
     def refused(self) -> str:
         """Why it is never launched with what the table says, or ""."""
-        return self._entry.refused
+        return "" if self.kernel in configs.PREPARING else self._entry.refused
 
     @property
     def _entry(self) -> configs.Entry:
@@ -113,7 +122,8 @@ class Finding(NamedTuple):
         if self.spills:
             unit = "registers" if self.job.target.startswith("gfx") else "bytes"
             found.append(f"{self.spills} {unit} spilled")
-        if self.registers is not None and self.registers < _LEAST:
+        small = self.job.kernel in configs.PREPARING  # there is little to hold
+        if self.registers is not None and self.registers < _LEAST and not small:
             found.append(f"{self.registers} registers: nothing came of it")
         if self.serialized:
             found.append(f"wgmma serialized ({', '.join(self.serialized)})")
@@ -138,7 +148,7 @@ def jobs(
     Raises:
         ValueError: a name that nothing has.
     """
-    known = {"kernel": configs.KERNELS, "sample": tuple(SAMPLES), "dtype": configs.DTYPES}
+    known = {"kernel": KERNELS, "sample": tuple(SAMPLES), "dtype": configs.DTYPES}
     for what, names in (("kernel", kernels), ("sample", samples), ("dtype", dtypes)):
         for name in names:
             if name not in known[what]:
@@ -146,13 +156,15 @@ def jobs(
     for target in targets:
         if _target(target) is None:
             raise ValueError(f"`target` must be sm_NN or gfxNNN. Got {target!r}.")
-        for kernel in kernels or configs.KERNELS:
+        for kernel in kernels or KERNELS:
             for name in samples or (FEW if few else SAMPLES):
                 sample = SAMPLES[name]
                 if not _asked(kernel, sample):
                     continue
-                for width in widths or ((128,) if few else WIDTHS):
-                    for dtype in dtypes or (("bfloat16",) if few else configs.DTYPES):
+                # What prepares knows neither widths nor numbers, only tiles.
+                one = few or kernel in configs.PREPARING
+                for width in widths or ((128,) if one else WIDTHS):
+                    for dtype in dtypes or (("bfloat16",) if one else configs.DTYPES):
                         job = Job(kernel, target, sample, width, width, dtype)
                         if not job.refused:
                             yield job
@@ -164,6 +176,12 @@ def _asked(kernel: str, sample: Sample) -> bool:
         return bool(sample.bias)
     if kernel in ("combine", "delta"):
         return sample.name in ("plain", "everything")
+    if kernel == "facts":
+        return sample.lengths
+    if kernel == "reduced":
+        return sample.name == "table"
+    if kernel == "schedule":
+        return not (sample.score or sample.bias or sample.dropout) or sample.lengths
     return True
 
 

@@ -77,6 +77,13 @@ class Config:
         return {**found, "maxnreg": self.registers} if self.registers else found
 
 
+PREPARING = ("schedule", "facts", "reduced")
+"""Kernels that work out what others are told. They have no products, and no entry in a table."""
+
+PREPARED = Config(0, 0, 4, 1)
+"""How those are launched; the tiles that a schedule is of are another kernel's."""
+
+
 class Entry(NamedTuple):
     """A line of a table: whom it is for, what it says, and how that is known.
 

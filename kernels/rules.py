@@ -46,8 +46,11 @@ def tanh(x):
 @triton.jit
 def widened(x):
     """A value of a table: floats as float32, integers as they are, at least int32."""
+    # One way out: what stands behind a return is compiled as well, and must be of its type.
     if x.dtype.is_floating():
-        return x.to(tl.float32)
-    if x.dtype.primitive_bitwidth < 32:
-        return x.to(tl.int32)
-    return x
+        found = x.to(tl.float32)
+    elif x.dtype.primitive_bitwidth < 32:
+        found = x.to(tl.int32)
+    else:
+        found = x
+    return found

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from triton import next_power_of_2
 from triton.compiler import ASTSource
 
-from attn_core.kernels import backward, forward
+from attn_core.kernels import backward, forward, schedule
 from attn_core.kernels.configs import Config
+from attn_core.kernels.reach import Form, reach
 from attn_core.kernels.samples import operands_of, tree_of
 from attn_core.kernels.source import function
 from attn_core.language.duals import differentiate
@@ -299,6 +300,45 @@ def _d_bias(c: _Call) -> _Made:
     )
 
 
+def _schedule(c: _Call) -> _Made:
+    tile, lengths = (c.config.rows, c.config.keys), (c.sample.lengths,) * 2
+    held = operands_of(c.mask)
+    forms = tuple(Form((False,) * rank, kind == "bool") for kind, rank in held)
+    found = reach(c.mask, forms, tile, lengths)
+    assert found is not None, c.sample.name
+    given = list(c.mask_operands)
+    for table in found.reduced:
+        kind, rank = held[table.number]
+        given += [_OPERANDS[kind], _OPERANDS[kind], *["i32"] * rank]
+    positional = (*(*c.schedule, tuple(given), c.lengths, c.length_strides, *[c.sizes] * 6),)
+    constants = {
+        "REACH": found.call,
+        "M": tile[0],
+        "N": tile[1],
+        "COUNT": min(128, schedule.AT_ONCE // found.entries),
+        "ONCE": False,
+        "COLUMNS": False,
+        "KV_LENGTHS": lengths[0],
+        "Q_LENGTHS": lengths[1],
+        "ENDS_Q": True,
+        "ENDS_K": True,
+    }
+    return schedule.schedule, positional, constants
+
+
+def _facts(c: _Call) -> _Made:
+    positional = (*("*i32", "*i64", "*i32", "*i32"), (1, 1, 1), *[c.sizes] * 4)
+    names = ("KV_LENGTHS", "Q_LENGTHS", "OFFSETS", "END")
+    constants = {"FAR": 2**30, **dict.fromkeys(names, True), "COUNT": 128}
+    return schedule.facts, positional, constants
+
+
+def _reduced(c: _Call) -> _Made:
+    tall, wide = c.config.rows, c.config.keys
+    constants = {"TALL": tall, "WIDE": wide, "AT_ONCE": max(1, schedule.OF_TABLES // wide)}
+    return schedule.reduced, (*["*i8"] * 3, *[c.sizes] * 4), constants
+
+
 _ARGUMENTS = {
     "forward": _forward,
     "decode": _decode,
@@ -308,4 +348,7 @@ _ARGUMENTS = {
     "d_query": _d_query,
     "fused": _fused,
     "d_bias": _d_bias,
+    "schedule": _schedule,
+    "facts": _facts,
+    "reduced": _reduced,
 }

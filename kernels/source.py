@@ -70,7 +70,7 @@ def function(tree: Tree, operands: tuple[tuple[int, bool], ...], score: bool = F
     """
     source = written(tree, operands, score)
     # Equal source is the same function, so that Triton's own cache knows it again.
-    return Function(source, _compiled(source))
+    return Function(source, jitted(source))
 
 
 def written(tree: Tree, operands: Sequence[tuple[int, bool]], score: bool = False) -> str:
@@ -82,7 +82,7 @@ def written(tree: Tree, operands: Sequence[tuple[int, bool]], score: bool = Fals
         tables.append(Operand(first, rank, boolean))
         first += 1 + rank
     reading = _Source(lines)
-    found = reading.read(tree, {name: _Code(name, lines) for name in names}, tables)
+    found = reading.read(tree, {name: Code(name, lines) for name in names}, tables)
     # A tuple, of one value too: whoever calls unpacks it.
     results = ", ".join(code.name for code in found) + ","
     head = f"def function({', '.join(names)}, operands):"
@@ -91,7 +91,8 @@ def written(tree: Tree, operands: Sequence[tuple[int, bool]], score: bool = Fals
 
 
 @lru_cache(maxsize=256)
-def _compiled(source: str) -> Any:
+def jitted(source: str) -> Any:
+    """The device function called `function` in it; its errors quote the source."""
     name = f"<attn_core.kernels {sha256(source.encode()).hexdigest()[:16]}>"
     # Triton asks `inspect` for the source, and errors quote its lines.
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
@@ -100,7 +101,7 @@ def _compiled(source: str) -> Any:
     return space["function"]
 
 
-class _Code:
+class Code:
     """A value that stands in a line of its own; what is done to it writes the next line."""
 
     __hash__ = None  # type: ignore[assignment]
@@ -108,56 +109,59 @@ class _Code:
     def __init__(self, name: str, lines: list[str]) -> None:
         self.name, self.lines = name, lines
 
-    def write(self, text: str) -> _Code:
+    def write(self, text: str) -> Code:
         name = f"c{len(self.lines)}"
         self.lines.append(f"{name} = {text}")
-        return _Code(name, self.lines)
+        return Code(name, self.lines)
 
-    def _with(self, op: str, other: Any, turned: bool = False) -> _Code:
+    def _with(self, op: str, other: Any, turned: bool = False) -> Code:
         sides = (self.name, _spelled(other))
         first, second = reversed(sides) if turned else sides
         return self.write(f"{first} {op} {second}")
 
-    def __add__(self, other: Any) -> _Code:
+    def __add__(self, other: Any) -> Code:
         return self._with("+", other)
 
-    def __radd__(self, other: Any) -> _Code:
+    def __radd__(self, other: Any) -> Code:
         return self._with("+", other, True)
 
-    def __sub__(self, other: Any) -> _Code:
+    def __sub__(self, other: Any) -> Code:
         return self._with("-", other)
 
-    def __mul__(self, other: Any) -> _Code:
+    def __rsub__(self, other: Any) -> Code:
+        return self._with("-", other, True)
+
+    def __mul__(self, other: Any) -> Code:
         return self._with("*", other)
 
-    def __rmul__(self, other: Any) -> _Code:
+    def __rmul__(self, other: Any) -> Code:
         return self._with("*", other, True)
 
-    def __truediv__(self, other: Any) -> _Code:
+    def __truediv__(self, other: Any) -> Code:
         return self.write(f"rules.divide({self.name}, {_spelled(other)})")
 
-    def __and__(self, other: Any) -> _Code:
+    def __and__(self, other: Any) -> Code:
         return self._with("&", other)
 
-    def __or__(self, other: Any) -> _Code:
+    def __or__(self, other: Any) -> Code:
         return self._with("|", other)
 
-    def __xor__(self, other: Any) -> _Code:
+    def __xor__(self, other: Any) -> Code:
         return self._with("^", other)
 
-    def __invert__(self) -> _Code:
+    def __invert__(self) -> Code:
         return self.write(f"~{self.name}")
 
-    def __lt__(self, other: Any) -> _Code:
+    def __lt__(self, other: Any) -> Code:
         return self._with("<", other)
 
-    def __le__(self, other: Any) -> _Code:
+    def __le__(self, other: Any) -> Code:
         return self._with("<=", other)
 
-    def __gt__(self, other: Any) -> _Code:
+    def __gt__(self, other: Any) -> Code:
         return self._with(">", other)
 
-    def __ge__(self, other: Any) -> _Code:
+    def __ge__(self, other: Any) -> Code:
         return self._with(">=", other)
 
     def __eq__(self, other: Any) -> Any:
@@ -168,7 +172,7 @@ class _Code:
 
 
 def _spelled(x: Any) -> str:
-    if isinstance(x, _Code):
+    if isinstance(x, Code):
         return x.name
     return _number(x) if isinstance(x, float) else repr(x)
 
@@ -184,14 +188,14 @@ class _Source(ArrayReading):
         super().__init__()
         self.lines = lines
 
-    def _line(self, text: str) -> _Code:
-        return _Code("", self.lines).write(text)
+    def _line(self, text: str) -> Code:
+        return Code("", self.lines).write(text)
 
-    def const(self, kind: str, value: Any) -> _Code:
+    def const(self, kind: str, value: Any) -> Code:
         text = _number(value) if kind == "float" else str(int(value))
         return self._line(f"tl.full((1, 1), {text}, {_TYPES[kind]})")
 
-    def lookup(self, table: Operand, index: Sequence[_Code]) -> _Code:
+    def lookup(self, table: Operand, index: Sequence[Code]) -> Code:
         place = "0"
         for axis, at in enumerate(index):
             size = f"operands[{table.first + 1 + axis}]"
@@ -204,50 +208,50 @@ class _Source(ArrayReading):
             return value != 0
         return self._line(f"rules.widened({value.name})")
 
-    def where(self, condition: _Code, x: _Code, y: _Code) -> _Code:
+    def where(self, condition: Code, x: Code, y: Code) -> Code:
         return self._line(f"tl.where({condition.name}, {x.name}, {y.name})")
 
-    def zeros_like(self, x: _Code) -> _Code:
+    def zeros_like(self, x: Code) -> Code:
         return self._line(f"tl.zeros_like({x.name})")
 
-    def equal(self, x: _Code, y: _Code) -> _Code:
+    def equal(self, x: Code, y: Code) -> Code:
         return self._line(f"{x.name} == {y.name}")
 
-    def not_equal(self, x: _Code, y: _Code) -> _Code:
+    def not_equal(self, x: Code, y: Code) -> Code:
         return self._line(f"{x.name} != {y.name}")
 
-    def int_floordiv(self, x: _Code, y: _Code) -> _Code:
+    def int_floordiv(self, x: Code, y: Code) -> Code:
         return self._line(f"rules.floordiv({x.name}, {y.name})")
 
-    def int_mod(self, x: _Code, y: _Code) -> _Code:
+    def int_mod(self, x: Code, y: Code) -> Code:
         return self._line(f"rules.mod({x.name}, {y.name})")
 
-    def int_rshift(self, x: _Code, count: _Code) -> _Code:
+    def int_rshift(self, x: Code, count: Code) -> Code:
         return self._line(f"{x.name} >> {count.name}")
 
-    def absolute(self, x: _Code) -> _Code:
+    def absolute(self, x: Code) -> Code:
         return self._line(f"tl.abs({x.name})")
 
-    def exp(self, x: _Code) -> _Code:
+    def exp(self, x: Code) -> Code:
         return self._line(f"tl.exp({x.name})")
 
-    def log(self, x: _Code) -> _Code:
+    def log(self, x: Code) -> Code:
         return self._line(f"tl.log({x.name})")
 
-    def tanh(self, x: _Code) -> _Code:
+    def tanh(self, x: Code) -> Code:
         return self._line(f"rules.tanh({x.name})")
 
-    def floor(self, x: _Code) -> _Code:
+    def floor(self, x: Code) -> Code:
         return self._line(f"tl.floor({x.name})")
 
-    def truncate(self, x: _Code) -> _Code:
+    def truncate(self, x: Code) -> Code:
         return self._line(f"tl.where({x.name} < 0, tl.ceil({x.name}), tl.floor({x.name}))")
 
-    def stop_gradient(self, x: _Code) -> _Code:
+    def stop_gradient(self, x: Code) -> Code:
         return x
 
-    def as_int(self, x: _Code) -> _Code:
+    def as_int(self, x: Code) -> Code:
         return self._line(f"{x.name}.to(tl.int32)")
 
-    def as_float(self, x: _Code) -> _Code:
+    def as_float(self, x: Code) -> Code:
         return self._line(f"{x.name}.to(tl.float32)")

@@ -82,6 +82,16 @@ def compiling(case: str) -> Any:
     return launch
 
 
+def preparing(case: str) -> Any:
+    """The same of what schedules are made by."""
+    launch = compiling(case)
+
+    def prepare(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+        launch(kernel, programs, configs.PREPARED, *args, **options)
+
+    return prepare
+
+
 def main(architecture: int) -> None:
     driver.set_active(Driver(GPUTarget("cuda", architecture, 32)))  # type: ignore[arg-type]
     # The tensors are on the CPU, and are taken for a GPU's.
@@ -89,9 +99,9 @@ def main(architecture: int) -> None:
     backend._REFUSALS["triton"] = lambda p: []
     triton_launch.architecture = lambda device: f"sm_{architecture}"
     triton_launch.processors = lambda device: 132
-    triton_launch.keeping = lambda device: True
     for name, given in CASES.items():
         triton_launch.launch = compiling(name)
+        triton_launch.prepare = preparing(name)
         options = dict(given)
         fused = options.pop("fused", False)
         batch, heads, kv_heads, q_len, k_len, width, v_width = options.pop("sizes")

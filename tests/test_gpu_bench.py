@@ -40,8 +40,9 @@ def test_a_run_is_checked_timed_and_written(tmp_path: Path) -> None:
     said: list[str] = []
     asked: list[list[str]] = []
 
-    def call(command: list[str], seconds: float) -> tuple[int, str]:
+    def call(command: list[str], seconds: float, into: Path) -> tuple[int, str]:
         assert seconds == float("inf")
+        assert into.parent == tmp_path / "deep" / "it"
         asked.append(command)
         return 0, "all passed"
 
@@ -53,7 +54,11 @@ def test_a_run_is_checked_timed_and_written(tmp_path: Path) -> None:
     assert json.loads(where.read_text("utf-8")) == json.loads(json.dumps(whole))
     assert not gpu.failed(whole)
     assert whole["stages"]["conformance"] == {"status": "passed", "said": "all passed"}
-    assert gpu.SUBJECT in asked[0]
+    assert "doctor" in asked[0]
+    assert "tests/kernels_only" in asked[1]
+    assert gpu.SUBJECT in asked[2]
+    assert "tiles.toml" in " ".join(asked[3])
+    assert list(whole["stages"]) == list(gpu.STAGES)
     found = gpu.measured_of(json.loads(where.read_text("utf-8")))
     assert [(m.subject, m.direction, m.status) for m in found] == [
         (OURS, "forward", "measured"),
@@ -94,7 +99,7 @@ def test_a_failed_suite_fails_the_run(tmp_path: Path) -> None:
         Machine(),
         tmp_path / "x.json",
         stages=["conformance"],
-        call=lambda command, seconds: (1, "2 failed"),
+        call=lambda command, seconds, into: (1, "2 failed"),
     )
     assert gpu.failed(whole)
 
@@ -152,7 +157,7 @@ def test_what_tells_most_comes_first() -> None:
 
 @pytest.mark.parametrize(("bad", "status"), [(True, "failed"), (False, "stopped")])
 def test_a_suite_that_is_stopped_tells_of_its_part(tmp_path: Path, bad: bool, status: str) -> None:
-    def call(command: list[str], seconds: float) -> tuple[int, str]:
+    def call(command: list[str], seconds: float, into: Path) -> tuple[int, str]:
         assert seconds <= 0.3 * 600  # the smoke tier's share
         place = Path(command[command.index("--json") + 1])
         rows = [{"case": "causal", "status": "failed" if bad else "passed"}]
@@ -168,17 +173,53 @@ def test_a_suite_that_is_stopped_tells_of_its_part(tmp_path: Path, bad: bool, st
     assert whole["stages"]["bench"]["status"] == "passed"
 
 
-def test_who_takes_too_long_is_interrupted() -> None:
+def test_who_takes_too_long_is_interrupted(tmp_path: Path) -> None:
     code = (
         "import time\ntry:\n print('begun', flush=True); time.sleep(60)\n"
         "except KeyboardInterrupt: print('what there is')"
     )
     began = time.monotonic()
-    status, said = gpu.called([sys.executable, "-c", code], 1.0)
+    status, said = gpu.called([sys.executable, "-c", code], 1.0, tmp_path / "said.txt")
     assert status == 130
     assert "begun" in said
     assert time.monotonic() - began < 30
-    assert gpu.called([sys.executable, "-c", "print(1); raise SystemExit(4)"], 60) == (4, "1")
+    assert (tmp_path / "said.txt").read_text("utf-8") == "begun\nwhat there is\n"
+    command = [sys.executable, "-c", "print(1); raise SystemExit(4)"]
+    assert gpu.called(command, 60, tmp_path / "other.txt") == (4, "1")
+
+
+def test_a_failed_test_is_written_as_it_happens(tmp_path: Path) -> None:
+    """By the tests' own conftest; who is interrupted afterwards is told how many there were."""
+
+    def call(command: list[str], seconds: float, into: Path) -> tuple[int, str]:
+        assert seconds <= 28 / 63 * 600
+        (failures,) = (word.split("=")[1] for word in command if "--failures-into" in word)
+        with open(failures, "a", encoding="utf-8") as file:
+            file.write(f"{gpu.FAILED}call of a.py::b\nassert 1 == 2\n\n" * 2)
+        return 130, "interrupted"
+
+    whole, _ = gpu.run(
+        Machine(), tmp_path / "x.json", stages=["tests", "bench"], minutes=10, call=call,
+        given=[small("one", subjects=(OURS,), directions=("forward",))],
+    )  # fmt: skip
+    found = whole["stages"]["tests"]
+    assert found == {"status": "failed", "said": "time was up; 2 had failed by then"}
+    assert whole["stages"]["bench"]["status"] == "passed"
+
+
+def test_every_stage_has_its_share_of_the_time(tmp_path: Path) -> None:
+    asked: dict[str, float] = {}
+
+    def call(command: list[str], seconds: float, into: Path) -> tuple[int, str]:
+        asked[into.stem] = seconds
+        return 0, "done"
+
+    stages = ["doctor", "tests", "smoke", "tune"]
+    gpu.run(Machine(), tmp_path / "x.json", stages=stages, minutes=57, call=call)
+    # Nothing was spent: each has its own share and what those before it left.
+    for stage, until in (("doctor", 2), ("tests", 30), ("smoke", 45)):
+        assert asked[stage] == pytest.approx(60 * until, abs=5)
+    assert asked["tune"] == pytest.approx(60 * 57 + 20, abs=5)
 
 
 def test_some_heads_are_judged_as_all_are() -> None:

@@ -26,7 +26,7 @@ their differences q - k are taken to lie within int32.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,12 @@ from attn_core.language.zones import (
     widths,
 )
 
-__all__ = ["HOST", "Bool", "Host", "Int", "Intervals", "check_range"]
+__all__ = ["EVERYTHING", "HOST", "Bool", "Host", "Int", "Intervals", "check_range"]
 
 Array = Any
+
+EVERYTHING = Tree((Step("const", "bool", (), "True"),), (0,))
+"""The mask that hides nothing."""
 
 
 class Intervals:
@@ -68,7 +71,8 @@ class Intervals:
     ) -> None:
         self.ops, self.tree = ops, tree
         self.rules = Rules(ops)
-        self.ranges = Ranges(ops, tree, [ops.array(x) for x in arrays], tile)
+        made = getattr(ops, "ranges", None) or partial(Ranges, ops)
+        self.ranges = made(tree, [ops.array(x) for x in arrays], tile)
 
     def read(
         self,
@@ -108,6 +112,38 @@ class Intervals:
             nothing = self.ops.array(False)
             return Bool(nothing, nothing)
         return Bool(whole.possible & possible, whole.certain)
+
+    def status(
+        self,
+        b: Array,
+        h: Array,
+        rows: tuple[Array, Array],
+        keys: tuple[Array, Array],
+        per_batch: tuple[Array, Array | None, Array | None],
+        size: tuple[int, int],
+    ) -> tuple[Array, Array]:
+        """(live, full) of tiles: what the mask says of them, and what lengths do.
+
+        Args:
+            per_batch: query offset, kv_length and q_length of each tile's batch; None for none.
+            rest: as in `read`.
+        """
+        ops = self.ops
+        offset, kv_length, q_length = per_batch
+        live = whole = None
+        spans = []
+        for (first, last), length in ((rows, q_length), (keys, kv_length)):
+            if length is not None:
+                cut = ops.minimum(last, length - 1)
+                some, every = first <= cut, cut >= last
+                live = some if live is None else live & some
+                whole = every if whole is None else whole & every
+                last = ops.maximum(cut, first)
+            spans.append((first, last))
+        found = self.read(b, h, spans[0], spans[1], offset, size)
+        full = found.certain if whole is None else whole & found.certain
+        possible = found.possible if live is None else live & found.possible
+        return possible, full & possible
 
     def _term(
         self, term: Term, indices: Mapping[str, Int], gap: Int, base: dict[int, Any]

@@ -33,7 +33,7 @@ class Ranges:
         self, ops: Any, tree: Tree, arrays: Sequence[Array], tile: tuple[int, int]
     ) -> None:
         self.ops, self.tree, self.arrays = ops, tree, arrays
-        self._aligned = tuple(n & -n for n in tile)  # the power of two in the tile's sides
+        self.tile = tile
         self._made: dict[Any, Array] = {}
 
     def lookup(
@@ -66,7 +66,7 @@ class Ranges:
             else:
                 ends.append((first, ops.minimum(ops.maximum(hi, zero), last)))
                 ranged.append(axis)
-        grains = self._grains(at, shape, ranged)
+        grains = grains_of(self.tree, at, len(shape), ranged, self.tile)
         counts = [self._count(at, axis, shape[axis], grains[axis], widths[axis]) for axis in ranged]
         least = self._query(number, False, grains, ends, ranged, counts)
         if not ranged:
@@ -82,16 +82,6 @@ class Ranges:
         index = self.tree.steps[self.tree.steps[at].args[axis]]
         over = 1 if grain > 1 and index.value == "q" else 0
         return min(count, (width // grain + 1 + over).bit_length())
-
-    def _grains(self, at: int, shape: tuple[int, ...], ranged: Sequence[int]) -> tuple[int, ...]:
-        """How many entries of each axis are read as one: those of a tile, for a dense table."""
-        grains = [1] * len(shape)
-        if len(ranged) > 1:
-            for axis in ranged:
-                index = self.tree.steps[self.tree.steps[at].args[axis]]
-                if index.op == "index":
-                    grains[axis] = self._aligned[index.value == "k"]
-        return tuple(grains)
 
     def _query(
         self,
@@ -145,7 +135,8 @@ class Ranges:
         boolean = _is_bool(found)
         if boolean:
             found = ops.where(found, ops.index(1), ops.index(0))
-        found = ops.where(inside, found, ops.index(INT_MIN if most else INT_MAX))
+        # The first level's always do; an end of int32 would not do for wider ids.
+        found = ops.where(inside, found, found[(..., *[slice(0, 1)] * axes)])
         for _ in range(axes):
             found = ops.most(found) if most else ops.least(found)
         return found > 0 if boolean else found
@@ -194,6 +185,20 @@ class Ranges:
         left = _slice(array, axis, 0, even, 2)
         right = _slice(array, axis, 1, even, 2)
         return self._pick(most, left, right)
+
+
+def grains_of(
+    tree: Tree, at: int, axes: int, ranged: Sequence[int], tile: tuple[int, int]
+) -> tuple[int, ...]:
+    """How many entries of each axis are read as one: those of a tile, for a dense table."""
+    grains = [1] * axes
+    if len(ranged) > 1:
+        for axis in ranged:
+            index = tree.steps[tree.steps[at].args[axis]]
+            if index.op == "index":
+                side = tile[index.value == "k"]
+                grains[axis] = side & -side  # the power of two in it
+    return tuple(grains)
 
 
 def _is_bool(x: Array) -> bool:

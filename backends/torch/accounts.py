@@ -26,8 +26,8 @@ _PHILOX = 20
 """Bytes of an entry of dropout's mask while it is made: words and their products are int64."""
 
 
-_TILE, _KEPT = 160, 4
-"""Bytes of a tile in the schedules of kernels: while they are made, and of one that is kept."""
+_LISTED, _TILE = 4, 160
+"""Bytes of a tile in a schedule of kernels; and while it is made of operations of torch."""
 
 _KEYS = 512
 """That a thread of torch's fused kernel takes at once on a CPU."""
@@ -205,8 +205,9 @@ def _strips(p: Problem, found: tuple[int, int, int], mask: Tree, backward: bool)
 
 
 def _triton(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Account:
-    from attn_core.backends.torch import triton_call, triton_forward, triton_launch
+    from attn_core.backends.torch import triton_forward, triton_launch
     from attn_core.kernels.configs import Config
+    from attn_core.kernels.reach import Form, reach
 
     batch, q_len, k_len = found
     index = torch.cuda.current_device() if p.device == "cuda" else None
@@ -226,14 +227,17 @@ def _triton(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Accoun
     sizes = triton_forward.Sizes(batch, p.heads, p.kv_heads, q_len, k_len)
     way = triton_forward.cut(sizes, config, device)
     by_batch, by_head = differs(p)
-    maps = (batch if by_batch else 1) * (p.heads if by_head else 1)
-
-    moved = p.offset == "given" and p.mask is not None and p.mask.reads("q")
-    fixed = not (moved or p.kv_lengths or p.q_lengths or p.mask_operands)
+    maps = batch if by_batch else 1
+    forms = tuple(
+        Form(tuple(n == 1 or 0 in shape for n in shape), kind.startswith("bool"))
+        for kind, shape in p.mask_operands
+    )
 
     def schedule(rows: int, keys: int) -> int:
         grid = -(-q_len // rows) * -(-k_len // keys)
-        return (_KEPT if fixed and grid <= triton_call.KEPT else _TILE) * maps * grid
+        if reach(p.mask, forms, (rows, keys), (p.kv_lengths, p.q_lengths)) is None:
+            return _TILE * maps * (p.heads if by_head else 1) * grid
+        return _LISTED * maps * (p.kv_heads if by_head else 1) * grid
 
     rows = batch * p.heads * q_len
     parts = 0

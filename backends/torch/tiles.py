@@ -6,12 +6,12 @@ The names and their order are those of `attn_core.language.rules.Host`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
+from attn_core.backends.torch.kept import Kept
 from attn_core.language.tree import INT_MAX, INT_MIN
 
 Array = Any
@@ -52,10 +52,7 @@ def _run(first: int, step: int, count: int, options: dict[str, Any]) -> Array:
     return torch.arange(first, first + step * count, step, **options)
 
 
-@lru_cache(maxsize=256)
-def _kept(held: bytes, shape: tuple[int, ...], device: torch.device) -> Array:
-    x = np.frombuffer(held, np.int64).reshape(shape).copy()
-    return constant(x if shape else x.item(), torch.int32, device)
+_kept = Kept(256)
 
 
 class Tiles:
@@ -103,7 +100,8 @@ class Tiles:
             return x.to(self.device, torch.int32)
         if self.keep:
             host = np.asarray(x, np.int64)
-            return _kept(host.tobytes(), host.shape, self.device)
+            made = lambda: constant(host, torch.int32, self.device)  # noqa: E731
+            return _kept.of((host.tobytes(), host.shape), self.device, made)
         return constant(x, torch.int32, self.device)
 
     def array(self, x: Any) -> Array:

@@ -207,9 +207,9 @@ class _Backward:
         c, x = self.c, self.x
         sinks = x.sinks.to(torch.float32)[:, None]
         weight = torch.exp((sinks - self.saved.m) - self.saved.log_l)
-        if c.q_lengths is not None:
+        if c.told.given[1]:
             row = torch.arange(c.q_len, device=c.device)
-            weight = torch.where(row < c.q_lengths[:, None, None], weight, 0.0)
+            weight = torch.where(row < c.lengths[1][:, None, None], weight, 0.0)
         moved = torch.where(sinks == -torch.inf, 0.0, -self.t * weight)
         return moved.sum((0, 2)).to(x.sinks.dtype)
 

@@ -56,15 +56,6 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def keeping(device: torch.device) -> bool:
-    """Whether what is made on a device may be kept for later calls: on its default stream only.
-
-    Another stream would have to wait for it; and on others CUDA graphs are warmed up and captured,
-    whose memory must hold nothing that lives on.
-    """
-    return INTERPRETED or not torch.cuda.current_stream(device).cuda_stream
-
-
 class Kind(NamedTuple):
     """What the table of configurations is asked by, beside the kernel.
 
@@ -98,6 +89,11 @@ def config(kernel: str, device: torch.device, kind: Kind) -> Config:
 def launch(kernel: Any, programs: int, shape: Config, *args: Any, **options: Any) -> None:
     """`programs` along the grid's first axis, the only one that may exceed 65,535."""
     kernel[(programs,)](*args, **options, **shape.launch)
+
+
+def prepare(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+    """A kernel that works out what others are told: of schedules and lengths."""
+    kernel[(programs,)](*args, **options, **configs.PREPARED.launch)
 
 
 @contextmanager

@@ -21,27 +21,44 @@ os.environ["ATTN_CORE_KERNEL_CONFIGS"] = os.devnull
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+FAILED = "== FAILED "
+"""As `attn_core.benchmarks.gpu` counts them."""
+
+
 class Failures:
-    """Each failure and its reason, a line as it comes in: whoever is cut off has had them."""
+    """Each failure and its reason as it comes in: a line on the screen, and all of it in a file.
+
+    Whoever is cut off has had them.
+    """
 
     def __init__(self, config: Any) -> None:
-        self.config = config
+        self.config, self.into = config, config.getoption("--failures-into")
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        screen = self.config.pluginmanager.get_plugin("terminalreporter")
-        if not report.failed or screen is None:
+        if not report.failed:
             return
         crash = getattr(report.longrepr, "reprcrash", None)
         said = crash.message if crash is not None else str(report.longrepr)
         reason = " ".join(said.split())[:300]
-        screen.ensure_newline()
-        screen.write_line(f"{report.when} of {report.nodeid}: {reason}")
+        screen = self.config.pluginmanager.get_plugin("terminalreporter")
+        if screen is not None:
+            screen.ensure_newline()
+            screen.write_line(f"{report.when} of {report.nodeid}: {reason}")
+        if self.into:
+            with open(self.into, "a", encoding="utf-8") as file:
+                told = f"{report.longreprtext}\n{report.capstderr[-2000:]}".strip()
+                file.write(f"{FAILED}{report.when} of {report.nodeid}\n{told}\n\n")
+
+
+def pytest_addoption(parser: Any) -> None:
+    parser.addoption("--failures-into", help="A file to add each failure to, as it happens.")
 
 
 def pytest_configure(config: Any) -> None:
-    if "TRITON_INTERPRET" in os.environ:
-        return
-    # Torch says so once of a thread of its own that goes backward, and mends it by itself.
-    config.addinivalue_line("filterwarnings", "ignore:Attempting to run cuBLAS")
-    if not hasattr(config, "workerinput"):  # they have no screen
+    compiled = "TRITON_INTERPRET" not in os.environ
+    if compiled:
+        # Torch says so once of a thread of its own that goes backward, and mends it by itself.
+        config.addinivalue_line("filterwarnings", "ignore:Attempting to run cuBLAS")
+    asked = compiled or config.getoption("--failures-into")
+    if asked and not hasattr(config, "workerinput"):  # they have no screen
         config.pluginmanager.register(Failures(config), "attn-core-failures")

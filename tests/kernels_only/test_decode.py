@@ -97,8 +97,7 @@ def test_four_splits_of_packed_heads(
     name: str, launched: list[Any], short: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split_into(4, monkeypatch)
-    # Sums of 150 products of float32, some of them twice.
-    compare({"query": QUERY, "key": KEY, "value": VALUE, **CASES[name]}, 3e-6)
+    compare({"query": QUERY, "key": KEY, "value": VALUE, **CASES[name]})
     kernels = dict(launched)
     assert kernels["forward"]["SPLITS"] == 4
     assert kernels["forward"]["PACK"] == 4
@@ -121,7 +120,7 @@ def test_how_heads_are_packed(
         "mask": masks.causal(),
         "query_offset": "end",
     }
-    compare(given, 3e-6)
+    compare(given)
     options = dict(launched)["forward"]
     if launcher.INTERPRETED:
         assert (options["PACK"], options["M"]) == (pack, rows)
@@ -131,13 +130,13 @@ def test_how_heads_are_packed(
 
 def test_more_splits_than_tiles(launched: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     split_into(16, monkeypatch)
-    compare({"query": QUERY, "key": KEY, "value": VALUE, **CASES["lengths"]}, 3e-6)
+    compare({"query": QUERY, "key": KEY, "value": VALUE, **CASES["lengths"]})
     assert dict(launched)["combine"]["SPLITS"] == 16
 
 
 def test_half_precision(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
     split_into(2, monkeypatch)
-    compare({"query": QUERY.half(), "key": KEY.half(), "value": VALUE.half()}, 2.0**-9)
+    compare({"query": QUERY.half(), "key": KEY.half(), "value": VALUE.half()})
 
 
 def test_poison_stays_where_nobody_looks(short: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from attn_core import attention, explain, masks, scores
 from attn_core.backends.torch import triton_forward, triton_launch
 from attn_core.kernels import configs
 
+LONG = 1024
 allocator = pytest.mark.skipif(DEVICE != "cpu", reason="counts what the CPU's allocator gives")
 
 
@@ -55,9 +56,9 @@ def test_blocks_in_the_tiles_that_run() -> None:
         {"layout": "BTHD", "dtype": torch.float16},
         {"score": True},
         {"sinks": True, "score": True, "deterministic": True},
-        {"lengths": [2048, 100]},
+        {"lengths": [LONG, 100]},
         {"fused": True, "dtype": torch.float16},
-        {"rows": 1, "splits": 8, "lengths": [2048, 100]},
+        {"rows": 1, "splits": 8, "lengths": [LONG, 100]},
     ],
 )
 def test_estimates_are_near_what_is_allocated(
@@ -66,9 +67,9 @@ def test_estimates_are_near_what_is_allocated(
     if "splits" in more:
         monkeypatch.setattr(triton_forward, "splits", lambda *sizes: more["splits"])
     dtype = more.get("dtype", torch.float32)
-    rows, heads = more.get("rows", 2048), 4 if "splits" in more else 1
+    rows, heads = more.get("rows", LONG), 4 if "splits" in more else 1
     batch = len(more.get("lengths", [0]))
-    arrays = [draw(batch, heads, n, 16).to(dtype) for n in (rows, 2048, 2048)]
+    arrays = [draw(batch, heads, n, 16).to(dtype) for n in (rows, LONG, LONG)]
     if more.get("layout") == "BTHD":
         arrays = [x.transpose(1, 2).contiguous() for x in arrays]
     options: dict[str, Any] = {"impl": "triton", "layout": more.get("layout", "BHTD")}
@@ -108,4 +109,5 @@ def test_estimates_are_near_what_is_allocated(
     finally:
         torch.use_deterministic_algorithms(False)
     assert near(said.forward, taken[0]), taken
-    assert near(said.backward, taken[1]), taken
+    # A step has the one and then the other; the gradients may be more than either.
+    assert near(said.backward, max(taken)), taken

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_calls import DEVICE, by_kernel, compare, draw, found
+from kernel_calls import DEVICE, by_kernel, compare, described, draw, found
 from kernel_cases import CASES, HQ, KEY, QUERY, SLOPES, TABLE, TK, TQ, VALUE, B, D
 
 from attn_core import attention, masks, scores
@@ -70,7 +70,7 @@ def ordered() -> Iterator[None]:
 @pytest.mark.parametrize("name", CASES)
 def test_every_option(name: str, ran: Ran) -> None:
     given = {"query": QUERY, "key": KEY, "value": VALUE, **CASES[name]}
-    compare(given, 3e-6)
+    compare(given)
     bias = ["d_bias"] if "bias" in given else []
     assert ran.backward() == ["d_keys, fused", *bias]
 
@@ -84,7 +84,7 @@ def test_half_precision(name: str, ran: Ran) -> None:
         n: x.half() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for n, x in given.items()
     }
-    compare(given, 2.0**-9)
+    compare(given)
     assert ran.backward()[0] == "d_keys, fused"
 
 
@@ -92,12 +92,13 @@ def test_the_other_layout_and_entries_apart(ran: Ran) -> None:
     options = {"mask": masks.causal(), "query_offset": 0}
     names = ("query", "key", "value")
     turned = [x.transpose(1, 2).contiguous() for x in (QUERY, KEY, VALUE)]
-    compare({**dict(zip(names, turned, strict=True)), "layout": "BTHD", **options}, 3e-6)
+    compare({**dict(zip(names, turned, strict=True)), "layout": "BTHD", **options})
     apart = [draw(*x.shape[:3], 2 * D)[..., ::2] for x in (QUERY, KEY, VALUE)]
-    compare({**dict(zip(names, apart, strict=True)), **options}, 3e-6)
+    compare({**dict(zip(names, apart, strict=True)), **options})
     assert ran.backward() == ["d_keys, fused"] * 2
 
 
+@pytest.mark.skipif(not described(), reason="tensor descriptors are Hopper's and later GPUs'")
 @pytest.mark.parametrize("layout", ["BHTD", "BTHD"])
 def test_sums_through_descriptors(layout: str, ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows behind the last one and columns behind the width are added nowhere."""
@@ -109,7 +110,7 @@ def test_sums_through_descriptors(layout: str, ran: Ran, monkeypatch: pytest.Mon
     if layout == "BTHD":
         turned = {n: given[n].transpose(1, 2).contiguous() for n in ("query", "key", "value")}
         given = {**given, **turned, "layout": layout}
-    compare(given, 3e-6)
+    compare(given)
     assert ran.backward() == ["d_keys, fused"]
     assert all(o["DESCRIPTORS"] for _, o in ran if "DESCRIPTORS" in o)
 

@@ -23,8 +23,9 @@ def test_every_launch_compiles_for_hopper() -> None:
     for line in map(json.loads, run.stdout.splitlines()):
         kernels[line["case"]].add(line["kernel"])
         assert line["shared"] <= SHARED
-    both = {"forward", "delta", "d_keys", "d_query"}
-    assert kernels["one of each"] == kernels["odd sizes"] == both
-    assert kernels["decode"] == {*both, "combine"}
+    both = {"schedule", "forward", "delta", "d_keys", "d_query"}
+    assert kernels["one of each"] == both
+    assert kernels["odd sizes"] == {*both, "facts"}
+    assert kernels["decode"] == {*both, "facts", "combine"}
     assert kernels["everything"] == {*both, "d_bias"}
-    assert kernels["fused"] == {"forward", "delta", "d_keys", "d_bias"}
+    assert kernels["fused"] == {"schedule", "forward", "delta", "d_keys", "d_bias"}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_calls import alike
+from kernel_calls import alike, bound, described
 from triton import cdiv, next_power_of_2
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -217,7 +217,7 @@ def completed(options: dict[str, Any], group: int, q_len: int) -> dict[str, Any]
 def test_against_the_reference(name: str, way: str) -> None:
     group, q_len = 3, 3  # no power of two: a packed tile has a lane that is nobody's
     given = question(group, q_len, **completed(CASES[name], group, q_len))
-    compare(given, way, 3e-6)
+    compare(given, way)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -225,40 +225,48 @@ def test_against_the_reference(name: str, way: str) -> None:
 def test_groups_and_numbers_of_queries(way: str, group: int) -> None:
     for q_len in (1, 5, 16):
         given = question(group, q_len, mask=masks.causal(), query_offset="end")
-        compare(given, way, 3e-6)
+        compare(given, way)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_half_precision(way: str) -> None:
     given = question(3, 3, **completed(CASES["sinks"], 3, 3))
     given = {n: x.half() if isinstance(x, torch.Tensor) else x for n, x in given.items()}
-    compare(given, way, 2.0**-10)
+    compare(given, way)
 
 
 def test_the_other_layout() -> None:
     given = question(3, 3, mask=masks.causal(), query_offset="end")
     turned = {n: given[n].transpose(1, 2).contiguous() for n in ("query", "key", "value")}
-    compare({**given, **turned, "layout": "BTHD"}, "both", 3e-6)
+    compare({**given, **turned, "layout": "BTHD"}, "both")
 
 
-def compare(given: dict[str, Any], way: str, tolerance: float) -> None:
+def compare(given: dict[str, Any], way: str) -> None:
+    """By the suite's rule, as `kernel_calls.compare`."""
     group = given["query"].shape[1 if given.get("layout") != "BTHD" else 2] // HK
     shape = dict(WAYS[way])
     shape["pack"] = 1 if shape["pack"] == 1 else next_power_of_2(group)
     shape["rows"] = max(shape["rows"], 16 // shape["pack"])
     out, lse, alive = launched(given, **shape)
-    wanted = as_output(
-        attention(**{n: wide(x) for n, x in given.items()}, return_lse=True, impl="reference")
+    wanted, plain = (
+        as_output(attention(**x, return_lse=True, impl="reference"))
+        for x in ({n: wide(x) for n, x in given.items()}, given)
     )
     assert wanted.out.isfinite().all()
-    torch.testing.assert_close(out.double(), wanted.out, rtol=0, atol=tolerance)
-    torch.testing.assert_close(lse.double(), wanted.lse, rtol=0, atol=max(tolerance, 4e-6))
+    dtype = str(given["query"].dtype).removeprefix("torch.")
+    for got, want, other in ((out, wanted.out, plain.out), (lse, wanted.lse, plain.lse)):
+        some = want.isfinite()
+        off = float((other.double() - want)[some].abs().max()) if some.any() else 0.0
+        spread = max(1.0, float(want[some].abs().max()) if some.any() else 0.0)
+        allowed = bound(off, spread, dtype, "out")
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=allowed)
     unseen = (wanted.out == 0).all(-1)
     unseen = unseen.transpose(1, 2) if given.get("layout") == "BTHD" else unseen
     if not given.get("dropout"):
         assert torch.equal(alive == 0, unseen)
 
 
+@pytest.mark.skipif(not described(), reason="tensor descriptors are Hopper's and later GPUs'")
 @pytest.mark.parametrize("layout", ["BHTD", "BTHD"])
 @pytest.mark.parametrize("name", ["plain", "window", "lengths", "everything"])
 def test_tensor_descriptors_read_the_same(name: str, layout: str) -> None:
