@@ -1165,9 +1165,9 @@ def test_documents_dropout_and_errors():
         call(x, jnp.asarray(key), jnp.asarray(value), np.zeros((TQ, TK)))
     with pytest.raises(TypeError, match="`mask` must be boolean"):
         call(query, key, value, np.ones((TQ, TK), int))
-    with pytest.raises(ValueError, match="leading dimensions of q"):
+    with pytest.raises(ValueError, match="leading dimensions of `q`"):
         call(query, key[:2], value)
-    with pytest.raises(TypeError, match="must be an array of JAX, or all three NumPy"):
+    with pytest.raises(TypeError, match="must be an array of JAX, or all of them NumPy"):
         call(query, jnp.asarray(key), value)
 
 

@@ -967,9 +967,9 @@ def test_documents_function_hides_and_drops():
 def test_documents_function_refuses():
     f = backend.scaled_dot_product_attention
     q, k, v = triple(2)
-    with pytest.raises(ValueError, match="`k` must have the leading dimensions of q"):
+    with pytest.raises(ValueError, match="`k` must have the leading dimensions of `q`"):
         f(q, k[:1], v[:1])
-    with pytest.raises(ValueError, match="`q` must have a known rank"):
+    with pytest.raises(ValueError, match="`q` must have rank 2 or more"):
         f(q[0, 0], k, v)
     with pytest.raises(ValueError, match="`mask` must broadcast"):
         f(q, k, v, np.zeros((3, 1, 1), np.float32))
@@ -977,7 +977,7 @@ def test_documents_function_refuses():
         f(q, k, v, np.zeros((TQ, TK), np.int32))
     with pytest.raises(TypeError, match="`mask` must not be wider"):
         f(q, k, v, np.zeros((TQ, TK)))
-    with pytest.raises(TypeError, match="`k` must be a tensor, or all three NumPy"):
+    with pytest.raises(TypeError, match="`k` must be a tensor, or all of them NumPy"):
         f(tf.constant(q), k, v)
 
 
