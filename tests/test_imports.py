@@ -24,7 +24,10 @@ OWN = {"numpy": set(), "torch": {"torch"}, "tf": {"tensorflow", "keras"}, "jax":
 ROOMS = OWN | {"keras": {"keras"}}
 MODULE = {"numpy": "numpy", "torch": "torch", "tf": "tensorflow", "jax": "jax"}
 
-LAYERS = {"layer_parts", "layers", "additive", "models", "model_parts", "linen", "compat_flax"}
+LAYERS = {
+    *("portable", "layer_parts", "layers", "additive", "model_parts", "models"),
+    *("linen", "compat_flax"),
+}
 """Files of a backend that are loaded only when a layer is asked for."""
 
 # What is loaded: subprocesses ------------------------------------------------------------------

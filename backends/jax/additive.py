@@ -13,7 +13,6 @@ from attn_core.api import attention
 from attn_core.backends.jax.layer_parts import (
     Array,
     Linear,
-    Portable,
     blank,
     integers,
     made,
@@ -22,6 +21,7 @@ from attn_core.backends.jax.layer_parts import (
     widened,
 )
 from attn_core.backends.jax.layers import starts
+from attn_core.backends.jax.portable import Portable
 from attn_core.language.values import Mask
 from attn_core.model import calls, fields
 from attn_core.model.additive import AdditiveConfig, tile

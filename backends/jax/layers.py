@@ -15,7 +15,6 @@ from attn_core.backends.jax.layer_parts import (
     Array,
     Linear,
     Norm,
-    Portable,
     indices,
     integers,
     known,
@@ -27,6 +26,7 @@ from attn_core.backends.jax.layer_parts import (
     wheel,
     widened,
 )
+from attn_core.backends.jax.portable import Portable
 from attn_core.model import calls, fields
 from attn_core.model.cache import Cache, Filling, LayerOutput, Memory, check_room, filling
 from attn_core.model.config import AttentionConfig

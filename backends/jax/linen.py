@@ -23,7 +23,7 @@ from flax import linen, nnx, traverse_util
 
 from attn_core.backends.jax import additive, layers, models
 from attn_core.backends.jax.arrays import DTYPES, x64
-from attn_core.backends.jax.layer_parts import parameters, put
+from attn_core.backends.jax.portable import parameters, put
 from attn_core.model.additive import AdditiveConfig
 from attn_core.model.cache import Cache, Memory, ModelCache
 from attn_core.model.config import AttentionConfig

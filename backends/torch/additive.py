@@ -12,7 +12,6 @@ from attn_core import masks
 from attn_core.api import attention
 from attn_core.backends.torch.layer_parts import (
     Array,
-    Portable,
     check_dtype,
     check_tensors,
     integers,
@@ -21,6 +20,7 @@ from attn_core.backends.torch.layer_parts import (
     weights_dropout,
 )
 from attn_core.backends.torch.layers import starts
+from attn_core.backends.torch.portable import Portable
 from attn_core.language.values import Mask
 from attn_core.model import calls, fields
 from attn_core.model.additive import AdditiveConfig, tile
