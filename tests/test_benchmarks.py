@@ -940,6 +940,9 @@ def test_the_command_line_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     unknown = run.invoke(cli.app, ["bench", "run", "--case", "nonesuch"])
     assert unknown.exit_code == 2
     assert "must name a case" in unknown.output
+    near = run.invoke(cli.app, ["bench", "run", "--case", "cuasal-T2048-D64-float32"])
+    assert near.exit_code == 2
+    assert "Did you mean 'causal-T2048-D64-float32'?" in near.output
     missing = run.invoke(cli.app, ["bench", "page", str(tmp_path / "none.json")])
     assert missing.exit_code == 2
 
