@@ -40,6 +40,9 @@ class AdditiveAttention(Portable):
         config: AdditiveConfig, a path or a mapping; its fields may also be given by name.
         seed: of the first values: the same numbers in every framework.
         site: the number of this layer's stream of dropout.
+
+    Raises:
+        TypeError, ValueError: a field of the config is unknown, or not of its form.
     """
 
     def __init__(

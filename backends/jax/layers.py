@@ -52,6 +52,9 @@ class MultiHeadAttention(Portable):
     `deterministic`; a new layer trains. float64 needs no setting in a call; under jax.jit and
     jax.grad it needs jax_enable_x64, as everywhere in JAX.
 
+    Raises:
+        TypeError, ValueError: a field of the config is unknown, or not of its form.
+
     Source: Vaswani et al., arXiv 1706.03762; config.py names those of the options.
     """
 

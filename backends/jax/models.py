@@ -40,6 +40,9 @@ class Transformer(Portable):
 
     Training is what nnx.Module.train() and .eval() set; a new model trains.
 
+    Raises:
+        TypeError, ValueError: a field of the config is unknown, or not of its form.
+
     Source: Vaswani et al., arXiv 1706.03762.
     """
 

@@ -41,6 +41,9 @@ class AdditiveAttention(Portable):
         site: the number of this layer's stream of dropout.
         dtype: of the parameters, or a policy of Keras; as in MultiHeadAttention.
         name, trainable: as in every layer of Keras.
+
+    Raises:
+        TypeError, ValueError: a field of the config is unknown, or not of its form.
     """
 
     causal: Mask | None

@@ -68,6 +68,9 @@ class MultiHeadAttention(Portable):
     are those of layers `query`, `key`, `value`, `out` (and `gate`), norms `query_norm`,
     `key_norm`.
 
+    Raises:
+        TypeError, ValueError: a field of the config is unknown, or not of its form.
+
     Source: Vaswani et al., arXiv 1706.03762; config.py names those of the options.
     """
 

@@ -49,6 +49,9 @@ class Transformer(Portable):
         dtype: of the parameters, or a policy of Keras; as in MultiHeadAttention.
         name, trainable: as in every layer of Keras.
 
+    Raises:
+        TypeError, ValueError: a field of the config is unknown, or not of its form.
+
     Source: Vaswani et al., arXiv 1706.03762.
     """
 

@@ -41,6 +41,9 @@ class AdditiveAttention(Portable):
         seed: of the first values: the same numbers in every framework.
         site: the number of this layer's stream of dropout.
         device: of the parameters.
+
+    Raises:
+        TypeError, ValueError: a field of the config is unknown, or not of its form.
     """
 
     def __init__(

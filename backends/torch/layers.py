@@ -49,6 +49,9 @@ class MultiHeadAttention(Portable):
     The weights are torch.nn.Linear modules `query`, `key`, `value`, `out` (and `gate`), norms
     `query_norm`, `key_norm`.
 
+    Raises:
+        TypeError, ValueError: a field of the config is unknown, or not of its form.
+
     Source: Vaswani et al., arXiv 1706.03762; config.py names those of the options.
     """
 

@@ -38,6 +38,9 @@ class Transformer(Portable):
         seed: of the first values: the same numbers in every framework.
         device: of the parameters.
 
+    Raises:
+        TypeError, ValueError: a field of the config is unknown, or not of its form.
+
     Source: Vaswani et al., arXiv 1706.03762.
     """
 
