@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from attn_core import config
-from attn_core.cli_terminal import backends, progress, told
+from attn_core.cli_terminal import backends, progress, refused, told
 
 suite = typer.Typer(help="Does an attention mean what the spec says?", no_args_is_help=True)
 
@@ -108,8 +108,7 @@ def run_suite(
                 seen=seen,
             )
     except (ValueError, ImportError, TypeError) as error:
-        Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
+        raise refused(error) from error
     except KeyboardInterrupt:
         # What was done is kept and shown, and the exit status says that it is not all.
         verdicts, interrupted = came, True

@@ -16,14 +16,19 @@ def backends(incomplete: str) -> list[str]:
     return [name for name in config.BACKENDS if name.startswith(incomplete)]
 
 
+def refused(error: Exception, status: int = 2) -> typer.Exit:
+    """What to raise when an error ends a command: its message has been said."""
+    Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
+    return typer.Exit(status)
+
+
 @contextmanager
 def told(*kinds: type[Exception], status: int = 2) -> Iterator[None]:
     """End with that exit status where one of these is raised, and say its message."""
     try:
         yield
     except kinds as error:
-        Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
-        raise typer.Exit(status) from error
+        raise refused(error, status) from error
 
 
 def progress() -> Progress:
