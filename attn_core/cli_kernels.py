@@ -16,12 +16,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.syntax import Syntax
 from rich.table import Table
 
+from attn_core.cli_terminal import progress, refused
+
 Finding = Any
 """As of attn_core.kernels.ahead, which is imported when it is asked for."""
+
 
 kernels = typer.Typer(help="GPU kernels, looked at without a GPU.", no_args_is_help=True)
 
@@ -42,11 +44,6 @@ def _targets(incomplete: str) -> list[str]:
     from attn_core.kernels.ahead import SHARED
 
     return [name for name in SHARED if name.startswith(incomplete)]
-
-
-def _refused(error: Exception) -> typer.Exit:
-    Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
-    return typer.Exit(2)
 
 
 @kernels.command("compile")
@@ -83,21 +80,14 @@ def compile_kernels(
             ahead.jobs(targets, kernel or (), sample or (), width or (), dtype or (), few=few)
         )
     except ValueError as error:
-        raise _refused(error) from error
+        raise refused(error) from error
     if not _triton():
-        raise _refused(ImportError("Triton must be installed (pip install 'attn-core[triton]')."))
+        raise refused(ImportError("Triton must be installed (pip install 'attn-core[triton]')."))
     none = ahead.unmade(targets)
     asked = [job for job in asked if job.target not in none]
     came: list[Finding] = []
     interrupted = False
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bar:
+    with progress() as bar:
         task = bar.add_task("kernels", total=len(asked))
 
         def seen(finding: Finding) -> None:
@@ -236,9 +226,9 @@ def show(
     from attn_core.language.text import text
 
     if mask is None and not score:
-        raise _refused(ValueError("`--mask` or `--score` must be given. Got neither."))
+        raise refused(ValueError("`--mask` or `--score` must be given. Got neither."))
     if not _triton():
-        raise _refused(ImportError("Triton must be installed (pip install 'attn-core[triton]')."))
+        raise refused(ImportError("Triton must be installed (pip install 'attn-core[triton]')."))
     try:
         seen = kernel_words.mask_of(mask) if mask is not None else None
         made = kernel_words.score_of(score) if score else None
@@ -249,14 +239,14 @@ def show(
         )
         (job,) = ahead.jobs([target], [kernel], ["plain"], [width], [dtype])
     except ValueError as error:
-        raise _refused(error) from error
+        raise refused(error) from error
     if not (ttgir or ptx):
         for title, source in _functions(sample):
             _code(title, source, "python")
         return
     (finding,) = ahead.run([job._replace(sample=sample)], texts=True)
     if finding.error:
-        raise _refused(RuntimeError(finding.error))
+        raise refused(RuntimeError(finding.error))
     texts = finding.texts or {}
     said = f"{finding.registers} registers, {finding.shared} bytes shared"
     title = ", ".join([f"{kernel} for {target}", said, *finding.problems])
@@ -343,7 +333,7 @@ def show_configs(
             ]
         except KeyError as error:
             known = ", ".join(configs.DTYPES)
-            raise _refused(ValueError(f"`dtype` must be one of {known}. Got {dtype!r}.")) from error
+            raise refused(ValueError(f"`dtype` must be one of {known}. Got {dtype!r}.")) from error
     for entry, on, classes in entries:
         c = entry.config
         widths = ", ".join(map(str, entry.widths)) or "all"

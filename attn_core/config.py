@@ -106,6 +106,9 @@ def origin(setting: str) -> str | None:
 def use(backend: str | None = None, impl: str | None = None) -> Iterator[None]:
     """Within the `with`, in this thread: NumPy arrays and layers go to `backend`, through `impl`.
 
+    Raises:
+        ValueError: an unknown backend or implementation, with the nearest known one.
+
     Example::
 
         with attn_core.use(backend="jax"):
@@ -129,6 +132,10 @@ def set(**settings: str | None) -> None:
     """Choose for the whole process: `set(backend="jax", impl="reference")`, either or both.
 
     What is not named stays as it was; None clears a setting.
+
+    Raises:
+        TypeError: another setting than those.
+        ValueError: an unknown backend or implementation, with the nearest known one.
     """
     for key in settings:
         if key not in SETTINGS:

@@ -113,23 +113,25 @@ def _zero(dtype: str) -> Any:
     return np.zeros((), dtype)
 
 
-def _ints(name: str, words: str) -> tuple[int, ...]:
+def _ints(name: str, words: str, others: str = "") -> tuple[int, ...]:
     try:
         return tuple(int(word) for word in words.split(","))
     except ValueError:
-        raise ValueError(f"`{name}` must be ints with commas between. Got {words!r}.") from None
+        raise ValueError(
+            f"`{name}` must be {others}ints with commas between. Got {words!r}."
+        ) from None
 
 
-def _each(name: str, words: str | None) -> Any:
+def _each(name: str, words: str | None, others: str = "") -> Any:
     """One int for all batches, or an array of one to each."""
     if words is None:
         return None
-    found = _ints(name, words)
+    found = _ints(name, words, others)
     return found[0] if len(found) == 1 else np.array(found)
 
 
 def _offset(words: str | None) -> Any:
-    return words if words in ("start", "end") else _each("query_offset", words)
+    return words if words in ("start", "end") else _each("query_offset", words, "start, end or ")
 
 
 def _mask(words: Sequence[str]) -> Mask | None:

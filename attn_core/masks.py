@@ -47,6 +47,10 @@ def window(left: int | None = None, right: int | None = None) -> Mask:
     `causal() & window(left=W - 1)`.
 
         q - k <= left   and   k - q <= right
+
+    Raises:
+        TypeError: neither bound is given, or one is no int.
+        ValueError: a bound is negative.
     """
     if left is None and right is None:
         raise TypeError("`left` or `right` must be given. Got neither; leave the mask out instead.")
@@ -64,6 +68,9 @@ def prefix(length: Any) -> Mask:
     """Every query sees the first `length` keys: k < length. An int, or an int array (B,).
 
     A prefix language model is `causal() | prefix(n)`.
+
+    Raises:
+        TypeError, ValueError: `length` is neither an int of at least 0 nor an int array (B,).
     """
     if _is_int(length):
         size = _count("length", length)
@@ -80,6 +87,9 @@ def lengths(kv: Any = None, q: Any = None) -> Mask:
     The arguments `kv_lengths` and `q_lengths` of `attention` say the same of the arrays
     themselves, and differ in one point: with sinks, a padded row's lse is -inf there, the sink
     here.
+
+    Raises:
+        TypeError: neither is given, or one is no int array (B,).
     """
     if kv is None and q is None:
         raise TypeError("`kv` or `q` must be given. Got neither.")
@@ -100,6 +110,9 @@ def segments(ids: Any, kv_ids: Any = None) -> Mask:
         ids: int array (T,) or (B, T), read at the absolute positions q and k.
         kv_ids: where queries and keys are numbered apart, the keys' ids, (Tk,) or (B, Tk); `ids`
             are then the queries', read by row: ids[b, row] == kv_ids[b, k].
+
+    Raises:
+        TypeError: ids are not integers of rank 1 or 2.
     """
     table = operand(_ids("ids", ids))
     flat = len(table.shape) == 1
@@ -121,6 +134,9 @@ def dilated(rate: int, left: int | None = None, right: int | None = None) -> Mas
 
     `left` and `right` bound how many such keys before and after the query are seen, besides its
     own position; None is unbounded. `causal() & dilated(4)` looks back only.
+
+    Raises:
+        TypeError, ValueError: `rate` is no int of at least 1, or a bound none of at least 0.
     """
     step = _count("rate", rate)
     if step < 1:
@@ -141,6 +157,9 @@ def global_tokens(tokens: Any) -> Mask:
     `tokens` is an int n (the first n positions) or a boolean array (T,) or (B, T), True = global.
 
         q is global   or   k is global
+
+    Raises:
+        TypeError, ValueError: `tokens` is neither an int of at least 0 nor boolean of rank 1 or 2.
     """
     if _is_int(tokens):
         n = _count("tokens", tokens)
@@ -155,6 +174,9 @@ def chunks(size: int) -> Mask:
     """Positions are cut into chunks of `size`; a query sees the keys of its chunk.
 
     q // size == k // size
+
+    Raises:
+        TypeError, ValueError: `size` is no int of at least 1.
     """
     length = _count("size", size)
     if length < 1:
@@ -167,6 +189,10 @@ def dense(array: Any) -> Mask:
 
     True = attend. Rank 3 is refused, since (B, Tq, Tk) would silently broadcast as (Hq, Tq, Tk)
     wherever B equals Hq.
+
+    Raises:
+        TypeError: `array` is not boolean.
+        ValueError: it is not of rank 2 or 4.
     """
     array = _boolean("array", array, (2, 3, 4))
     rank = len(array.shape)
@@ -190,6 +216,10 @@ def blocks(table: Any, size: int | tuple[int, int]) -> Mask:
         table: boolean (blocks of q, blocks of k), or rank 4 with leading (B or 1, Hq or 1). q is
             the absolute position. BigBird and Longformer patterns are tables of this kind.
         size: positions to a block, an int or (query size, key size).
+
+    Raises:
+        TypeError, ValueError: `table` is not boolean of rank 2 or 4, or `size` is neither an int
+            of at least 1 nor two.
     """
     array = _boolean("table", table, (2, 4))
     across = size if isinstance(size, tuple) else (size, size)
@@ -217,6 +247,11 @@ def graph(
             host, since the storage depends on it. q is the absolute position.
         shape: (queries, keys), or one int for both; needed with pairs.
         symmetric: also add the edge from each key to its query.
+
+    Raises:
+        TypeError: `edges` are neither pairs of ints nor a boolean adjacency on the host, or `shape`
+            is left out with pairs.
+        ValueError: an edge lies outside `shape`, or `shape` is not the adjacency's.
     """
     query, key, (tall, wide) = _edges(edges, shape)
     if symmetric:

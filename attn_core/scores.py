@@ -18,7 +18,11 @@ __all__ = ["alibi", "relative_bias", "softcap"]
 
 
 def softcap(cap: Any) -> Score:
-    """cap * tanh(s / cap), before bias and mask (Gemma 2, ONNX). A number, or a scalar array."""
+    """cap * tanh(s / cap), before bias and mask (Gemma 2, ONNX). A number, or a scalar array.
+
+    Raises:
+        ValueError: `cap` is a number on the host that is not positive and finite.
+    """
     if isinstance(cap, (int, float, np.generic)) and not 0 < float(cap) < float("inf"):
         raise ValueError(f"`cap` must be positive and finite. Got {cap}.")
     return score(lambda s, b, h, q, k: cap * tanh(s / cap))
@@ -31,6 +35,10 @@ def alibi(slopes: Any = None, *, heads: int | None = None) -> Score:
         slopes: float array (Hq,); learnt ones receive their gradient.
         heads: instead of slopes, the paper's own for that many heads: 2**(-8 i / heads) for
             i = 1 .. heads where heads is a power of two, and the paper's interleaving otherwise.
+
+    Raises:
+        TypeError: both are given or neither, `slopes` is no float array (Hq,), or `heads` no int.
+        ValueError: `heads` is less than 1.
     """
     if (slopes is None) == (heads is None):
         raise TypeError("one of `slopes` and `heads` must be given. Got both or neither.")
@@ -72,6 +80,11 @@ def relative_bias(
         bidirectional: "t5" only: half of the buckets for keys after the query (the default);
             otherwise those keys share bucket 0.
         max_distance: "t5" only; 128 when left out.
+
+    Raises:
+        TypeError: `table` is no float array (buckets, Hq), or an option of "t5" is given to
+            "clipped".
+        ValueError: `buckets` is another word, or the table has no such number of buckets.
     """
     found = operand(table)
     if found.kind != "float" or len(found.shape) != 2:

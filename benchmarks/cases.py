@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from attn_core import masks
+from attn_core.config import nearest
 from attn_core.conformance.questions import numpy_dtype
 from attn_core.language.values import Mask
 
@@ -388,5 +389,8 @@ def named(patterns: list[str]) -> list[Case]:
         if any(p == case.name or (p not in BY_NAME and p in case.name) for p in patterns)
     ]
     if not found:
-        raise ValueError(f"`case` must name a case or a part of one. Got {', '.join(patterns)}.")
+        raise ValueError(
+            f"`case` must name a case or a part of one. Got {', '.join(patterns)}."
+            f"{nearest(patterns[0], tuple(BY_NAME))}"
+        )
     return found

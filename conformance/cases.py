@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from attn_core import masks
+from attn_core.config import nearest
 from attn_core.conformance import vocabulary
 from attn_core.conformance.cases_edges import EDGES
 from attn_core.conformance.cases_shapes import CAUSAL, END, SOFTCAP, WINDOW, models, tiles
@@ -387,7 +388,9 @@ def tier(name: str) -> tuple[Case, ...]:
     if name == "smoke":
         return tuple(case for case in CASES if case.name in SMOKE)
     if name != "exhaustive":
-        raise ValueError(f"`tier` must be one of {', '.join(TIERS)}. Got {name!r}.")
+        raise ValueError(
+            f"`tier` must be one of {', '.join(TIERS)}. Got {name!r}.{nearest(name, TIERS)}"
+        )
     known = {case.name for case in CASES}
     more = [
         replace(case, name=f"{case.name}-{dtype}", dtype=dtype)

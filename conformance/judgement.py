@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attn_core import reference
+from attn_core.config import nearest
 from attn_core.conformance.cases import tier
 from attn_core.conformance.diagnosis import diagnose
 from attn_core.conformance.misuse import MISUSES, Misuse
@@ -299,5 +300,8 @@ def _matching(patterns: list[str], among: Sequence[Any], known: Mapping[str, Any
     parts = [p for p in patterns if p not in known]
     found = whole + [c for c in among if c not in whole and any(p in c.name for p in parts)]
     if not found:
-        raise ValueError(f"`cases` must name a case or a part of one. Got {', '.join(patterns)}.")
+        raise ValueError(
+            f"`cases` must name a case or a part of one. Got {', '.join(patterns)}."
+            f"{nearest(patterns[0], tuple(case.name for case in among))}"
+        )
     return found

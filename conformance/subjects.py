@@ -201,6 +201,11 @@ def subject(
         either: options of which it takes one at a time, such as ("softcap", "sinks"); a case that
             needs two of them is not offered.
         backward: whether it can be differentiated; outputs alone are judged otherwise.
+
+    Raises:
+        TypeError: the function lacks query, key or value, has a parameter that is no option, or
+            takes one by place alone.
+        ValueError: an unknown framework.
     """
     if framework not in BACKENDS:
         raise ValueError(

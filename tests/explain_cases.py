@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 
+from attn_core import attention
 from attn_core.explained import Report
 
 KEYS = (
@@ -18,6 +20,20 @@ FLOAT32 = "float32 multiplied as float32, summed in float32"
 WIDENED = "bfloat16 multiplied as float32, summed in float32"
 FACTOR = 2
 """How far an estimate may be from what is measured, either way, where T is at least 2048."""
+
+
+def ran(backend: Any, monkeypatch: pytest.MonkeyPatch, **given: Any) -> list[str]:
+    """The implementations of a backend that attention runs with these arguments."""
+    names: list[str] = []
+    for name, handler in list(backend._HANDLERS.items()):
+
+        def spy(p: Any, x: Any, name: str = name, handler: Any = handler) -> Any:
+            names.append(name)
+            return handler(p, x)
+
+        monkeypatch.setitem(backend._HANDLERS, name, spy)
+    attention(**given)
+    return names
 
 
 def near(estimate: int | None, measured: int) -> bool:

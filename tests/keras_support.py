@@ -8,7 +8,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from attn_core.backends.keras.layer_parts import room, variable
+from attn_core.backends.keras.portable import variable
+from attn_core.backends.keras.tensors import room
 
 BACKEND = keras.backend.backend()
 

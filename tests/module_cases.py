@@ -159,6 +159,7 @@ def refused(make: Callable[[np.ndarray], Any], layer: Any) -> dict[str, tuple[di
             {**plain, "parameters": parted(held, **{"out.bias": [0.0] * 12})},
             "`out.bias` of `parameters` must be",
         ),
+        "no query": ({**plain, "query": None}, "`query` must be .* Got NoneType"),
         "a list": ({**plain, "query": x.tolist()}, "`query` must be"),
         "another width": (
             {**plain, "query": query[..., :8]},
@@ -192,7 +193,14 @@ def refused(make: Callable[[np.ndarray], Any], layer: Any) -> dict[str, tuple[di
 REFUSED = (
     *("no heads", "other heads", "no parameters", "a name of no part", "a part missing"),
     *("one bias missing", "keys of part of a head", "a wider parameter"),
-    *("a list in the parameters", "a list", "another width", "another lead", "a vector"),
+    *(
+        "a list in the parameters",
+        "no query",
+        "a list",
+        "another width",
+        "another lead",
+        "a vector",
+    ),
     *("a mask without heads", "a mask of ints", "a mask of another size"),
     *("dropout without a seed", "heads beside a layer", "scale beside a layer"),
     "dropout_rate beside a layer",

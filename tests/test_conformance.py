@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -205,6 +206,8 @@ def test_a_plan_names_backends_forms_and_cases() -> None:
         ({"subjects": ["torhc"]}, "Did you mean 'torch'"),
         ({"subjects": ["jax"], "forms": ["jitt"]}, "Did you mean 'jit'"),
         ({"subjects": ["jax"], "cases": ["nothing"]}, "must name a case"),
+        ({"subjects": ["jax"], "cases": ["maks-causl"]}, "Did you mean 'mask-causal'"),
+        ({"subjects": ["jax"], "tier": "smok"}, "Got 'smok'. Did you mean 'smoke'"),
     ):
         with pytest.raises(ValueError, match=words):
             plan(**bad)  # type: ignore[arg-type]
@@ -262,6 +265,8 @@ def test_the_command_prints_a_matrix_and_fails_by_its_exit_status(
     assert "out: 3 of what is allowed" in done.stdout
     done = CliRunner().invoke(cli.app, ["conformance", "run", "--backend", "torhc"])
     assert done.exit_code == 2
+    said = CliRunner().invoke(cli.app, ["--version"])
+    assert (said.exit_code, said.output) == (0, f"{version('attn-core')}\n")
 
 
 def test_a_report_is_never_half_written(tmp_path: Any) -> None:

@@ -380,7 +380,7 @@ def test_one_int_is_for_all_batches_and_several_are_one_to_each(option: str) -> 
         (("--bias", "3,x"), "`bias` must be ints"),
         (("--bias", "1,2,3"), "`bias` must have rank 2"),
         (("--dropout", "1.5"), "`rate` must be at least 0 and below 1"),
-        (("--query-offset", "ends"), "`query_offset` must be ints"),
+        (("--query-offset", "ends"), "`query_offset` must be start, end or ints"),
         (("--shape", "2,3"), "`shape` must be B,Hq,Tq,D"),
         (("--shape", "2,3,x,4"), "`shape` must be ints"),
         (("--mask", "casual"), "Did you mean 'causal'?"),

@@ -24,7 +24,10 @@ OWN = {"numpy": set(), "torch": {"torch"}, "tf": {"tensorflow", "keras"}, "jax":
 ROOMS = OWN | {"keras": {"keras"}}
 MODULE = {"numpy": "numpy", "torch": "torch", "tf": "tensorflow", "jax": "jax"}
 
-LAYERS = {"layer_parts", "layers", "additive", "models", "model_parts", "linen", "compat_flax"}
+LAYERS = {
+    *("portable", "layer_parts", "layers", "additive", "model_parts", "models"),
+    *("linen", "compat_flax"),
+}
 """Files of a backend that are loaded only when a layer is asked for."""
 
 # What is loaded: subprocesses ------------------------------------------------------------------
@@ -204,7 +207,7 @@ def objection(module, name, lazily):
         return None
     if within(name, "attn_core.benchmarks") and not within(module, "attn_core.benchmarks"):
         # They stand at the end of every road: only the command line leads there.
-        allowed = lazily and module in ("attn_core.cli", "attn_core.cli_gpu")
+        allowed = lazily and module in ("attn_core.cli_bench", "attn_core.cli_gpu")
         return None if allowed else "nothing depends on the benchmarks"
     if within(module, "attn_core.benchmarks"):
         return benchmarks_objection(module, name, root, lazily)
@@ -241,16 +244,13 @@ def core_objection(module, name, root, lazily):
         return None if allowed else "kernels are reached from backends only"
     if within(name, "attn_core.conformance"):
         # The command line and the package's own door are how one gets there.
-        allowed = lazily and module in ("attn_core", "attn_core.cli")
+        allowed = lazily and module in ("attn_core", "attn_core.cli_conformance")
         return None if allowed else "attn_core does not depend on its judge"
     if module == "attn_core.reference" and root == "attn_core":
         return "the judge shares nothing with what it judges"
     if root in ("attn_core", "numpy"):
         return None
-    if module in ("attn_core.cli", "attn_core.cli_gpu", "attn_core.cli_kernels") and root in (
-        "typer",
-        "rich",
-    ):
+    if module.startswith("attn_core.cli") and root in ("typer", "rich"):
         return None
     if lazily and module == "attn_core.explain_text" and root == "rich":
         return None  # a report becomes a table where somebody prints it with rich
@@ -400,7 +400,7 @@ def test_import_direction_by_name():
         ("attn_core.conformance.subjects", "def f():\n    import transformers"),
         ("attn_core.conformance.peers", "import transformers"),
         ("attn_core.api", "def f():\n    from attn_core.benchmarks import runner"),
-        ("attn_core.cli", "from attn_core.benchmarks import runner"),
+        ("attn_core.cli_bench", "from attn_core.benchmarks import runner"),
         ("attn_core.conformance.report", "from attn_core.benchmarks import cases"),
         ("attn_core.benchmarks.worker", "def f():\n    import torch"),
         ("attn_core.benchmarks.gpu", "from attn_core.benchmarks import gpu_calls"),
@@ -424,7 +424,10 @@ def test_import_direction_catches(module, source):
         ("attn_core.api", "import numpy as np\nfrom attn_core.language import text"),
         ("attn_core.registry", "def f():\n    import attn_core.backends.numpy"),
         ("attn_core", "from attn_core import backends"),
-        ("attn_core.cli", "import typer\ndef f():\n    from attn_core.conformance import run"),
+        (
+            "attn_core.cli_conformance",
+            "import typer\ndef f():\n    from attn_core.conformance import x",
+        ),
         ("attn_core.backends.tf.layers", "import keras\nfrom attn_core import spec"),
         ("attn_core.backends.jax.layers", "from flax import nnx"),
         ("attn_core.backends.jax.layers", "from . import arrays"),
@@ -443,7 +446,7 @@ def test_import_direction_catches(module, source):
         ("attn_core.kernels.forward", "import triton.language as tl"),
         ("attn_core.cli_kernels", "def f():\n    from attn_core.kernels import ahead"),
         ("attn_core.conformance.peers", "def f():\n    from transformers import masking_utils"),
-        ("attn_core.cli", "def f():\n    from attn_core.benchmarks import runner"),
+        ("attn_core.cli_bench", "def f():\n    from attn_core.benchmarks import runner"),
         ("attn_core.benchmarks.check", "from attn_core.conformance import tolerance"),
         ("attn_core.benchmarks.tf_calls", "import tensorflow as tf"),
         (

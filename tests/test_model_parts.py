@@ -182,6 +182,7 @@ def test_a_cache_without_room():
 
 CONFIG = AttentionConfig(8, 2, kv_heads=1, key_input=6, value_input=5)
 DECODER = TransformerConfig("decoder", 8, 1, 2, vocabulary=5)
+LEARNED = TransformerConfig("decoder", 8, 1, 2, vocabulary=5, positions="learned", max_length=7)
 BOTH = TransformerConfig("encoder-decoder", 8, 1, 2, vocabulary=5)
 Q, K, V = (2, 3, 8), (2, 4, 6), (2, 4, 5)
 
@@ -239,6 +240,14 @@ CALLS = {
     "a prompt of vectors": (
         lambda: calls.check_prompt(DECODER, (2, 3, 4), 3, None),
         "`prompt` must be int",
+    ),
+    "a prompt past the learned positions": (
+        lambda: calls.check_prompt(LEARNED, (2, 8), 0, None),
+        "`prompt` must not be longer than `max_length` = 7.*Got 8",
+    ),
+    "steps past the learned positions": (
+        lambda: calls.check_prompt(LEARNED, (2, 5), 4, None),
+        "`steps` must be at most 3 after 5 tokens, where `max_length` = 7.*Got 4",
     ),
     "steps back": (
         lambda: calls.check_prompt(DECODER, (2, 3), -1, None),

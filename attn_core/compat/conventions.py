@@ -92,7 +92,11 @@ def _put(found: dict[str, Any], name: str, given: Any) -> None:
 
 
 def from_transformer_engine_mask(attention_mask: Any) -> Any:
-    """Transformer Engine's boolean mask, True = masked, turned over: True = attend."""
+    """Transformer Engine's boolean mask, True = masked, turned over: True = attend.
+
+    Raises:
+        TypeError: it is no boolean array.
+    """
     _shape("attention_mask", attention_mask)
     if "bool" not in str(attention_mask.dtype):
         raise TypeError(f"`attention_mask` must be boolean. Got {attention_mask.dtype}.")
@@ -104,6 +108,10 @@ def from_hf_mask(attention_mask: Any) -> Any:
 
     Where padding stands at the end of every row, `kv_lengths=attention_mask.sum(-1)` says the same
     without an array of masks.
+
+    Raises:
+        TypeError: it is no array of booleans or integers.
+        ValueError: it is not of rank 2.
     """
     shape = _shape("attention_mask", attention_mask)
     if len(shape) != 2:
@@ -121,6 +129,10 @@ def from_keras_mask(attention_mask: Any) -> Any:
 
     Keras reads rank 3 with the batch first; here, as in torch and jax.nn, an array of rank 3 would
     start with the heads, so `attention` refuses it.
+
+    Raises:
+        TypeError: it is no array.
+        ValueError: it is not of rank 3 or 4.
     """
     shape = _shape("attention_mask", attention_mask)
     if len(shape) not in (3, 4):
@@ -137,6 +149,9 @@ def from_hf_window(sliding_window: int) -> Mask:
         q - sliding_window < k
 
     Causal models use it as `masks.causal() & from_hf_window(sliding_window)`.
+
+    Raises:
+        TypeError, ValueError: it is no int of at least 1.
     """
     width = _int("sliding_window", sliding_window)
     if width < 1:
@@ -148,6 +163,9 @@ def from_jax_window(local_window_size: int | tuple[int, int]) -> Mask:
     """jax.nn's `local_window_size`: (left, right) neighbours, inclusive; an int is both.
 
     A negative bound, which jax.nn takes too, leaves out the position itself and nearer neighbours.
+
+    Raises:
+        TypeError, ValueError: it is neither an int nor two.
     """
     if isinstance(local_window_size, (tuple, list)):
         if len(local_window_size) != 2:
@@ -164,6 +182,9 @@ def from_flash_window(window_size: tuple[int, int]) -> Mask | None:
     """FlashAttention's `window_size`: (left, right) neighbours, inclusive; -1 is unbounded.
 
     None where both are unbounded. FlashAttention aligns at the end: `query_offset="end"`.
+
+    Raises:
+        TypeError, ValueError: it is not two ints.
     """
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise ValueError(f"`window_size` must be (left, right). Got {window_size}.")

@@ -302,7 +302,11 @@ def tanh(x: Any) -> Expr:
 
 
 def cast(x: Any, kind: type | str) -> Expr:
-    """`x` as int (truncated, saturated at int32, NaN to 0), float (accumulation dtype) or bool."""
+    """`x` as int (truncated, saturated at int32, NaN to 0), float (accumulation dtype) or bool.
+
+    Raises:
+        TypeError: `kind` is none of these.
+    """
     names: dict[Any, str] = {int: "int", float: "float", bool: "bool"}
     name = names.get(kind, kind)
     if name not in ("int", "float", "bool"):

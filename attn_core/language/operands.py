@@ -180,6 +180,10 @@ def operand(array: Any, bounds: tuple[int, int] | None = None) -> Operand:
             must provably stay within int32, and this is how you say that it does. Values on the
             host are checked against it, traced ones are clamped to it.
 
+    Raises:
+        TypeError: it is no array of booleans, integers or floats, or `bounds` are given of floats.
+        ValueError: a value on the host is out of `bounds`.
+
     Example::
 
         slopes = attn_core.operand(array)

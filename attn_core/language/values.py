@@ -98,6 +98,8 @@ class Mask:
 
     Made by `attn_core.mask` or `attn_core.masks`; composes with `&`, `|`, `~`. `tree` is static,
     `arrays` are the operands it looks up.
+
+    A row that may see no key has out 0 and weights 0, and its only gradient is that of a sink.
     """
 
     __slots__ = ("arrays", "tree")
@@ -199,6 +201,12 @@ class Dropout:
         seed: Python int (taken mod 2**64), an integer scalar array, or a uint32 pair (low, high).
             It is an operand: changing it does not retrace. (torch.compile may compile a Python
             int once or twice more before it makes it dynamic; a tensor it compiles once.)
+
+    Raises:
+        TypeError: `rate` is no host number, or `seed` is left out or no integer.
+        ValueError: `rate` is outside [0, 1), or a word of a pair is no uint32.
+
+    Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011), of Philox.
     """
 
     __slots__ = ("rate", "seed")
@@ -323,6 +331,9 @@ def score(fn: Callable[..., Any]) -> Score:
     The function runs once, now, on expressions: s is the scaled logit in the accumulation dtype
     (at least float32), the indices are int32 as in `attn_core.mask`. Float operands it looks up
     receive gradients.
+
+    Raises:
+        TypeError: it returns a condition, or holds Python that would decide at trace time.
 
     Example::
 

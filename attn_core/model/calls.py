@@ -339,6 +339,14 @@ def check_prompt(
             f"`prompt` must be int tokens (B, T), {' or '.join(TOKENS)}, T at least 1. "
             f"Got {show(prompt)} of {dtype}."
         )
+    check_length(config, "prompt", prompt[1])
+    if config.max_length is not None and prompt[1] is not None:
+        most = config.max_length - prompt[1] + 1  # the last token that is made is not read
+        if steps > most:
+            raise ValueError(
+                f"`steps` must be at most {most} after {prompt[1]} tokens, where `max_length` = "
+                f"{config.max_length} positions are learned. Got {steps}."
+            )
     check_tokens("prompt", tokens, config.vocabulary)
 
 

@@ -10,10 +10,10 @@ an AttentionConfig says in words:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from attn_core.check_arrays import documents_mask, show
+from attn_core.check_arrays import documents_mask, fits, show
 from attn_core.config import nearest
 from attn_core.model import fields
 from attn_core.model.config import AttentionConfig
@@ -114,18 +114,16 @@ def check_dtypes(given: Mapping[str, str], wanted: str) -> None:
             raise TypeError(f"`{name}` must be of the query's dtype, {wanted}. Got {dtype}.")
 
 
-def check_shapes(given: Mapping[str, tuple[Any, ...]], fits: Callable[[Any, Any], bool]) -> None:
-    """The inputs (.., T, width) have equal leading dimensions.
-
-    fits: whether the leading dimensions of two of them may be equal.
-    """
+def check_shapes(given: Mapping[str, tuple[Any, ...]]) -> None:
+    """The inputs (.., T, width) have the leading dimensions of the first of them."""
+    first = next(iter(given))
     for name, shape in given.items():
         if len(shape) < 2:
             raise ValueError(f"`{name}` must have rank 2 or more. Got {show(shape)}.")
-        if not fits(shape[:-2], given["query"][:-2]):
+        if not fits(shape[:-2], given[first][:-2]):
             raise ValueError(
-                f"`{name}` must have the leading dimensions of `query`, "
-                f"{show(given['query'][:-2])}. Got {show(shape[:-2])}."
+                f"`{name}` must have the leading dimensions of `{first}`, "
+                f"{show(given[first][:-2])}. Got {show(shape[:-2])}."
             )
 
 

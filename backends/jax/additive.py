@@ -13,7 +13,6 @@ from attn_core.api import attention
 from attn_core.backends.jax.layer_parts import (
     Array,
     Linear,
-    Portable,
     blank,
     integers,
     made,
@@ -22,6 +21,7 @@ from attn_core.backends.jax.layer_parts import (
     widened,
 )
 from attn_core.backends.jax.layers import starts
+from attn_core.backends.jax.portable import Portable
 from attn_core.language.values import Mask
 from attn_core.model import calls, fields
 from attn_core.model.additive import AdditiveConfig, tile
@@ -40,6 +40,9 @@ class AdditiveAttention(Portable):
         config: AdditiveConfig, a path or a mapping; its fields may also be given by name.
         seed: of the first values: the same numbers in every framework.
         site: the number of this layer's stream of dropout.
+
+    Raises:
+        TypeError, ValueError: a field of the config is unknown, or not of its form.
     """
 
     def __init__(

@@ -17,14 +17,15 @@ def from_linen_attention(module: Any, params: Any, **changes: Any) -> Converted:
     Args:
         module: the layer, for what is not in its params: dropout, and what is refused.
         params: variables["params"] of the layer, or variables themselves.
-        changes: fields of the config, such as causal=True.
+        changes: fields of the config that the layer does not say itself, such as causal=True.
 
     Its dropout is one mask for all of batch and heads by default; ours is each element's own.
 
     Raises:
         TypeError, ValueError: it is no such layer, or a subclass; params are not those of it;
             `normalize_qk`, whose norm subtracts the mean, which ours does not; einsums of the
-            caller's, or an `attention_fn` that is neither Flax' own nor `attn_core.compat.flax`'s.
+            caller's, or an `attention_fn` that is neither Flax' own nor `attn_core.compat.flax`'s;
+            or `changes` gainsay the layer.
     """
     import flax.linen
 
@@ -58,7 +59,7 @@ def from_nnx_attention(module: Any, **changes: Any) -> Converted:
 
     Args:
         module: the layer.
-        changes: fields of the config, such as causal=True.
+        changes: fields of the config that the layer does not say itself, such as causal=True.
 
     Raises:
         TypeError, ValueError: as `from_linen_attention`.

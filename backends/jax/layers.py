@@ -15,7 +15,6 @@ from attn_core.backends.jax.layer_parts import (
     Array,
     Linear,
     Norm,
-    Portable,
     indices,
     integers,
     known,
@@ -27,6 +26,7 @@ from attn_core.backends.jax.layer_parts import (
     wheel,
     widened,
 )
+from attn_core.backends.jax.portable import Portable
 from attn_core.model import calls, fields
 from attn_core.model.cache import Cache, Filling, LayerOutput, Memory, check_room, filling
 from attn_core.model.config import AttentionConfig
@@ -51,6 +51,9 @@ class MultiHeadAttention(Portable):
     `gate`), norms `query_norm`, `key_norm`. Training is what nnx.Module.train() and .eval() set,
     `deterministic`; a new layer trains. float64 needs no setting in a call; under jax.jit and
     jax.grad it needs jax_enable_x64, as everywhere in JAX.
+
+    Raises:
+        TypeError, ValueError: a field of the config is unknown, or not of its form.
 
     Source: Vaswani et al., arXiv 1706.03762; config.py names those of the options.
     """

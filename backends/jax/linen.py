@@ -23,7 +23,7 @@ from flax import linen, nnx, traverse_util
 
 from attn_core.backends.jax import additive, layers, models
 from attn_core.backends.jax.arrays import DTYPES, x64
-from attn_core.backends.jax.layer_parts import parameters, put
+from attn_core.backends.jax.portable import parameters, put
 from attn_core.model.additive import AdditiveConfig
 from attn_core.model.cache import Cache, Memory, ModelCache
 from attn_core.model.config import AttentionConfig
@@ -45,12 +45,20 @@ _DRAWN = {
 
 
 class Wrapped(linen.Module):
-    """What a linen module of a config can do beside the call."""
+    """What the linen modules of a config share: the call, and weights in and out."""
+
+    def setup(self) -> None:
+        self.held = self._held()
 
     @property
     def settings(self) -> Any:
         """The config, read."""
         raise NotImplementedError
+
+    def __call__(self, *inputs: Any, deterministic: bool | None = None, **options: Any) -> Any:
+        """The nnx module's call, whose arguments these are."""
+        dropping = self._dropping(deterministic)
+        return self._filled(self._blank(), dropping)(*inputs, **options)
 
     def export_weights(self, variables: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
         """The params among `variables` under their neutral names, matrices (in, out), NumPy."""
@@ -80,9 +88,13 @@ class Wrapped(linen.Module):
             found[top] = self.param(top, partial(_first, config, part, self.seed))
         return {".".join(path): x for path, x in traverse_util.flatten_dict(found).items()}
 
-    def _dropping(self, given: bool | None, *rates: float | None) -> bool:
+    def _blank(self) -> Any:
+        raise NotImplementedError
+
+    def _dropping(self, given: bool | None) -> bool:
         """Whether the module of a call drops: it must be said where there is a rate."""
-        if not any(rates):
+        c = self.settings
+        if not c.dropout and not getattr(c, "attention_dropout", None):
             return False
         return not linen.merge_param("deterministic", self.deterministic, given)
 
@@ -110,18 +122,10 @@ class MultiHeadAttention(Wrapped):
     site: int = 0
     deterministic: bool | None = None
 
-    def setup(self) -> None:
-        self.held = self._held()
-
     @property
     def settings(self) -> AttentionConfig:
         """The config, read."""
         return AttentionConfig.of(self.config)
-
-    def __call__(self, *inputs: Any, deterministic: bool | None = None, **options: Any) -> Any:
-        """The nnx module's call, whose arguments these are."""
-        dropping = self._dropping(deterministic, self.settings.dropout)
-        return self._filled(self._blank(), dropping)(*inputs, **options)
 
     def make_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty Cache, as the nnx module's; it takes no params."""
@@ -150,18 +154,10 @@ class AdditiveAttention(Wrapped):
     site: int = 0
     deterministic: bool | None = None
 
-    def setup(self) -> None:
-        self.held = self._held()
-
     @property
     def settings(self) -> AdditiveConfig:
         """The config, read."""
         return AdditiveConfig.of(self.config)
-
-    def __call__(self, *inputs: Any, deterministic: bool | None = None, **options: Any) -> Any:
-        """The nnx module's call, whose arguments these are."""
-        dropping = self._dropping(deterministic, self.settings.dropout)
-        return self._filled(self._blank(), dropping)(*inputs, **options)
 
     def _blank(self) -> additive.AdditiveAttention:
         return _blank(additive.AdditiveAttention, self.settings, site=self.site)
@@ -193,19 +189,10 @@ class Transformer(Wrapped):
     seed: int | None = None
     deterministic: bool | None = None
 
-    def setup(self) -> None:
-        self.held = self._held()
-
     @property
     def settings(self) -> TransformerConfig:
         """The config, read."""
         return TransformerConfig.of(self.config)
-
-    def __call__(self, *inputs: Any, deterministic: bool | None = None, **options: Any) -> Any:
-        """The nnx module's call, whose arguments these are."""
-        c = self.settings
-        dropping = self._dropping(deterministic, c.dropout, c.attention_dropout)
-        return self._filled(self._blank(), dropping)(*inputs, **options)
 
     def make_cache(
         self, batch: int, length: int, *, source: Array | None = None, **options: Any

@@ -10,24 +10,17 @@ from keras import ops
 
 from attn_core import masks
 from attn_core.api import attention
-from attn_core.backends.keras.layer_parts import (
-    Array,
-    Linear,
-    Portable,
+from attn_core.backends.keras.arguments import (
     bare,
     check_graph,
     in_our_words,
-    integers,
-    opened,
-    product,
-    shape,
-    tanh,
-    tensor,
-    weights_dropout,
+    padding_mask,
     with_mask,
-    within,
 )
-from attn_core.backends.keras.layers import padding_mask, starts
+from attn_core.backends.keras.layer_parts import Linear, weights_dropout
+from attn_core.backends.keras.layers import starts
+from attn_core.backends.keras.portable import Portable, opened
+from attn_core.backends.keras.tensors import Array, integers, product, shape, tanh, tensor, within
 from attn_core.language.values import Mask
 from attn_core.model import additive, calls, fields
 from attn_core.model.additive import AdditiveConfig, tile
@@ -48,6 +41,9 @@ class AdditiveAttention(Portable):
         site: the number of this layer's stream of dropout.
         dtype: of the parameters, or a policy of Keras; as in MultiHeadAttention.
         name, trainable: as in every layer of Keras.
+
+    Raises:
+        TypeError, ValueError: a field of the config is unknown, or not of its form.
     """
 
     causal: Mask | None

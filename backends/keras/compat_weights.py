@@ -16,7 +16,8 @@ def from_multi_head_attention(layer: Any, **changes: Any) -> Converted:
 
     Args:
         layer: built, over inputs (B, T, E) with one axis of time.
-        changes: fields of the config, such as causal=True for `use_causal_mask`.
+        changes: fields of the config that the layer does not say itself, such as causal=True for
+            `use_causal_mask`.
 
     `use_gate` and `sliding_window` come along: the window is a band to both sides, and is the
     config's `mask`. Masks of a call: `attn_core.compat.from_keras_mask`.
@@ -24,7 +25,7 @@ def from_multi_head_attention(layer: Any, **changes: Any) -> Converted:
     Raises:
         TypeError: it is no such layer.
         ValueError: it is not built, attends over other axes than one of time, or its output is of
-            several axes.
+            several axes; or `changes` gainsay it.
     """
     if type(layer) is not keras.layers.MultiHeadAttention:  # a subclass may compute otherwise
         raise TypeError(

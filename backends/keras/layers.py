@@ -9,36 +9,38 @@ import keras
 import numpy as np
 from keras import ops
 
-from attn_core import masks
 from attn_core.api import attention
-from attn_core.backends.keras.layer_parts import (
-    Array,
-    Linear,
-    Norm,
-    Portable,
-    Words,
+from attn_core.backends.keras.arguments import (
     as_is,
     bare,
-    cache_dtype,
     check_graph,
     in_our_words,
+    leaf,
+    padding_mask,
+    padding_of,
+    with_mask,
+)
+from attn_core.backends.keras.layer_parts import (
+    Linear,
+    Norm,
+    Words,
+    rotated,
+    weights_dropout,
+    words_of,
+)
+from attn_core.backends.keras.portable import Portable, opened
+from attn_core.backends.keras.tensors import (
+    Array,
+    cache_dtype,
     indices,
     integers,
     known,
-    leaf,
     merged,
-    opened,
-    padding_of,
     room,
-    rotated,
     shape,
     tensor,
-    weights_dropout,
-    with_mask,
     within,
-    words_of,
 )
-from attn_core.language.values import Mask
 from attn_core.model import calls, fields
 from attn_core.model.cache import Cache, Filling, LayerOutput, Memory, check_room, filling
 from attn_core.model.config import AttentionConfig
@@ -65,6 +67,9 @@ class MultiHeadAttention(Portable):
     The same class computes on TensorFlow, JAX and torch, whichever Keras runs on. The weights
     are those of layers `query`, `key`, `value`, `out` (and `gate`), norms `query_norm`,
     `key_norm`.
+
+    Raises:
+        TypeError, ValueError: a field of the config is unknown, or not of its form.
 
     Source: Vaswani et al., arXiv 1706.03762; config.py names those of the options.
     """
@@ -383,24 +388,6 @@ def _filled(held: Array, new: Array, fill: Filling) -> Array:
         source = within(fill.source, 0, rows - 1) + ops.arange(batch, dtype="int32")[:, None] * rows
         taken = ops.take(flat, source, axis=0)
     return ops.where(fill.written[:, :, None, None], ops.cast(taken, held.dtype), held)
-
-
-def padding_mask(query: Any, key: Any, value: Any, source: Any) -> Mask | None:
-    """What masks of padding that Keras hands on let see, as one mask; None where there are none."""
-    if source is None:
-        key = query if key is None else key
-    found = None
-    for given, columns in ((query, False), (key, True), (value, True)):
-        if given is None or isinstance(given, Memory):
-            continue
-        if len(given.shape) != 2:
-            raise ValueError(
-                f"a padding mask of Keras must have shape (B, T). Got {tuple(given.shape)}."
-            )
-        given = ops.cast(given, "bool")
-        part = masks.dense(given[:, None, None, :] if columns else given[:, None, :, None])
-        found = part if found is None else found & part
-    return found
 
 
 def _checked(lengths: Any, keys: int | None) -> Array:

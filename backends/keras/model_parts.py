@@ -13,21 +13,17 @@ from keras import ops
 
 from attn_core.backends.keras.layer_parts import (
     ACTIVATIONS,
-    TAKEN,
-    Array,
     Embedding,
     Linear,
     Norm,
     Words,
-    dtype_of,
     hidden_dropout,
-    indices,
     sinusoidal,
-    variable,
-    within,
     words_of,
 )
 from attn_core.backends.keras.layers import MultiHeadAttention
+from attn_core.backends.keras.portable import TAKEN, variable
+from attn_core.backends.keras.tensors import Array, dtype_of, indices, within
 from attn_core.model.cache import BlockWeights, Cache, LayerOutput, Memory, ModelCache
 from attn_core.model.seeds import sites
 from attn_core.model.transformer import TransformerConfig

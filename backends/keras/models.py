@@ -8,29 +8,30 @@ from typing import Any
 import keras
 from keras import ops
 
-from attn_core.backends.keras.layer_parts import (
-    Array,
-    Linear,
-    Portable,
+from attn_core.backends.keras.arguments import (
     as_is,
     bare,
     check_graph,
-    dtype_of,
     in_our_words,
+    padding_of,
+    with_mask,
+)
+from attn_core.backends.keras.layer_parts import Linear
+from attn_core.backends.keras.model_parts import Stack
+from attn_core.backends.keras.portable import Portable, opened
+from attn_core.backends.keras.tensors import (
+    Array,
+    dtype_of,
     indices,
     integers,
     known,
     on_host,
-    opened,
-    padding_of,
     product,
     shape,
     tanh,
     tensor,
-    with_mask,
     within,
 )
-from attn_core.backends.keras.model_parts import Stack
 from attn_core.model import calls
 from attn_core.model.cache import Memory, ModelCache, ModelOutput
 from attn_core.model.transformer import TransformerConfig
@@ -47,6 +48,9 @@ class Transformer(Portable):
         seed: of the first values: the same numbers in every framework.
         dtype: of the parameters, or a policy of Keras; as in MultiHeadAttention.
         name, trainable: as in every layer of Keras.
+
+    Raises:
+        TypeError, ValueError: a field of the config is unknown, or not of its form.
 
     Source: Vaswani et al., arXiv 1706.03762.
     """

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from attn_core.api import attention
+from attn_core import documents
 from attn_core.backends.tf.arrays import sizes
-from attn_core.check_arrays import documents_mask, fits
-from attn_core.language.values import Dropout
-from attn_core.model import calls, module
 from attn_core.model.module import ModuleOutput
 
 
@@ -45,38 +41,9 @@ def scaled_dot_product_attention(
 
     Rows that may see no key give 0. Raises TypeError or ValueError on anything else.
     """
-    host = all(isinstance(x, np.ndarray) for x in (q, k, v))
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not host and not isinstance(x, (tf.Tensor, tf.Variable)):
-            raise TypeError(
-                f"`{name}` must be a tensor, or all three NumPy. Got {type(x).__name__}."
-            )
-    q, k, v = [tf.convert_to_tensor(x) for x in (q, k, v)]
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.shape.rank is None or x.shape.rank < 2:
-            raise ValueError(f"`{name}` must have a known rank of at least 2. Got {x.shape}.")
-        if not x.shape[:-2].is_compatible_with(q.shape[:-2]):
-            raise ValueError(
-                f"`{name}` must have the leading dimensions of q, {tuple(q.shape[:-2])}. "
-                f"Got {tuple(x.shape[:-2])}."
-            )
-    *lead, rows, _ = sizes(q)
-    keys, width = sizes(v)[-2:]
-    batch = math.prod(lead)
-    folded = [tf.reshape(x, (batch, 1, *sizes(x)[-2:])) for x in (q, k, v)]
-    kwargs: dict[str, Any] = {}
-    if mask is not None:
-        mask = tf.convert_to_tensor(mask)
-        full = (*lead, rows, keys)
-        known = (*q.shape[:-1], k.shape[-2])
-        documents_mask(mask.dtype.name, q.dtype.name, tuple(mask.shape), known)
-        mask = tf.reshape(tf.broadcast_to(mask, full), (batch, 1, rows, keys))
-        kwargs["mask" if mask.dtype == tf.bool else "bias"] = mask
-    if dropout_rate:
-        kwargs["dropout"] = Dropout(dropout_rate, seed)
-    out = attention(*folded, scale=scale, **kwargs)
-    out = tf.reshape(out, (*lead, rows, width))
-    return out.numpy() if host and tf.executing_eagerly() else out
+    given, host = _tensors({"q": q, "k": k, "v": v})
+    out = documents.attend(_VERBS, given, mask, dropout_rate, scale, seed)
+    return out.numpy() if host else out
 
 
 def attention_module(
@@ -124,66 +91,28 @@ def attention_module(
             says; nothing has been computed.
     """
     given = {"query": query, "key": key, "value": value}
-    given = {name: x for name, x in given.items() if x is not None}
+    given, host = _tensors({n: x for n, x in given.items() if x is not None or n == "query"})
+    found = documents.attend_by_heads(
+        _VERBS, given, mask, dropout_rate, parameters, heads, scale, seed
+    )
+    return ModuleOutput(*[x.numpy() for x in found]) if host else found
+
+
+def _tensors(given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The inputs as tensors, and whether the answer is to be NumPy's, as they were."""
     host = all(isinstance(x, np.ndarray) for x in given.values())
     for name, x in given.items():
         if not host and not isinstance(x, (tf.Tensor, tf.Variable)):
             raise TypeError(
                 f"`{name}` must be a tensor, or all of them NumPy. Got {type(x).__name__}."
             )
-    inputs = {name: tf.convert_to_tensor(x) for name, x in given.items()}
-    query = inputs["query"]
-    for name, x in inputs.items():
-        if x.shape.rank is None:
+        if not host and x.shape.rank is None:
             raise ValueError(f"`{name}` must have a known rank of at least 2. Got {x.shape}.")
-    module.check_shapes({name: tuple(x.shape) for name, x in inputs.items()}, fits)
-    layer = module.is_layer(parameters, dropout_rate=dropout_rate, heads=heads, scale=scale)
-    lead, dtype = sizes(query)[:-2], query.dtype.name
-    batch = math.prod(lead)
-    inputs = {name: tf.reshape(x, (batch, *sizes(x)[-2:])) for name, x in inputs.items()}
-    if not layer:
-        held = _held(parameters)
-        config = module.config_of({name: tuple(x.shape) for name, x in held.items()}, heads)
-        module.check_dtypes({name: x.dtype.name for name, x in {**inputs, **held}.items()}, dtype)
-    else:
-        config = parameters.config
-    q, k = inputs["query"], inputs.get("key", inputs["query"])
-    options: dict[str, Any] = {"return_weights": True}
-    if mask is not None:
-        mask = tf.convert_to_tensor(mask)
-        full = (*query.shape[:-2], config.heads, q.shape[1], k.shape[1])
-        module.check_mask(mask.dtype.name, dtype, tuple(mask.shape), full)
-        if mask.shape.rank < 2:
-            mask = tf.reshape(mask, (1, -1))
-        elif mask.shape.rank > 2:
-            mask = tf.broadcast_to(mask, (*lead, *sizes(mask)[-3:]))
-            mask = tf.reshape(mask, (batch, *sizes(mask)[-3:]))
-        options["mask" if mask.dtype == tf.bool else "bias"] = mask
-    if layer:
-        found = parameters(q, inputs.get("key"), inputs.get("value"), seed=seed, **options)
-        out = found.out
-    else:
-        v = inputs.get("value", k)
-        calls.check_inputs(config, tuple(q.shape), tuple(k.shape), tuple(v.shape))
-        if dropout_rate:
-            options["dropout"] = Dropout(dropout_rate, seed)
-        s = config.sizes
-        rows, keys = (batch, sizes(q)[1]), (batch, sizes(k)[1])
-        q = tf.reshape(_projected(held, "query", q), (*rows, s.heads, s.head))
-        v = tf.reshape(_projected(held, "value", v), (*keys, s.kv_heads, s.value))
-        k = tf.reshape(_projected(held, "key", k), (*keys, s.kv_heads, s.head))
-        if len(given) == 1:
-            options["query_offset"] = 0  # of unknown sizes, too: keys are the rows themselves
-        found = attention(q, k, v, scale=scale, layout="BTHD", **options)
-        out = _projected(held, "out", tf.reshape(found.out, (*rows, s.heads * s.value)))
-    out = tf.reshape(out, (*lead, *sizes(out)[-2:]))
-    weights = tf.reshape(found.weights, (*lead, *sizes(found.weights)[-3:]))
-    if host and tf.executing_eagerly():
-        return ModuleOutput(out.numpy(), weights.numpy())
-    return ModuleOutput(out, weights)
+    found = {name: tf.convert_to_tensor(x) for name, x in given.items()}
+    return found, host and tf.executing_eagerly()
 
 
-def _held(parameters: Any) -> dict[str, Any]:
+def _held(parameters: Any, query: Any) -> dict[str, Any]:
     """A mapping's arrays as tensors."""
     held = {}
     for name, x in parameters.items():
@@ -196,6 +125,24 @@ def _held(parameters: Any) -> dict[str, Any]:
     return held
 
 
-def _projected(held: dict[str, Any], part: str, x: Any) -> Any:
-    y = x @ held[f"{part}.weight"]
-    return y + held[f"{part}.bias"] if f"{part}.bias" in held else y
+def _mask(mask: Any, query: Any) -> Any:
+    return tf.convert_to_tensor(mask)
+
+
+def _shape(x: Any) -> tuple[int | None, ...]:
+    return tuple(x.shape)
+
+
+def _name(x: Any) -> str:
+    return str(x.dtype.name)
+
+
+_VERBS = documents.Verbs(
+    shape=_shape,
+    sizes=sizes,
+    dtype=_name,
+    reshape=tf.reshape,
+    spread=tf.broadcast_to,
+    held=_held,
+    mask=_mask,
+)

@@ -12,7 +12,6 @@ from attn_core import masks
 from attn_core.api import attention
 from attn_core.backends.torch.layer_parts import (
     Array,
-    Portable,
     check_dtype,
     check_tensors,
     integers,
@@ -21,6 +20,7 @@ from attn_core.backends.torch.layer_parts import (
     weights_dropout,
 )
 from attn_core.backends.torch.layers import starts
+from attn_core.backends.torch.portable import Portable
 from attn_core.language.values import Mask
 from attn_core.model import calls, fields
 from attn_core.model.additive import AdditiveConfig, tile
@@ -41,6 +41,9 @@ class AdditiveAttention(Portable):
         seed: of the first values: the same numbers in every framework.
         site: the number of this layer's stream of dropout.
         device: of the parameters.
+
+    Raises:
+        TypeError, ValueError: a field of the config is unknown, or not of its form.
     """
 
     def __init__(

@@ -26,14 +26,15 @@ def from_multihead_attention(module: Any, **changes: Any) -> Converted:
 
     Args:
         module: the layer, `batch_first` or not; ours is always (B, T, E).
-        changes: fields of the config, such as causal=True.
+        changes: fields of the config that the layer does not say itself, such as causal=True.
 
     Its masks go with the call: `attn_core.compat.from_torch_mha_mask`. The weights that it returns
     are the mean over heads, ours are each head's.
 
     Raises:
         TypeError: it is no such layer, or a subclass.
-        ValueError: it adds a key (`add_bias_kv`, `add_zero_attn`), which no config says.
+        ValueError: it adds a key (`add_bias_kv`, `add_zero_attn`), which no config says; or
+            `changes` gainsay it.
     """
     # A parametrization (weight_norm, ..) makes a class of its own, of the same meaning.
     if type_before_parametrizations(module) is not torch.nn.MultiheadAttention:
@@ -82,14 +83,15 @@ def from_attention(module: Any, **changes: Any) -> Converted:
         module: GPT2Attention, BertAttention (its dense layer after attention included, the norm
             and the sum after that not), LlamaAttention, MistralAttention, Qwen2Attention,
             Qwen3Attention or Gemma2Attention.
-        changes: fields of the config, such as impl="chunked".
+        changes: fields of the config that the layer does not say itself, such as impl="chunked".
 
     Scale, softcap, window, rotary base and dropout come along. Learned positions stand in the
     model, not in the layer. Masks of padding go with the call: `from_hf_mask`, or `kv_lengths`.
 
     Raises:
         TypeError: another layer, with those that are known.
-        ValueError: rotary positions that are scaled (`rope_type`), which no config says.
+        ValueError: rotary positions that are scaled (`rope_type`), which no config says; or
+            `changes` gainsay the layer.
     """
     name = type(module).__name__
     if name not in _LAYERS or not type(module).__module__.startswith("transformers.models."):
@@ -108,7 +110,7 @@ def from_model(model: Any, **changes: Any) -> ConvertedModel:
         model: GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM or Gemma2ForCausalLM, which
             give logits; or BertModel, without its pooler (`add_pooling_layer=False`), which gives
             the last hidden state.
-        changes: fields of the config, such as backend="jax".
+        changes: fields of the config that the model does not say itself, such as backend="jax".
 
     What it keeps and what it refuses: `attn_core.compat.from_transformers`, which reads the same
     from config.json and arrays, without torch.

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import torch
 
-from attn_core.api import attention
-from attn_core.check_arrays import documents_mask
-from attn_core.language.values import Dropout
-from attn_core.model import calls, module
+from attn_core import documents
 from attn_core.model.module import ModuleOutput
 
 
@@ -46,38 +42,13 @@ def scaled_dot_product_attention(
     """
     from attn_core.backends.torch import from_numpy, to_numpy
 
-    if all(isinstance(x, np.ndarray) for x in (q, k, v)):
-        q, k, v = [from_numpy(x) for x in (q, k, v)]
-        return to_numpy(
-            scaled_dot_product_attention(q, k, v, mask, dropout_rate, scale=scale, seed=seed)
-        )
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(
-                f"`{name}` must be a tensor, or all three NumPy. Got {type(x).__name__}."
-            )
-        if x.dim() < 2:
-            raise ValueError(f"`{name}` must have rank 2 or more. Got {tuple(x.shape)}.")
-        if x.shape[:-2] != q.shape[:-2]:
-            raise ValueError(
-                f"`{name}` must have the leading dimensions of q, {tuple(q.shape[:-2])}. "
-                f"Got {tuple(x.shape[:-2])}."
-            )
-    lead = tuple(q.shape[:-2])
-    batch = math.prod(lead)
-    folded = [x.reshape(batch, 1, *x.shape[-2:]) for x in (q, k, v)]
-    kwargs: dict[str, Any] = {}
-    if mask is not None:
-        if not isinstance(mask, torch.Tensor):
-            mask = from_numpy(np.asarray(mask)).to(q.device)
-        full = (*lead, q.shape[-2], k.shape[-2])
-        documents_mask(_name(mask), _name(q), tuple(mask.shape), full)
-        mask = torch.broadcast_to(mask, full).reshape(batch, 1, *full[-2:])
-        kwargs["mask" if mask.dtype == torch.bool else "bias"] = mask
-    if dropout_rate:
-        kwargs["dropout"] = Dropout(dropout_rate, seed)
-    out = attention(*folded, scale=scale, **kwargs)
-    return out.reshape(*lead, q.shape[-2], v.shape[-1])
+    given = {"q": q, "k": k, "v": v}
+    host = all(isinstance(x, np.ndarray) for x in given.values())
+    if host:
+        given = {name: from_numpy(x) for name, x in given.items()}
+    _check_tensors(given)
+    out = documents.attend(_VERBS, given, mask, dropout_rate, scale, seed)
+    return to_numpy(out) if host else out
 
 
 def attention_module(
@@ -126,60 +97,24 @@ def attention_module(
     """
     from attn_core.backends.torch import from_numpy, to_numpy
 
-    if all(x is None or isinstance(x, np.ndarray) for x in (query, key, value)):
-        query, key, value = [None if x is None else from_numpy(x) for x in (query, key, value)]
-        told = {"parameters": parameters, "heads": heads, "scale": scale, "seed": seed}
-        found = attention_module(query, key, value, mask, dropout_rate, **told)
-        return ModuleOutput(*[to_numpy(x.detach()) for x in found])
-    inputs = {"query": query, "key": key, "value": value}
-    inputs = {name: x for name, x in inputs.items() if x is not None}
-    for name, x in inputs.items():
+    given = {"query": query, "key": key, "value": value}
+    given = {name: x for name, x in given.items() if x is not None or name == "query"}
+    host = all(isinstance(x, np.ndarray) for x in given.values())
+    if host:
+        given = {name: from_numpy(x) for name, x in given.items()}
+    _check_tensors(given)
+    found = documents.attend_by_heads(
+        _VERBS, given, mask, dropout_rate, parameters, heads, scale, seed
+    )
+    return ModuleOutput(*map(to_numpy, found)) if host else found
+
+
+def _check_tensors(given: dict[str, Any]) -> None:
+    for name, x in given.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(
                 f"`{name}` must be a tensor, or all of them NumPy. Got {type(x).__name__}."
             )
-    module.check_shapes({name: tuple(x.shape) for name, x in inputs.items()}, tuple.__eq__)
-    layer = module.is_layer(parameters, dropout_rate=dropout_rate, heads=heads, scale=scale)
-    lead = tuple(query.shape[:-2])
-    batch = math.prod(lead)
-    inputs = {name: x.reshape(batch, *x.shape[-2:]) for name, x in inputs.items()}
-    if not layer:
-        held = _held(parameters, query)
-        config = module.config_of({name: tuple(x.shape) for name, x in held.items()}, heads)
-        module.check_dtypes(
-            {name: _name(x) for name, x in {**inputs, **held}.items()}, _name(query)
-        )
-    else:
-        config = parameters.config
-    q, k = inputs["query"], inputs.get("key", inputs["query"])
-    options: dict[str, Any] = {"return_weights": True}
-    if mask is not None:
-        if not isinstance(mask, torch.Tensor):
-            mask = from_numpy(np.asarray(mask)).to(query.device)
-        full = (*lead, config.heads, q.shape[1], k.shape[1])
-        module.check_mask(_name(mask), _name(query), tuple(mask.shape), full)
-        mask = mask.reshape((1,) * (2 - mask.dim()) + tuple(mask.shape)) if mask.dim() < 2 else mask
-        if mask.dim() > 2:
-            mask = mask.expand(*lead, *mask.shape[-3:]).reshape(batch, *mask.shape[-3:])
-        options["mask" if mask.dtype == torch.bool else "bias"] = mask
-    if layer:
-        found = parameters(q, inputs.get("key"), inputs.get("value"), seed=seed, **options)
-        out = found.out
-    else:
-        v = inputs.get("value", k)
-        calls.check_inputs(config, q.shape, k.shape, v.shape)
-        if dropout_rate:
-            options["dropout"] = Dropout(dropout_rate, seed)
-        s = config.sizes
-        q = _projected(held, "query", q).unflatten(-1, (s.heads, s.head))
-        k = _projected(held, "key", k).unflatten(-1, (s.kv_heads, s.head))
-        v = _projected(held, "value", v).unflatten(-1, (s.kv_heads, s.value))
-        found = attention(q, k, v, scale=scale, layout="BTHD", **options)
-        out = _projected(held, "out", found.out.flatten(-2))
-    weights = found.weights
-    return ModuleOutput(
-        out.reshape(*lead, *out.shape[-2:]), weights.reshape(*lead, *weights.shape[-3:])
-    )
 
 
 def _held(parameters: Any, query: Any) -> dict[str, Any]:
@@ -199,10 +134,29 @@ def _held(parameters: Any, query: Any) -> dict[str, Any]:
     return held
 
 
-def _projected(held: dict[str, Any], part: str, x: Any) -> Any:
-    y = x @ held[f"{part}.weight"]
-    return y + held[f"{part}.bias"] if f"{part}.bias" in held else y
+def _mask(mask: Any, query: Any) -> Any:
+    """A host mask as a tensor beside the query."""
+    from attn_core.backends.torch import from_numpy
+
+    if isinstance(mask, torch.Tensor):
+        return mask
+    return from_numpy(np.asarray(mask)).to(query.device)
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    return tuple(x.shape)
 
 
 def _name(x: Any) -> str:
     return str(x.dtype).removeprefix("torch.")
+
+
+_VERBS = documents.Verbs(
+    shape=_shape,
+    sizes=_shape,
+    dtype=_name,
+    reshape=torch.reshape,
+    spread=torch.broadcast_to,
+    held=_held,
+    mask=_mask,
+)

@@ -12,7 +12,6 @@ from attn_core.backends.torch.arrays import DTYPES
 from attn_core.backends.torch.layer_parts import (
     Array,
     Norm,
-    Portable,
     check_dtype,
     check_tensors,
     indices,
@@ -24,6 +23,7 @@ from attn_core.backends.torch.layer_parts import (
     turns_for,
     weights_dropout,
 )
+from attn_core.backends.torch.portable import Portable
 from attn_core.model import calls, fields
 from attn_core.model.cache import Cache, Filling, LayerOutput, Memory, check_room, filling
 from attn_core.model.config import AttentionConfig
@@ -48,6 +48,9 @@ class MultiHeadAttention(Portable):
 
     The weights are torch.nn.Linear modules `query`, `key`, `value`, `out` (and `gate`), norms
     `query_norm`, `key_norm`.
+
+    Raises:
+        TypeError, ValueError: a field of the config is unknown, or not of its form.
 
     Source: Vaswani et al., arXiv 1706.03762; config.py names those of the options.
     """

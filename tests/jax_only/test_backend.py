@@ -1,4 +1,4 @@
-"""The JAX backend against the judge: every option, forward and backward, and JAX's transforms."""
+"""The JAX backend against the judge: every option, forward and backward, numbers and verbs."""
 
 from functools import partial
 
@@ -7,319 +7,45 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax_cases import (
+    ALL,
+    ALL_JUDGED,
+    BIAS,
+    CASES,
+    CAUSAL,
+    DV,
+    EXTRAS,
+    FULL,
+    HQ,
+    IDS,
+    NAN,
+    ODD_SHAPES,
+    PLAIN,
+    SINKS,
+    SLOPES,
+    TK,
+    TQ,
+    B,
+    agree,
+    arrays,
+    backend,
+    close,
+    cotangents,
+    i,
+    inputs,
+    judge,
+    normal,
+    rng,
+    shapes_of,
+)
 
 import attn_core
-from attn_core import masks, reference, registry, scores
+from attn_core import masks, reference, scores
 from attn_core.backends.jax.philox import keep as jax_keep
 from attn_core.backends.jax.philox import multiply
 from attn_core.backends.jax.reference import within
 from attn_core.language.values import Dropout
 from attn_core.registry import UnsupportedError
-
-backend = registry.load("jax")
-
-B, HQ, HK, TQ, TK, D, DV = 2, 4, 2, 5, 7, 3, 2
-FULL = (B, HQ, TQ, TK)
-b, h, i, k = np.ogrid[:B, :HQ, :TQ, :TK]
-NAN = float("nan")
-
-
-def rng(seed=0):
-    return np.random.default_rng(seed)
-
-
-def normal(*shape, seed=0, dtype=np.float32):
-    return rng(seed).standard_normal(shape).astype(dtype)
-
-
-def inputs(heads=HQ, kv_heads=HK, q_len=TQ, k_len=TK, batch=B, dtype=np.float32):
-    return {
-        "query": normal(batch, heads, q_len, D, seed=1, dtype=dtype),
-        "key": normal(batch, kv_heads, k_len, D, seed=2, dtype=dtype),
-        "value": normal(batch, kv_heads, k_len, DV, seed=3, dtype=dtype),
-    }
-
-
-PLAIN = inputs()
-
-
-# Cases: a name, what attn_core is given, and what the judge is given instead where they differ ----
-
-IDS = np.array([[0, 0, 1, 1, 2, 2, 2], [5, 5, 5, 5, 5, 1, 1]])
-SLOPES = normal(HQ, seed=4)
-TABLE = normal(9, HQ, seed=5)
-T5 = normal(8, HQ, seed=6)
-BIAS = normal(*FULL, seed=7)
-SINKS = normal(HQ, seed=8)
-DENSE = rng(9).random(FULL) < 0.6
-TILES = np.array([[1, 0, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]], bool)
-EDGES = np.array([[0, 1], [0, 6], [2, 2], [4, 0], [4, 5], [4, 6]])
-EDGE = np.zeros((TQ, TK), bool)
-EDGE[EDGES[:, 0], EDGES[:, 1]] = True
-HIDING = np.where(DENSE, BIAS, -np.inf).astype(np.float32)
-LARGE = BIAS.copy()
-LARGE[..., 0], LARGE[..., 1], LARGE[..., 2] = -1e4, -1e9, np.finfo(np.float32).min
-LARGE[:, :, 1], LARGE[:, :, 3, 4] = np.finfo(np.float32).min, 1e4
-OFFSETS = np.array([2, -1])
-AT_2 = {"query_offset": 2}
-EMPTY_ROWS = DENSE.copy()
-EMPTY_ROWS[0, 1, 2], EMPTY_ROWS[1, :, 4] = False, False
-
-
-def t5(distance):
-    """T5's buckets written out for 8 buckets, bidirectional, max_distance 5."""
-    away = np.abs(distance)
-    far = 2 + (np.log(np.maximum(away, 1) / 2) / np.log(5 / 2) * 2).astype(int)
-    return np.where(away < 2, away, np.minimum(far, 3)) + np.where(distance > 0, 4, 0)
-
-
-def case(given, **judged):
-    return given, {**{n: x for n, x in given.items() if n not in ("mask", "score")}, **judged}
-
-
-def q(offset):
-    return i + np.reshape(offset, (-1, 1, 1, 1))
-
-
-def seen(**judged):
-    return {"mask": np.broadcast_to(judged["mask"], FULL)}
-
-
-CASES = {
-    "scale": case({"scale": 0.7}),
-    "scale zero": case({"scale": 0}),
-    "causal start": case(
-        {"mask": masks.causal(), "query_offset": "start"}, query_offset="start", mask=(i >= k)[0, 0]
-    ),
-    "causal end": case(
-        {"mask": masks.causal(), "query_offset": "end"}, mask=(i + TK - TQ >= k)[0, 0]
-    ),
-    "causal int": case({"mask": masks.causal(), "query_offset": -2}, mask=(i - 2 >= k)[0, 0]),
-    "causal array": case(
-        {"mask": masks.causal(), "query_offset": OFFSETS},
-        mask=np.broadcast_to(q(OFFSETS) >= k, (B, 1, TQ, TK)),
-    ),
-    "end with lengths": case(
-        {
-            "mask": masks.causal(),
-            "query_offset": "end",
-            "kv_lengths": np.array([6, 3]),
-            "q_lengths": np.array([2, 5]),
-        },
-        mask=np.broadcast_to(q([4, -2]) >= k, (B, 1, TQ, TK)),
-    ),
-    "window": case(
-        {"mask": masks.window(2, 1), **AT_2}, mask=((i + 2 - k <= 2) & (k - i - 2 <= 1))[0, 0]
-    ),
-    "prefix": case(
-        {"mask": masks.causal() | masks.prefix(np.array([3, 5])), "query_offset": 0},
-        mask=np.broadcast_to((i >= k) | (k < np.reshape([3, 5], (B, 1, 1, 1))), (B, 1, TQ, TK)),
-    ),
-    "segments": case(
-        {"mask": masks.segments(IDS), **AT_2},
-        mask=IDS[:, None, 2 : 2 + TQ, None] == IDS[:, None, None],
-    ),
-    "segments apart": case(
-        {"mask": masks.segments(IDS[:, :TQ], IDS)},
-        mask=IDS[:, None, :TQ, None] == IDS[:, None, None],
-    ),
-    "lengths mask": case(
-        {"mask": masks.lengths([4, 7], [5, 2])},
-        mask=np.broadcast_to(
-            (k < np.reshape([4, 7], (B, 1, 1, 1))) & (i < np.reshape([5, 2], (B, 1, 1, 1))),
-            (B, 1, TQ, TK),
-        ),
-    ),
-    "dilated": case({"mask": masks.dilated(3), **AT_2}, mask=((i + 2 - k) % 3 == 0)[0, 0]),
-    "global": case(
-        {"mask": masks.global_tokens(IDS[0] == 1) | masks.window(0, 0), **AT_2},
-        mask=(np.isin(i + 2, (2, 3)) | np.isin(k, (2, 3)) | (i + 2 == k))[0, 0],
-    ),
-    "chunks": case({"mask": masks.chunks(3), **AT_2}, mask=((i + 2) // 3 == k // 3)[0, 0]),
-    "chunks before zero": case(
-        {"mask": masks.chunks(3), "query_offset": -3}, mask=((i - 3) // 3 == k // 3)[0, 0]
-    ),
-    "dense": case({"mask": masks.dense(DENSE[0, 0])}, mask=DENSE[0, 0]),
-    "boolean": case({"mask": DENSE}, mask=DENSE),
-    "empty rows": case({"mask": EMPTY_ROWS}, mask=EMPTY_ROWS),
-    "nothing seen": case({"mask": np.zeros((TQ, TK), bool)}, mask=np.zeros((TQ, TK), bool)),
-    "blocks": case(
-        {"mask": masks.blocks(TILES, 2), "query_offset": 0}, mask=TILES[i // 2, k // 2][0, 0]
-    ),
-    "graph": case({"mask": masks.graph(EDGES, (TQ, TK)), "query_offset": 0}, mask=EDGE),
-    "arithmetic": case(
-        {
-            "mask": attn_core.mask(
-                lambda b, h, q, k: (
-                    (((q - k) % -3 == -1) ^ ((q * k) // (h - 1) > 2))
-                    | (attn_core.minimum(q, k) == attn_core.row - b)
-                )
-            ),
-            "query_offset": 0,
-        },
-        mask=(
-            ((i - k) % -3 == -1) ^ (np.where(h == 1, 0, (i * k) // np.where(h == 1, 1, h - 1)) > 2)
-        )
-        | (np.minimum(i, k) == i - b),
-    ),
-    "bias": case({"bias": BIAS}),
-    "bias rank 2": case({"bias": BIAS[0, 0]}),
-    "bias by key": case({"bias": BIAS[:, :1, :1]}),
-    "bias by row": case({"bias": BIAS[:1, :, :, :1]}),
-    "bias hides": case({"bias": HIDING}),
-    "bias large": case({"bias": LARGE}),
-    "softcap": case(
-        {"score": scores.softcap(0.8)}, score=lambda s, b, h, q, k: 0.8 * np.tanh(s / 0.8)
-    ),
-    "alibi": case(
-        {"score": scores.alibi(SLOPES), **AT_2},
-        score=lambda s, b, h, q, k, t: s - t[h] * abs(q - k),
-        operands=(SLOPES,),
-    ),
-    "alibi of the paper": case(
-        {"score": scores.alibi(heads=HQ), **AT_2},
-        score=lambda s, b, h, q, k, t: s - t[h] * abs(q - k),
-        operands=(2.0 ** (-2.0 * np.arange(1, 5)),),
-    ),
-    "clipped": case(
-        {"score": scores.relative_bias(TABLE, buckets="clipped"), **AT_2},
-        score=lambda s, b, h, q, k, t: s + t[np.clip(k - q, -4, 4) + 4, h],
-        operands=(TABLE,),
-    ),
-    "t5": case(
-        {"score": scores.relative_bias(T5, max_distance=5), **AT_2},
-        score=lambda s, b, h, q, k, t: s + t[t5(k - q), h],
-        operands=(T5,),
-    ),
-    "then": case(
-        {"score": scores.alibi(SLOPES).then(scores.softcap(1.5)), **AT_2},
-        score=lambda s, b, h, q, k, t: 1.5 * np.tanh((s - t[h] * abs(q - k)) / 1.5),
-        operands=(SLOPES,),
-    ),
-    "score of everything": case(
-        {
-            "score": attn_core.score(
-                lambda s, b, h, q, k: attn_core.where(
-                    (q + k) % 5 == 4,
-                    -np.inf,
-                    attn_core.exp(attn_core.minimum(s, 0.5)) * attn_core.log(1.0 + abs(s) + b)
-                    + s / (h + 1),
-                )
-            ),
-            **AT_2,
-        },
-        score=lambda s, b, h, q, k: np.where(
-            (q + k) % 5 == 4,
-            -np.inf,
-            np.exp(np.minimum(s, 0.5)) * np.log(1.0 + abs(s) + b) + s / (h + 1),
-        ),
-    ),
-    "sinks": case({"sinks": SINKS}),
-    "sinks of none": case(
-        {"sinks": np.where(SINKS < 0, -np.inf, SINKS).astype(np.float32), "mask": EMPTY_ROWS},
-        mask=EMPTY_ROWS,
-    ),
-    "kv_lengths": case({"kv_lengths": np.array([0, 5])}),
-    "kv_lengths for all": case({"kv_lengths": 3}),
-    "q_lengths": case({"q_lengths": np.array([0, 3])}),
-    "padding with sinks": case(
-        {"sinks": SINKS, "kv_lengths": np.array([0, 5]), "q_lengths": np.array([5, 3])}
-    ),
-    "dropout": case({"dropout": Dropout(0.4, 2**40 + 7)}, dropout=(0.4, 2**40 + 7)),
-    "dropout behind": case(
-        {"dropout": Dropout(0.4, -3), "query_offset": np.array([-9, 4])}, dropout=(0.4, -3)
-    ),
-    "all at once": case(
-        {
-            "mask": masks.window(4) & masks.segments(IDS),
-            "bias": BIAS[:1, :, :, :],
-            "score": scores.alibi(SLOPES),
-            "scale": 0.6,
-            "sinks": SINKS,
-            "kv_lengths": np.array([6, 7]),
-            "q_lengths": np.array([5, 4]),
-            "query_offset": np.array([1, 2]),
-            "dropout": Dropout(0.3, (5, 6)),
-        },
-        mask=np.stack(
-            [
-                (i + o - k <= 4)[0, 0] & (IDS[n, o : o + TQ, None] == IDS[n, None, :])
-                for n, o in enumerate((1, 2))
-            ]
-        )[:, None],
-        score=lambda s, b, h, q, k, t: s - t[h] * abs(q - k),
-        operands=(SLOPES,),
-        dropout=(0.3, 5 + 6 * 2**32),
-    ),
-}
-
-ODD_SHAPES = {
-    "one key head": inputs(3, 1),
-    "as many key heads": inputs(3, 3),
-    "no batch": inputs(batch=0),
-    "no queries": inputs(q_len=0),
-    "no keys": inputs(k_len=0),
-    "nothing at all": inputs(q_len=0, k_len=0, batch=0),
-}
-
-
-# Comparing ----------------------------------------------------------------------------------------
-
-
-def arrays(given, dtype=np.float32):
-    """Query, key, value, bias and sinks as JAX arrays, and the rest as it is."""
-    named = ("query", "key", "value", "bias", "sinks")
-    return {n: backend.from_numpy(x.astype(dtype)) if n in named else x for n, x in given.items()}
-
-
-def cotangents(shapes, dtype=np.float32, seed=20):
-    made = {n: normal(*s, seed=seed + j) for j, (n, s) in enumerate(sorted(shapes.items()))}
-    wide = np.float64 if dtype == np.float64 else np.float32
-    return {n: x.astype(wide if n == "lse" else dtype) for n, x in made.items()}
-
-
-def judge(given, cotangent, **options):
-    output = reference.attention(**given, **options)
-    pulled = {f"d_{n}": x.astype(np.float64) for n, x in cotangent.items()}
-    return output, reference.gradients(**given, **options, **pulled)
-
-
-def close(name, found, wanted, tolerance=2e-5, rounding=0.0):
-    found = np.asarray(found)
-    assert found.shape == wanted.shape, name
-    found = found.astype(np.float64)
-    infinite = np.isneginf(wanted)
-    assert np.array_equal(np.isneginf(found), infinite), name
-    found, wanted = np.where(infinite, 0, found), np.where(infinite, 0, wanted)
-    allowed = tolerance * max(1.0, np.abs(wanted).max(initial=0.0)) + rounding * np.abs(wanted)
-    # Written so that a NaN fails.
-    assert (np.abs(found - wanted) <= allowed).all(), (name, np.abs(found - wanted).max())
-
-
-def agree(output, gradients, judged, judged_gradients, **tolerance):
-    for name in ("out", "lse", "weights"):
-        close(name, getattr(output, name), getattr(judged, name), **tolerance)
-    for name, gradient in gradients.items():
-        if name != "score":
-            close("d " + name, gradient, judged_gradients[name], **tolerance)
-            continue
-        assert len(gradient) == len(judged_gradients["operands"])
-        for found, wanted in zip(gradient, judged_gradients["operands"], strict=True):
-            assert (found is None) == (wanted is None)
-            if found is not None:
-                close("d operand", found, wanted, **tolerance)
-
-
-EXTRAS = {"return_lse": True, "return_weights": True}
-
-
-def shapes_of(given, layout="BHTD"):
-    """Shapes of out, lse and weights of inputs in layout BHTD."""
-    batch, heads, rows, _ = given["query"].shape
-    keys, width = given["value"].shape[2:]
-    out = (batch, heads, rows, width) if layout == "BHTD" else (batch, rows, heads, width)
-    return {"out": out, "lse": (batch, heads, rows), "weights": (batch, heads, rows, keys)}
-
 
 # Under jit the conformance suite asks every option against the same judge, alone and in pairs (its
 # form jit, which make test runs): here those questions that it has not.
@@ -378,7 +104,6 @@ def test_layout(form):
 
 # Numbers ------------------------------------------------------------------------------------------
 
-ALL, ALL_JUDGED = CASES["all at once"]
 EPS = {np.float16: 2.0**-11, ml_dtypes.bfloat16: 2.0**-8}
 
 
@@ -510,7 +235,6 @@ def test_keys_and_values_are_never_expanded():
 # Poison: nothing that is not allowed reaches an output or a gradient ------------------------------
 
 POISON = [("eager", NAN), ("eager", np.inf), ("eager", -np.inf), ("jit", NAN)]
-CAUSAL = (i >= k)[0, 0]
 
 
 def poisoned(x, where, value):
@@ -744,301 +468,6 @@ def test_ids_of_64_bits():
         jax.jit(lambda m: attn_core.attention(**x, mask=m, query_offset=0))(masks.segments(ids))
 
 
-# Transforms ---------------------------------------------------------------------------------------
-
-
-def smooth(x, impl="reference"):
-    """Every option, as a function of all that is differentiable."""
-    return attn_core.attention(
-        x["query"],
-        x["key"],
-        x["value"],
-        bias=x["bias"],
-        sinks=x["sinks"],
-        score=scores.alibi(x["slopes"]).then(scores.softcap(3.0)),
-        mask=masks.window(4) & masks.segments(IDS),
-        kv_lengths=np.array([6, 7]),
-        q_lengths=np.array([5, 4]),
-        query_offset=np.array([1, 2]),
-        dropout=Dropout(0.3, 11),
-        impl=impl,
-        **EXTRAS,
-    )
-
-
-def smooth_judge(x):
-    return {
-        "query": x["query"],
-        "key": x["key"],
-        "value": x["value"],
-        "bias": x["bias"],
-        "sinks": x["sinks"],
-        "score": lambda s, b, h, q, k, t: 3.0 * np.tanh((s - t[h] * abs(q - k)) / 3.0),
-        "operands": (x["slopes"],),
-        "mask": ALL_JUDGED["mask"],
-        "kv_lengths": np.array([6, 7]),
-        "q_lengths": np.array([5, 4]),
-        "query_offset": np.array([1, 2]),
-        "dropout": (0.3, 11),
-    }
-
-
-def point(seed):
-    shapes = {"query": (B, HQ, TQ, D), "key": (B, HK, TK, D), "value": (B, HK, TK, DV)}
-    shapes |= {"bias": (B, 1, TQ, TK), "sinks": (HQ,), "slopes": (HQ,)}
-    return {
-        n: normal(*s, seed=seed + j, dtype=np.float64) for j, (n, s) in enumerate(shapes.items())
-    }
-
-
-def moved(x, t, step):
-    return {n: x[n] + step * t[n] for n in x}
-
-
-def finite(lse):
-    """The lse without its -inf, of which there is no difference."""
-    return np.where(np.isneginf(lse), 0.0, lse)
-
-
-@pytest.mark.parametrize("jit", [False, True])
-def test_jvp_against_differences(jit):
-    x, t, step = point(40), point(50), 1e-5
-    with jax.enable_x64(True):
-        push = partial(jax.jvp, smooth)
-        push = jax.jit(push) if jit else push
-        _, tangent = push((jax.tree.map(jnp.asarray, x),), (jax.tree.map(jnp.asarray, t),))
-    above = reference.attention(**smooth_judge(moved(x, t, step)))
-    below = reference.attention(**smooth_judge(moved(x, t, -step)))
-    for name in ("out", "lse", "weights"):
-        wanted = (finite(getattr(above, name)) - finite(getattr(below, name))) / (2 * step)
-        close(name, getattr(tangent, name), wanted, 1e-8)
-        assert np.abs(wanted).max() > 0.1
-
-
-def test_second_derivatives_against_differences():
-    """Both orders of differentiation, of a loss that reads out, lse and weights."""
-    x, t, step = point(40), point(50), 1e-5
-    pulled = cotangents(shapes_of(PLAIN), np.float64)
-
-    def loss(x):
-        y = smooth(x)
-        # lse is -inf in padded rows: selected away, as anyone has to who sums it.
-        lse = jnp.where(jnp.isneginf(y.lse), 0.0, y.lse)
-        return sum((g * v).sum() for g, v in zip(weights, (y.out, lse, y.weights), strict=True))
-
-    def gradient(step):
-        given = smooth_judge(moved(x, t, step))
-        found = reference.gradients(**given, **{f"d_{n}": g for n, g in pulled.items()})
-        return {**found, "slopes": found["operands"][0]}
-
-    above, below = gradient(step), gradient(-step)
-    with jax.enable_x64(True):
-        weights = [jnp.asarray(pulled[n]) for n in ("out", "lse", "weights")]
-        at, along = jax.tree.map(jnp.asarray, x), jax.tree.map(jnp.asarray, t)
-        _, forward = jax.jit(lambda: jax.jvp(jax.grad(loss), (at,), (along,)))()
-        reverse = jax.jit(
-            jax.grad(lambda x: sum((jax.grad(loss)(x)[n] * along[n]).sum() for n in x))
-        )(at)
-    for name in x:
-        wanted = (above[name] - below[name]) / (2 * step)
-        # A difference of the judge's own differences.
-        close(name, forward[name], wanted, 2e-6)
-        close(name, reverse[name], np.asarray(forward[name]), 1e-12)
-        assert np.abs(wanted).max() > 1e-2
-
-
-def test_hessian_with_rows_that_see_nothing():
-    x = arrays(PLAIN)
-
-    def loss(query):
-        given = {**x, "query": query, "sinks": jnp.asarray(SINKS)}
-        out = attn_core.attention(**given, mask=EMPTY_ROWS, q_lengths=4, impl="reference")
-        return (out**2).sum()
-
-    hessian = np.asarray(jax.jit(jax.hessian(loss))(x["query"]))
-    assert np.isfinite(hessian).all()
-    assert np.abs(hessian[0, 0, 0, :, 0, 0, 0]).max() > 1e-4
-    for at in ((0, 1, 2), (1, 0, 4)):  # sees nothing, is padding
-        assert not hessian[at].any()
-    # Against differences of the gradient, in one direction.
-    t, step = normal(*x["query"].shape, seed=60), 1e-2
-    gradient = jax.jit(jax.grad(loss))
-    wanted = (gradient(x["query"] + step * t) - gradient(x["query"] - step * t)) / (2 * step)
-    close("hessian", np.tensordot(hessian, t, 4), np.asarray(wanted), 2e-3)
-
-
-def test_vmap():
-    """Over a new axis of every operand: arrays, lengths, offset, mask, score and seed."""
-    n = 3
-    x = {name: normal(n, *a.shape, seed=70 + j) for j, (name, a) in enumerate(PLAIN.items())}
-    ids = rng(80).integers(0, 3, (n, TK)).astype(np.int32)
-    slopes = normal(n, HQ, seed=81)
-    bias = normal(n, TQ, TK, seed=82)
-    sinks = normal(n, HQ, seed=83)
-    kv = rng(84).integers(0, TK + 1, (n, B)).astype(np.int32)
-    rows = rng(85).integers(0, TQ + 1, (n, B)).astype(np.int32)
-    offset = np.array([0, 1, 2], np.int32)
-    seed = np.array([1, -2, 3], np.int32)
-
-    def f(x, ids, slopes, bias, sinks, kv, rows, offset, seed):
-        return attn_core.attention(
-            **x,
-            mask=masks.segments(ids),
-            score=scores.alibi(slopes),
-            bias=bias,
-            sinks=sinks,
-            kv_lengths=kv,
-            q_lengths=rows,
-            query_offset=offset,
-            dropout=Dropout(0.3, seed),
-            **EXTRAS,
-        )
-
-    rest = (ids, slopes, bias, sinks, kv, rows, offset, seed)
-    given = jax.tree.map(jnp.asarray, (x, *rest))
-    together = jax.jit(jax.vmap(f))(*given)
-    for at in range(n):
-        alone = f(*jax.tree.map(lambda a, at=at: a[at], given))
-        for one, all_ in zip(alone, together, strict=True):
-            close("vmap", all_[at], np.asarray(one, np.float64))
-    # And over the batch itself, mapped from the key alone.
-    spread = jax.vmap(
-        lambda key: attn_core.attention(given[0]["query"][0], key, given[0]["value"][0])
-    )(given[0]["key"])
-    one = attn_core.attention(
-        *(given[0][m][j] for m, j in (("query", 0), ("key", 2), ("value", 0)))
-    )
-    close("key", spread[2], np.asarray(one, np.float64))
-
-
-def test_vmapped_gradients():
-    x = {name: jnp.asarray(normal(3, *a.shape, seed=70)) for name, a in PLAIN.items()}
-    f = jax.grad(
-        lambda x: (attn_core.attention(**x, mask=masks.causal(), query_offset=1) ** 2).sum()
-    )
-    together = jax.vmap(f)(x)
-    for at in range(3):
-        alone = f(jax.tree.map(lambda a, at=at: a[at], x))
-        for name in x:
-            close(name, together[name][at], np.asarray(alone[name], np.float64))
-
-
-def test_checkpoint():
-    x = arrays(PLAIN)
-
-    def loss(x):
-        return (attn_core.attention(**x, dropout=Dropout(0.5, 3), mask=masks.prefix(5)) ** 2).sum()
-
-    plain, saved = jax.jit(jax.grad(loss))(x), jax.grad(jax.checkpoint(loss))(x)
-    for name in x:
-        close(name, saved[name], np.asarray(plain[name], np.float64), 1e-6)
-        assert np.abs(plain[name]).max() > 0.01
-
-
-def test_eval_shape():
-    def struct(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-
-    found = jax.eval_shape(
-        partial(attn_core.attention, mask=masks.causal(), query_offset="end", **EXTRAS),
-        *(struct(B, HQ, TQ, D), struct(B, HK, TK, D), struct(B, HK, TK, DV)),
-    )
-    assert found.out.shape == (B, HQ, TQ, DV)
-    assert found.lse.shape == (B, HQ, TQ)
-    assert found.weights.shape == FULL
-    assert [x.dtype for x in found] == [jnp.bfloat16, jnp.float32, jnp.bfloat16]
-    with pytest.raises(ValueError, match="Hq must be a multiple of Hk"):
-        jax.eval_shape(
-            attn_core.attention, struct(B, 3, TQ, D), struct(B, 2, TK, D), struct(B, 2, TK, DV)
-        )
-
-
-# Masks, scores and dropout cross jit --------------------------------------------------------------
-
-
-def test_one_trace_for_equal_masks():
-    traces = []
-
-    @jax.jit
-    def f(x, mask, score, dropout):
-        traces.append(1)
-        return attn_core.attention(**x, mask=mask, score=score, dropout=dropout, query_offset=0)
-
-    x = arrays(PLAIN)
-
-    def check(ids, slopes, seed):
-        found = f(x, masks.segments(ids) & masks.causal(), scores.alibi(slopes), Dropout(0.3, seed))
-        judged = {
-            "mask": (ids[:TQ, None] == ids) & CAUSAL,
-            "score": lambda s, b, h, q, k, t: s - t[h] * abs(q - k),
-            "operands": (slopes,),
-            "dropout": (0.3, seed),
-        }
-        close("jit", found, reference.attention(**PLAIN, **judged).out)
-
-    for ids, slopes, seed in (
-        (IDS[0], SLOPES, 1),
-        (IDS[1], SLOPES, 2),
-        (IDS[0], 2 * SLOPES, 2**50),
-    ):
-        check(ids, slopes, seed)
-    assert len(traces) == 1
-    f(x, masks.segments(IDS[0]), scores.alibi(SLOPES), Dropout(0.3, 1))
-    assert len(traces) == 2  # another tree
-    f(x, masks.segments(IDS[0]), scores.alibi(SLOPES), Dropout(0.4, 1))
-    assert len(traces) == 3  # another rate
-    f(x, masks.segments(list(map(int, IDS[0]))), scores.alibi(SLOPES), Dropout(0.4, 9))
-    f(x, masks.segments(list(map(int, IDS[1]))), scores.alibi(SLOPES), Dropout(0.4, 8))
-    assert len(traces) <= 4  # a list is int32 where NumPy was int64
-
-
-def test_pytrees():
-    mask = masks.segments(IDS) & masks.causal()
-    score, dropout = scores.alibi(SLOPES), Dropout(0.25, 2**33 + 1)
-    leaves, structure = jax.tree.flatten((mask, score, dropout))
-    assert [leaf.shape for leaf in leaves] == [IDS.shape, SLOPES.shape, (2,)]
-    again, score_again, dropout_again = jax.tree.unflatten(structure, leaves)
-    assert (again.tree, score_again.tree) == (mask.tree, score.tree)
-    assert dropout_again.rate == 0.25
-    x = arrays(PLAIN)
-    options = {"query_offset": 0}
-    assert np.array_equal(
-        attn_core.attention(**x, mask=again, score=score_again, dropout=dropout_again, **options),
-        attn_core.attention(**x, mask=mask, score=score, dropout=dropout, **options),
-    )
-    other = jax.tree.structure((masks.segments(IDS), score, dropout))
-    assert structure != other
-    assert structure == jax.tree.structure(
-        (masks.segments(IDS + 1) & masks.causal(), scores.alibi(2 * SLOPES), Dropout(0.25, 1))
-    )
-
-
-def test_a_score_is_differentiated_as_a_pytree():
-    x = arrays(PLAIN)
-    score = scores.alibi(jnp.asarray(SLOPES))
-    found = jax.grad(lambda s: attn_core.attention(**x, score=s, query_offset=2).sum())(score)
-    judged = CASES["alibi"][1]
-    ones = np.ones((B, HQ, TQ, DV))
-    wanted = reference.gradients(**PLAIN, **judged, d_out=ones)["operands"][0]
-    close("slopes", found.arrays[0], wanted)
-    assert np.abs(wanted).max() > 0.1
-
-
-def test_a_captured_tracer_is_an_operand():
-    x = arrays(PLAIN)
-
-    def f(c):
-        return attn_core.attention(**x, score=attn_core.score(lambda s, b, h, q, k: s * c)).sum()
-
-    # s * c is what the scale does.
-    wanted = (
-        reference.attention(**PLAIN, scale=0.5001).out.sum()
-        - reference.attention(**PLAIN, scale=0.4999).out.sum()
-    ) / (0.0002 * D**0.5)
-    assert float(jax.jit(jax.grad(f))(0.5 * D**0.5)) == pytest.approx(wanted, abs=1e-3)
-    assert abs(wanted) > 0.01
-
-
 # The verbs ----------------------------------------------------------------------------------------
 
 
@@ -1108,78 +537,6 @@ def test_strict_promotion():
     close("strict", found, reference.attention(**PLAIN, **judged).out)
 
 
-# The documents' function --------------------------------------------------------------------------
-
-
-def listing(query, key, value, bias, scale):
-    """The documents' listing, written out: softmax(q kᵀ · scale + mask) v."""
-    s = np.einsum("...qd,...kd->...qk", query, key) * scale + bias
-    p = np.exp(s - s.max(-1, keepdims=True))
-    return np.einsum("...qk,...kv->...qv", p / p.sum(-1, keepdims=True), value)
-
-
-LEADS = [(), (3,), (2, 3), (2, 1, 3)]
-
-
-DOCUMENTS = [("numpy", lead, None) for lead in LEADS]
-DOCUMENTS += [(form, (2, 3), scale) for form in ("eager", "jit") for scale in (None, 1.0)]
-
-
-@pytest.mark.parametrize("kind", ["none", "float", "boolean", "zero is hidden"])
-@pytest.mark.parametrize(("form", "lead", "scale"), [*DOCUMENTS, ("numpy", (2, 3), 1.0)])
-def test_documents(lead, scale, kind, form):
-    query, key = normal(*lead, TQ, D, seed=90), normal(*lead, TK, D, seed=91)
-    value = normal(*lead, TK, DV, seed=92)
-    visible = rng(93).random((*lead[-1:], TQ, TK)) < 0.7
-    visible[..., 0] = True
-    bias = normal(TQ, TK, seed=94)
-    mask = {"none": None, "float": bias, "boolean": visible, "zero is hidden": visible * 2}[kind]
-    added = {"none": 0.0, "float": bias}.get(kind, np.where(visible, 0.0, -np.inf))
-    wanted = listing(query, key, value, added, 1 / np.sqrt(D) if scale is None else scale)
-    if kind == "zero is hidden":
-        mask = mask != 0
-    call = partial(backend.scaled_dot_product_attention, scale=scale)
-    given = (query, key, value) if mask is None else (query, key, value, mask)
-    if form != "numpy":
-        given = [jnp.asarray(a) for a in given]
-    found = jax.jit(call)(*given) if form == "jit" else call(*given)
-    assert type(found) is np.ndarray if form == "numpy" else backend.owns(found)
-    close("documents", found, wanted, 5e-6)
-
-
-def test_documents_dropout_and_errors():
-    query, key, value = (normal(3, n, w, seed=95) for n, w in ((TQ, D), (TK, D), (TK, DV)))
-    call = backend.scaled_dot_product_attention
-    kept = reference.keep(0.4, 5, range(3), [0], np.arange(TQ)[None], np.arange(TK))
-    s = np.einsum("bqd,bkd->bqk", query, key) / np.sqrt(D)
-    p = np.exp(s) / np.exp(s).sum(-1, keepdims=True)
-    wanted = (p * np.broadcast_to(kept, (3, 1, TQ, TK))[:, 0] / 0.6) @ value
-    close("dropout", call(query, key, value, dropout_rate=0.4, seed=5), wanted)
-    assert np.array_equal(
-        call(query, key, value, mask=np.zeros((TQ, TK), bool)), np.zeros((3, TQ, DV))
-    )
-    x = jnp.asarray(query)
-    with pytest.raises(TypeError, match="`seed` must be given"):
-        call(query, key, value, dropout_rate=0.4)
-    with pytest.raises(TypeError, match="must not be wider"):
-        call(x, jnp.asarray(key), jnp.asarray(value), np.zeros((TQ, TK)))
-    with pytest.raises(TypeError, match="`mask` must be boolean"):
-        call(query, key, value, np.ones((TQ, TK), int))
-    with pytest.raises(ValueError, match="leading dimensions of q"):
-        call(query, key[:2], value)
-    with pytest.raises(TypeError, match="must be an array of JAX, or all three NumPy"):
-        call(query, jnp.asarray(key), value)
-
-
 def test_no_setting_was_touched():
     assert not jax.config.jax_enable_x64
     assert jax.config.jax_default_matmul_precision is None
-
-
-def test_a_float_table_keeps_its_digits_across_jit():
-    score = attn_core.scores.alibi(heads=3)
-    with jax.enable_x64(True):
-        x = jnp.asarray(np.random.default_rng(3).standard_normal((1, 3, 4, 5)))
-        want = attn_core.attention(x, x, x, score=score)
-        got = jax.jit(lambda x, s: attn_core.attention(x, x, x, score=s))(x, score)
-        np.testing.assert_allclose(got, want, rtol=1e-14)

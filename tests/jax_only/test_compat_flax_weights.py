@@ -137,3 +137,13 @@ def test_a_subclass_is_refused():
         from_linen_attention(Linen(4), Linen(4).init(jax.random.key(0), X))
     named = linen.MultiHeadAttention(4)  # Flax' own other name
     assert from_linen_attention(named, named.init(jax.random.key(0), X)).config.heads == 4
+
+
+def test_changes_may_not_gainsay_a_layer():
+    """heads=2 would cut the same matrices into other heads."""
+    module = linen.MultiHeadDotProductAttention(4)
+    variables = module.init(jax.random.key(0), X)
+    assert from_linen_attention(module, variables, heads=4, causal=True).config.causal
+    for change in ({"heads": 2}, {"scale": 1.0}, {"bias": False}):
+        with pytest.raises(ValueError, match=f"what the original computes.*{next(iter(change))}: "):
+            from_linen_attention(module, variables, **change)

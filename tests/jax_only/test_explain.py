@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from explain_cases import FLOAT32, counted, keys_of, near
+from explain_cases import FLOAT32, counted, keys_of, near, ran
 from support import seen
 
 import attn_core
@@ -16,20 +16,6 @@ from attn_core import Dropout, attention, explain, masks, registry, scores
 from attn_core.backends.jax import chunked_tile
 
 BACKEND = registry.load("jax")
-
-
-def ran(monkeypatch: pytest.MonkeyPatch, **given: Any) -> list[str]:
-    """The implementations that attention runs with these arguments."""
-    names: list[str] = []
-    for name, handler in list(BACKEND._HANDLERS.items()):
-
-        def spy(p: Any, x: Any, name: str = name, handler: Any = handler) -> Any:
-            names.append(name)
-            return handler(p, x)
-
-        monkeypatch.setitem(BACKEND._HANDLERS, name, spy)
-    attention(**given)
-    return names
 
 
 @pytest.mark.parametrize(
@@ -46,7 +32,7 @@ def test_what_is_said_to_answer_answers(
     x = jnp.ones((1, 2, 20, 4))
     given = {"query": x, "key": x, "value": x, **more}
     said = explain(**given)
-    assert ran(monkeypatch, **given) == [said.impl]
+    assert ran(BACKEND, monkeypatch, **given) == [said.impl]
     assert [c.name for c in said.candidates] == list(BACKEND.IMPLEMENTATIONS)
     monkeypatch.setattr(BACKEND, "attend", None)
     assert explain(**given) == said

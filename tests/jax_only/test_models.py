@@ -250,7 +250,7 @@ def test_generate_as_far_as_positions_go() -> None:
     """The last token is made, and not read: it needs no position."""
     model = Transformer({**DECODER, "positions": "learned", "max_length": 7})
     assert model.generate(TOKENS, 3).shape == (B, 3)
-    with pytest.raises(ValueError, match="must not be longer than `max_length` = 7"):
+    with pytest.raises(ValueError, match=r"`steps` must be at most .*`max_length` = 7"):
         model.generate(TOKENS, 4)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from call_cases import check_a_prompt_is_named, check_lengths_are_named
 from flax import nnx
 
 import attn_core
@@ -150,27 +151,8 @@ def test_a_cache_of_every_float() -> None:
 
 
 def test_lengths_are_named_as_they_were_given() -> None:
-    model, pair, read = Transformer(DECODER), Transformer(PAIR), jnp.array(PROMPT)
-    for wrong, error, words in (
-        ([7, 3], ValueError, r"within \[0, 4\] for every row of the batch. Got 7"),
-        ([-1, 3], ValueError, r"within \[0, 4\] for every row of the batch. Got -1"),
-        (5, ValueError, r"within \[0, 4\]"),
-        ([1, 2, 3], ValueError, r"an int or have shape \(B,\) = \(2,\). Got \(3,\)"),
-        ([1.5, 2.0], TypeError, "integers. Got float64"),
-    ):
-        with pytest.raises(error, match=f"`lengths` must be {words}"):
-            model(read, lengths=wrong)
-        with pytest.raises(error, match=f"`lengths` must be {words}"):
-            model(read, lengths=wrong, cache=model.make_cache(2, 9))
-        with pytest.raises(error, match=f"`source_lengths` must be {words}"):
-            pair(read, read, source_lengths=wrong)
-        with pytest.raises(error, match=f"`source_lengths` must be {words}"):
-            pair.make_cache(2, 9, source=read, source_lengths=wrong)
+    check_lengths_are_named(Transformer(DECODER), Transformer(PAIR), jnp.array(PROMPT))
 
 
 def test_a_prompt_is_named_as_it_was_given() -> None:
-    model = Transformer(DECODER)
-    with pytest.raises(ValueError, match=r"`prompt` must be within the vocabulary, .*Got 11"):
-        model.generate(jnp.array([[1, 11]]), 2)
-    with pytest.raises(ValueError, match=r"`prompt` must be int tokens .*Got \(2, 3\) of float32"):
-        model.generate(jnp.ones((2, 3)), 2)
+    check_a_prompt_is_named(Transformer(DECODER), jnp.array([[1, 11]]), jnp.ones((2, 3)))

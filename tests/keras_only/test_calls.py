@@ -14,7 +14,7 @@ from model_cases import DECODER, ENCODER
 
 from attn_core import masks
 from attn_core.backends.keras import AdditiveAttention, MultiHeadAttention, Steps, Transformer
-from attn_core.backends.keras.layer_parts import room
+from attn_core.backends.keras.tensors import room
 from attn_core.conformance.tolerance import CAP
 
 ops = keras.ops

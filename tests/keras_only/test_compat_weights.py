@@ -99,3 +99,12 @@ def test_what_no_config_says_is_refused():
     several(X, X)
     with pytest.raises(ValueError, match="`output_shape` of MultiHeadAttention must be left out"):
         from_multi_head_attention(several)
+
+
+def test_changes_may_not_gainsay_a_layer():
+    """heads=2 would cut the same matrices into other heads."""
+    layer = made(keras.layers.MultiHeadAttention(4, 3), X, Z, Y)
+    assert from_multi_head_attention(layer, heads=4, causal=True).config.causal
+    for change in ({"heads": 2}, {"scale": 1.0}, {"bias": False}):
+        with pytest.raises(ValueError, match=f"what the original computes.*{next(iter(change))}: "):
+            from_multi_head_attention(layer, **change)

@@ -16,7 +16,7 @@ from layer_cases import CASES, B, Case, draw, inputs_of, judged, share, slope, w
 import attn_core
 from attn_core import AttentionConfig, masks
 from attn_core.backends.keras import MultiHeadAttention, Steps
-from attn_core.backends.keras.layer_parts import variable
+from attn_core.backends.keras.portable import variable
 from attn_core.conformance.tolerance import CAP, EPS, JUDGE
 from attn_core.model.cache import Cache, LayerOutput
 from attn_core.model.parameters import parameters

@@ -451,7 +451,7 @@ def test_generate_as_far_as_positions_go() -> None:
     found = array(model.generate(TOKENS, 3))
     for steps in (0, 1, 2):
         assert np.array_equal(array(model.generate(TOKENS, steps)), found[:, :steps])
-    with pytest.raises(ValueError, match="must not be longer than `max_length` = 7"):
+    with pytest.raises(ValueError, match=r"`steps` must be at most .*`max_length` = 7"):
         model.generate(TOKENS, 4)
 
 

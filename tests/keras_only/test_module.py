@@ -11,7 +11,7 @@ from keras_support import BACKEND, array, tensor
 from module_cases import CASES, check, given_of
 
 from attn_core.backends.keras import MultiHeadAttention
-from attn_core.backends.keras.layer_parts import room
+from attn_core.backends.keras.tensors import room
 
 attention_module = room().attention_module
 tf_only = pytest.mark.skipif(BACKEND != "tensorflow", reason="the others' own tests ask it")

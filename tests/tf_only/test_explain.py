@@ -10,27 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from explain_cases import FLOAT32, WIDENED, counted, keys_of, near
+from explain_cases import FLOAT32, WIDENED, counted, keys_of, near, ran
 from support import seen
 
 import attn_core
-from attn_core import Dropout, attention, explain, masks, registry
+from attn_core import Dropout, explain, masks, registry
 
 BACKEND = registry.load("tf")
-
-
-def ran(monkeypatch: pytest.MonkeyPatch, **given: Any) -> list[str]:
-    """The implementations that attention runs with these arguments."""
-    names: list[str] = []
-    for name, handler in list(BACKEND._HANDLERS.items()):
-
-        def spy(p: Any, x: Any, name: str = name, handler: Any = handler) -> Any:
-            names.append(name)
-            return handler(p, x)
-
-        monkeypatch.setitem(BACKEND._HANDLERS, name, spy)
-    attention(**given)
-    return names
 
 
 @pytest.mark.parametrize(
@@ -47,7 +33,7 @@ def test_what_is_said_to_answer_answers(
     x = tf.ones((1, 2, 20, 4))
     given = {"query": x, "key": x, "value": x, **more}
     said = explain(**given)
-    assert ran(monkeypatch, **given) == [said.impl]
+    assert ran(BACKEND, monkeypatch, **given) == [said.impl]
     assert [c.name for c in said.candidates] == list(BACKEND.IMPLEMENTATIONS)
     monkeypatch.setattr(BACKEND, "attend", None)
     assert explain(**given) == said

@@ -626,7 +626,7 @@ REFUSED = {
     "integer mask": (TypeError, "`mask` must be boolean.*`mask != 0`", {"mask": Z(5, 7).int()}),
     "wide mask": (TypeError, "`mask` must not be wider", {"mask": Z(5, 7).double()}),
     "rank 1": (ValueError, "`q` must have rank 2 or more", {"q": Z(8)}),
-    "leading": (ValueError, r"`k` must have the leading dimensions of q, \(3,\)", {"k": Z(7, 8)}),
+    "leading": (ValueError, r"`k` must have the leading dimensions of `q`, \(3,\)", {"k": Z(7, 8)}),
     "leading of v": (ValueError, "`v` must have the leading dimensions", {"v": Z(1, 7, 6)}),
     "list": (TypeError, "`k` must be a tensor", {"k": [[1.0]]}),
     "mixed": (TypeError, "`v` must be a tensor", {"v": np.zeros((3, 7, 6), np.float32)}),

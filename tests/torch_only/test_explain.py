@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from explain_cases import FLOAT32, WIDENED, counted, keys_of, near
+from explain_cases import FLOAT32, WIDENED, counted, keys_of, near, ran
 from support import seen
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch_memory import peak
@@ -23,20 +23,6 @@ BY_HEAD = attn_core.mask(lambda b, h, q, k: q - k <= 100 * (h + 1))
 
 def draw(length: int, batch: int = 1, heads: int = 4, dtype: Any = torch.float32) -> torch.Tensor:
     return torch.randn(batch, heads, length, 64).to(dtype)
-
-
-def ran(monkeypatch: pytest.MonkeyPatch, **given: Any) -> list[str]:
-    """The implementations that attention runs with these arguments."""
-    names: list[str] = []
-    for name, handler in list(BACKEND._HANDLERS.items()):
-
-        def spy(p: Any, x: Any, name: str = name, handler: Any = handler) -> Any:
-            names.append(name)
-            return handler(p, x)
-
-        monkeypatch.setitem(BACKEND._HANDLERS, name, spy)
-    attention(**given)
-    return names
 
 
 @pytest.mark.parametrize(
@@ -55,7 +41,7 @@ def test_what_is_said_to_answer_answers(
     x = draw(40)
     given = {"query": x, "key": x, "value": x, **more}
     said = explain(**given)
-    assert ran(monkeypatch, **given) == [said.impl]
+    assert ran(BACKEND, monkeypatch, **given) == [said.impl]
     assert [c.name for c in said.candidates] == list(BACKEND.IMPLEMENTATIONS)
     assert [c.name for c in said.candidates if c.verdict == "chosen"] == [said.impl]
     monkeypatch.setattr(BACKEND, "attend", None)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from call_cases import check_a_prompt_is_named, check_lengths_are_named
 
 import attn_core
 from attn_core.backends.torch import MultiHeadAttention, Transformer
@@ -168,30 +169,11 @@ def test_a_cache_of_every_float() -> None:
 
 
 def test_lengths_are_named_as_they_were_given() -> None:
-    model, pair, read = Transformer(DECODER), Transformer(PAIR), torch.tensor(PROMPT)
-    for wrong, error, words in (
-        ([7, 3], ValueError, r"within \[0, 4\] for every row of the batch. Got 7"),
-        ([-1, 3], ValueError, r"within \[0, 4\] for every row of the batch. Got -1"),
-        (5, ValueError, r"within \[0, 4\]"),
-        ([1, 2, 3], ValueError, r"an int or have shape \(B,\) = \(2,\). Got \(3,\)"),
-        ([1.5, 2.0], TypeError, "integers. Got float64"),
-    ):
-        with pytest.raises(error, match=f"`lengths` must be {words}"):
-            model(read, lengths=wrong)
-        with pytest.raises(error, match=f"`lengths` must be {words}"):
-            model(read, lengths=wrong, cache=model.make_cache(2, 9))
-        with pytest.raises(error, match=f"`source_lengths` must be {words}"):
-            pair(read, read, source_lengths=wrong)
-        with pytest.raises(error, match=f"`source_lengths` must be {words}"):
-            pair.make_cache(2, 9, source=read, source_lengths=wrong)
+    check_lengths_are_named(Transformer(DECODER), Transformer(PAIR), torch.tensor(PROMPT))
 
 
 def test_a_prompt_is_named_as_it_was_given() -> None:
-    model = Transformer(DECODER)
-    with pytest.raises(ValueError, match=r"`prompt` must be within the vocabulary, .*Got 11"):
-        model.generate(torch.tensor([[1, 11]]), 2)
-    with pytest.raises(ValueError, match=r"`prompt` must be int tokens .*Got \(2, 3\) of float32"):
-        model.generate(torch.ones(2, 3), 2)
+    check_a_prompt_is_named(Transformer(DECODER), torch.tensor([[1, 11]]), torch.ones(2, 3))
 
 
 def test_a_part_that_was_changed_is_named_as_it_is_exported() -> None:

@@ -1,0 +1,144 @@
+"""The documents' two functions, in any framework's arrays.
+
+Leading dimensions are folded into one batch, B their product, and unfolded again:
+
+    scaled_dot_product_attention   (.., T, D) -> (B, 1, T, D) -> `attention` -> (.., Tq, Dv)
+    attention_module               (.., T, E) -> (B, T, E) -> heads -> (.., Tq, O), (.., H, Tq, Tk)
+
+A backend's `documents.py` has the docstrings, says whose arrays it takes, gives NumPy's back as
+NumPy, and names in `Verbs` how it reshapes. What an argument must be is said here and in
+`model/module.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from attn_core.api import attention
+from attn_core.check_arrays import documents_mask
+from attn_core.language.values import Dropout
+from attn_core.model import calls, module
+from attn_core.model.module import ModuleOutput
+
+Array = Any
+
+
+class Verbs(NamedTuple):
+    """What the two functions ask of a framework.
+
+    Attributes:
+        shape: of an array; None for a size that is not known yet.
+        sizes: the same as numbers that `reshape` takes: of an unknown size, a scalar.
+        dtype: of an array, by name.
+        reshape: an array in another shape.
+        spread: an array broadcast to a shape.
+        held: a mapping of parameters, and the query, as arrays of the framework by name.
+        mask: a mask beside the query, as an array of the framework.
+    """
+
+    shape: Callable[[Array], tuple[Any, ...]]
+    sizes: Callable[[Array], Sequence[Any]]
+    dtype: Callable[[Array], str]
+    reshape: Callable[[Array, tuple[Any, ...]], Array]
+    spread: Callable[[Array, tuple[Any, ...]], Array]
+    held: Callable[[Any, Array], dict[str, Array]]
+    mask: Callable[[Any, Array], Array]
+
+
+def attend(
+    verbs: Verbs, given: dict[str, Array], mask: Any, rate: float, scale: Any, seed: Any
+) -> Array:
+    """softmax(scale * q kᵀ + mask) v: given are q, k and v by name, the framework's."""
+    module.check_shapes({name: verbs.shape(x) for name, x in given.items()})
+    q, k, v = given.values()
+    *lead, rows, _ = verbs.sizes(q)
+    keys, width = verbs.sizes(k)[-2], verbs.sizes(v)[-1]
+    batch = math.prod(lead)
+    folded = [verbs.reshape(x, (batch, 1, *verbs.sizes(x)[-2:])) for x in (q, k, v)]
+    options: dict[str, Any] = {}
+    if mask is not None:
+        mask = verbs.mask(mask, q)
+        known = (*verbs.shape(q)[:-1], verbs.shape(k)[-2])
+        documents_mask(verbs.dtype(mask), verbs.dtype(q), verbs.shape(mask), known)
+        mask = verbs.reshape(verbs.spread(mask, (*lead, rows, keys)), (batch, 1, rows, keys))
+        options[_kind(verbs, mask)] = mask
+    if rate:
+        options["dropout"] = Dropout(rate, seed)
+    out = attention(*folded, scale=scale, **options)
+    return verbs.reshape(out, (*lead, rows, width))
+
+
+def attend_by_heads(
+    verbs: Verbs,
+    given: dict[str, Array],
+    mask: Any,
+    rate: float,
+    parameters: Any,
+    heads: int | None,
+    scale: Any,
+    seed: Any,
+) -> ModuleOutput:
+    """Project, attend by heads, project: of what is given of query, key and value, by name."""
+    module.check_shapes({name: verbs.shape(x) for name, x in given.items()})
+    query = given["query"]
+    layer = module.is_layer(parameters, dropout_rate=rate, heads=heads, scale=scale)
+    lead, dtype = tuple(verbs.sizes(query)[:-2]), verbs.dtype(query)
+    batch = math.prod(lead)
+    inputs = {name: verbs.reshape(x, (batch, *verbs.sizes(x)[-2:])) for name, x in given.items()}
+    if layer:
+        config = parameters.config
+    else:
+        held = verbs.held(parameters, query)
+        config = module.config_of({name: verbs.shape(x) for name, x in held.items()}, heads)
+        dtypes = {name: verbs.dtype(x) for name, x in {**inputs, **held}.items()}
+        module.check_dtypes(dtypes, dtype)
+    q, k = inputs["query"], inputs.get("key", inputs["query"])
+    options: dict[str, Any] = {"return_weights": True}
+    if mask is not None:
+        mask = verbs.mask(mask, query)
+        full = (*verbs.shape(query)[:-2], config.heads, verbs.shape(q)[1], verbs.shape(k)[1])
+        module.check_mask(verbs.dtype(mask), dtype, verbs.shape(mask), full)
+        last = tuple(verbs.sizes(mask)[-3:])
+        if len(last) < 2:
+            mask = verbs.reshape(mask, (*(1,) * (2 - len(last)), *last))
+        elif len(last) > 2:
+            mask = verbs.reshape(verbs.spread(mask, (*lead, *last)), (batch, *last))
+        options[_kind(verbs, mask)] = mask
+    if layer:
+        found = parameters(q, inputs.get("key"), inputs.get("value"), seed=seed, **options)
+        out = found.out
+    else:
+        v = inputs.get("value", k)
+        calls.check_inputs(config, verbs.shape(q), verbs.shape(k), verbs.shape(v))
+        if rate:
+            options["dropout"] = Dropout(rate, seed)
+        if len(given) == 1 and verbs.shape(q)[1] is None:
+            options["query_offset"] = 0  # keys are the rows themselves, however many they are
+        s = config.sizes
+        q = _cut(verbs, _projected(held, "query", q), s.heads, s.head)
+        k = _cut(verbs, _projected(held, "key", k), s.kv_heads, s.head)
+        v = _cut(verbs, _projected(held, "value", v), s.kv_heads, s.value)
+        found = attention(q, k, v, scale=scale, layout="BTHD", **options)
+        joined = verbs.reshape(found.out, (*verbs.sizes(q)[:2], s.heads * s.value))
+        out = _projected(held, "out", joined)
+    return ModuleOutput(
+        verbs.reshape(out, (*lead, *verbs.sizes(out)[-2:])),
+        verbs.reshape(found.weights, (*lead, *verbs.sizes(found.weights)[-3:])),
+    )
+
+
+def _kind(verbs: Verbs, mask: Array) -> str:
+    """A boolean mask selects, a float one is added."""
+    return "mask" if verbs.dtype(mask) == "bool" else "bias"
+
+
+def _projected(held: dict[str, Array], part: str, x: Array) -> Array:
+    y = x @ held[f"{part}.weight"]
+    return y + held[f"{part}.bias"] if f"{part}.bias" in held else y
+
+
+def _cut(verbs: Verbs, x: Array, heads: int, width: int) -> Array:
+    """(B, T, H D) as (B, T, H, D)."""
+    return verbs.reshape(x, (*verbs.sizes(x)[:2], heads, width))
