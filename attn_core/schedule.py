@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attn_core.blocks import FULL, PARTIAL
+from attn_core.blocks import FULL, PARTIAL, BlockMap
 
 Array = Any
 
@@ -48,21 +48,27 @@ def of_status(ops: Any, status: Array) -> Schedule:
     )
 
 
-def runs(live: np.ndarray) -> tuple[np.ndarray, int]:
-    """For every row of a grid one run of columns that holds what is live; all are equally long.
+def runs(found: BlockMap, columns: bool = False) -> tuple[np.ndarray, int]:
+    """For every row of a map one run of tiles that holds what is live; all are equally long.
 
-    Row i's run is columns [starts[i], starts[i] + width), within the grid. Width is what the
-    longest needs, and 1 at least; a row in which nothing is live has a run all the same.
+    Row i's run is tiles [starts[i], starts[i] + width), within the grid. Width is what the longest
+    needs, and 1 at least; a row in which nothing is live has a run all the same. It takes memory
+    for the live tiles, not for the grid.
 
     Args:
-        live: boolean (rows, columns), of a host block map; for its columns, turned around.
+        found: a map that is the same for every batch and head.
+        columns: runs of rows, for every column.
 
     Returns:
         (starts, width), starts int32 (rows,).
     """
-    columns = live.shape[1]
-    some = live.any(1)
-    first = np.where(some, live.argmax(1), 0)
-    last = np.where(some, columns - live[:, ::-1].argmax(1), 1)
-    width = int((last - first).max())
-    return np.minimum(first, columns - width).astype(np.int32), width
+    lines, across = found.grid[::-1] if columns else found.grid
+    row_start, tiles, _ = found.lists()
+    rows = np.repeat(np.arange(found.grid[0]), np.diff(row_start))
+    line, at = (tiles, rows) if columns else (rows, tiles)
+    first, last = np.full(lines, across), np.zeros(lines, np.int64)
+    np.minimum.at(first, line, at)
+    np.maximum.at(last, line, at + 1)
+    first[last == 0] = 0
+    width = max(1, int((last - first).max()))
+    return np.minimum(first, across - width).astype(np.int32), width

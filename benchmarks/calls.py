@@ -73,7 +73,8 @@ def tiling(case: Case, backend: str) -> Tiling:
         live = (said.blocks.full + said.blocks.partial) // (said.blocks.batches * said.blocks.heads)
     rows, keys = said.tiles
     heads = None if said.turn is None else math.prod(said.turn)
-    live = -(-live // said.together)
+    if said.together > 1:
+        live = -(-case.length // rows)  # a span to each row of tiles
     return Tiling(rows, keys * said.together, live, said.together > 1, heads)
 
 

@@ -46,14 +46,21 @@ def nn(case: Case) -> Attend:
     return attend
 
 
+SHORT, BESIDE = 128, 32
+"""Rows of a short line, and how many lines of all heads `chunked` takes side by side."""
+
+
 def floor(case: Case) -> Call:
     """All live tiles, one after the other, at rows and keys that change.
 
-    Of as many heads at once as `chunked` takes, and summed in float32 as it sums.
+    Of as many heads at once as `chunked` takes, and summed in float32 as it sums. Where it takes
+    short lines side by side, as many of them, and each product with the reduction for whose sake
+    it has both cores: without it the floor would lie above the attention.
     """
-    t = tiling(case, "jax")
-    heads = case.batch * case.heads
+    t, heads = tiling(case, "jax"), case.batch * case.heads
     together = t.heads or heads
+    short = t.span and t.rows <= SHORT
+    beside = -(-BESIDE // together) if short else 1
     arrays = case.arrays()
     q, k, v = (
         jax.numpy.asarray(arrays[n]).reshape(heads, case.length, case.width)
@@ -62,19 +69,23 @@ def floor(case: Case) -> Call:
 
     def products(q: Any, k: Any, v: Any) -> Any:
         def tile(n: Any, total: Any) -> Any:
-            row, key = (n % (case.length // size) * size for size in (t.rows, t.keys))
-
-            def taken(x: Any, at: Any, size: int) -> Any:
+            def taken(x: Any, size: int) -> Any:
                 head = n % (heads // together)
-                return jax.lax.dynamic_slice(x, (head, at, 0), (together, size, case.width))
+                at = [(n * beside + i) % (case.length // size) * size for i in range(beside)]
+                sizes = (together, size, case.width)
+                return jax.numpy.stack([jax.lax.dynamic_slice(x, (head, i, 0), sizes) for i in at])
 
-            rows, keys, values = taken(q, row, t.rows), taken(k, key, t.keys), taken(v, key, t.keys)
-            logits = jax.numpy.einsum("hqd,hkd->hqk", rows, keys, **wide)
-            return total + jax.numpy.einsum("hqk,hkd->hqd", logits.astype(v.dtype), values, **wide)
+            rows, keys, values = taken(q, t.rows), taken(k, t.keys), taken(v, t.keys)
+            logits = jax.numpy.einsum("lhqd,lhkd->lhqk", rows, keys, **wide)
+            if short:
+                logits = logits - logits.max(-1, keepdims=True)
+            found = jax.numpy.einsum("lhqk,lhkd->lhqd", logits.astype(v.dtype), values, **wide)
+            return total + (found / logits.sum(-1, keepdims=True) if short else found)
 
         wide = {"preferred_element_type": jax.numpy.float32}
-        start = jax.numpy.zeros((together, t.rows, case.width), jax.numpy.float32)
-        return jax.lax.fori_loop(0, t.live * (heads // together), tile, start)
+        start = jax.numpy.zeros((beside, together, t.rows, case.width), jax.numpy.float32)
+        turns = -(-t.live // beside) * (heads // together)
+        return jax.lax.fori_loop(0, turns, tile, start)
 
     compiled = jax.jit(products)
     return Call(lambda: jax.block_until_ready(compiled(q, k, v)), lambda arrays: {})

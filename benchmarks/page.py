@@ -45,13 +45,14 @@ _FLOORS = """
 ## Where the time goes
 
 A floor is no attention. In JAX and TensorFlow it is the two products of every live tile, in the
-framework's own loop: what is above it are exponentials, sums, masks and the loop. In torch it is
-the framework's fused kernel, called once on tiles that hold every live entry of a window, or on the
-documents as a batch, with no mask inside. What a floor does not reach is out of reach for that
-loop in tiles of that size, however cheap the rest: finer tiles compute less that is hidden, in
-products that run at a lower rate. What the bare products reach of the share of work, against those
-of causal attention at that length, stands beside the share targets below, and how many times as
-fast as jax.nn they are beside that target.
+framework's own loop: what is above it are exponentials, sums, masks and the loop. Where JAX takes
+short lines of rows side by side, its floor has the reduction with which XLA gives each product both
+cores. In torch it is the framework's fused kernel, called once on tiles that hold every live entry
+of a window, or on the documents as a batch, with no mask inside. What a floor does not reach is out
+of reach for that loop in tiles of that size, however cheap the rest: finer tiles compute less that
+is hidden, in products that run at a lower rate. What the bare products reach of the share of work,
+against those of causal attention at that length, stands beside the share targets below, and how
+many times as fast as jax.nn they are beside that target.
 
 | case | framework | attention, ms | floor, ms | floor / attention | quartiles |
 | --- | --- | --- | --- | --- | --- |

@@ -307,9 +307,11 @@ _SMALL_PRODUCTS = (
     "What is live here lies in small tiles, and causal attention, which it is measured against, "
     "in large ones. A tile with less hidden is a smaller product, which runs at a lower rate: "
     "torch's kernel splits short tiles into 32 rows instead of 256; XLA runs a product of fewer "
-    "than about 256 x 256 on one core, whatever the batch, and half of a tile of 256 x 512 is "
-    "hidden; TensorFlow reads and writes each tile of logits in every operation of its softmax, "
-    "however small. A backward pass has five products of each tile in place of two."
+    "than about 256 x 256 on one core, whatever the batch, unless one fusion has it and a "
+    "reduction, which a window's forward pass is made of in float32, while a backward pass and "
+    "documents, which are not known when the call is traced, keep tiles of which half is hidden; "
+    "TensorFlow reads and writes each tile of logits in every operation of its softmax, however "
+    "small. A backward pass has five products of each tile in place of two."
 )
 
 TARGETS: tuple[Target, ...] = (

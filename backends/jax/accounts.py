@@ -10,6 +10,7 @@ from __future__ import annotations
 from math import prod
 
 from attn_core.backends.jax.chunked_parts import level_of, sizes_of
+from attn_core.backends.jax.chunked_spans import Lines, lines_of
 from attn_core.backends.jax.chunked_tile import Geometry
 from attn_core.footprint import differs, sizes
 from attn_core.spec import WIDTH, Account, Problem
@@ -31,11 +32,27 @@ def account(p: Problem, impl: str) -> Account:
 
 
 def _chunked(p: Problem, batch: int, numbers: tuple[str, tuple[str, str] | None]) -> Account:
-    g = sizes_of(p, columns=False)
+    g, lines = sizes_of(p, columns=False), lines_of(p)
     forward, backward = _pass(p, batch, g)[0], _pass(p, batch, sizes_of(p, columns=True))[1]
+    turn = _turn(p, batch, g)
+    if lines is not None:
+        # What is told is the call itself; a backward pass has its own forward pass before it.
+        g, turn = lines.geometry, lines.turn
+        forward = _lines(p, batch, lines)
     # Of a span, the blocks that it takes together: what is live is counted in those.
     tiles, together = (g.block_q, g.step_k), g.block_k // g.step_k
-    return Account(tiles, forward, backward, *numbers, together, _turn(p, batch, g))
+    return Account(tiles, forward, backward, *numbers, together, turn)
+
+
+def _lines(p: Problem, batch: int, lines: Lines) -> int:
+    """Bytes of a forward pass by short lines: one tile of exponentials, its operands, its mask."""
+    g, count, wide = lines.geometry, lines.rows.shape[1], WIDTH[p.accumulation] // 8
+    n, widths = prod(lines.turn), p.width + p.v_width
+    tile = count * ((n + 1) * g.block_q * g.block_k + n * (g.block_q + g.block_k) * widths)
+    rows, keys = g.q_size, g.k_size
+    moved = p.layout == "BTHD" or (rows, keys) != (p.q_len, p.k_len)
+    whole = rows * widths + keys * widths
+    return wide * (tile + (batch * p.heads * whole if moved else 0))
 
 
 def _turn(p: Problem, batch: int, g: Geometry) -> tuple[int, int]:

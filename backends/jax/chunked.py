@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attn_core.backends.jax import chunked_backward, chunked_forward, reference
+from attn_core.backends.jax import chunked_backward, chunked_forward, chunked_spans, reference
 from attn_core.backends.jax.arrays import is_wide, x64
 from attn_core.backends.jax.chunked_parts import (
     cut_up,
@@ -48,7 +48,8 @@ def attend(p: Problem, x: Operands) -> AttentionOutput:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(p: Problem, x: Operands) -> AttentionOutput:
-    return _forward(p, x)[0]
+    lines = chunked_spans.lines_of(p)
+    return _forward(p, x)[0] if lines is None else chunked_spans.attend(p, x, lines)
 
 
 def _forward(p: Problem, x: Operands) -> tuple[AttentionOutput, Any]:

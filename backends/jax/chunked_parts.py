@@ -93,6 +93,11 @@ class Spans(NamedTuple):
     width: int
     starts: Array
 
+    @property
+    def entries(self) -> int:
+        """Of all runs, of one head."""
+        return self.line * self.lines * self.step * self.width
+
 
 def spans_of(p: Problem, columns: bool) -> Spans | None:
     """The spans of rows of tiles, or of columns; None where tiles are the better way.
@@ -103,23 +108,37 @@ def spans_of(p: Problem, columns: bool) -> Spans | None:
     if p.device != "cpu" or p.return_weights or not _alike(p):
         return None
     lengths = _known(p.q_len), _known(p.k_len)
-    return _spans(p.mask, *lengths, _start(p), columns)
+    return _spans(p.mask, *lengths, start_of(p), columns)
 
 
 @lru_cache(maxsize=1024)
 def _spans(mask: Tree, q_len: int, k_len: int, start: int, columns: bool) -> Spans | None:
-    along, across = (k_len, q_len) if columns else (q_len, k_len)
-    (line, lines), (step, steps) = _blocks(along, _SPAN_LINE), _blocks(across, _SPAN_STEP)
-    if lines < _FINE_FROM:
+    if _blocks(k_len if columns else q_len, _SPAN_LINE)[1] < _FINE_FROM:
         return None
-    size = (step, line) if columns else (line, step)
-    status = block_map(
-        mask, q_len=q_len, k_len=k_len, block_q=size[0], block_k=size[1], offsets=start
-    ).dense()[0, 0]
-    live = (status.T if columns else status) >= PARTIAL
-    starts, width = runs(live)
+    found = spans_in(mask, (q_len, k_len), start, (_SPAN_LINE, _SPAN_STEP), columns)
     tiles = _live(mask, q_len, k_len, start, _blocks(q_len, _ROWS)[0], _blocks(k_len, _KEYS)[0])
-    if width * step > _SPAN_LONGEST or lines * line * width * step > tiles:
+    return None if found is None or found.entries > tiles else found
+
+
+def spans_in(
+    mask: Tree, lengths: tuple[int, int], start: int, sizes: tuple[int, int], columns: bool
+) -> Spans | None:
+    """Lines of up to sizes[0] rows in steps of sizes[1] keys; None where runs would be too long.
+
+    Args:
+        lengths: of queries and keys.
+        columns: lines of keys, in steps of rows.
+    """
+    along, across = lengths[::-1] if columns else lengths
+    (line, lines), (step, steps) = _blocks(along, sizes[0]), _blocks(across, sizes[1])
+    block_q, block_k = (step, line) if columns else (line, step)
+    found = block_map(
+        mask, q_len=lengths[0], k_len=lengths[1], block_q=block_q, block_k=block_k, offsets=start
+    )
+    if found.live_count * step > lines * _SPAN_LONGEST:
+        return None  # before the tiles are listed, of which there may be many
+    starts, width = runs(found, columns)
+    if width * step > _SPAN_LONGEST:
         return None
     return Spans(line, lines, step, steps, width, starts[:, None])
 
@@ -137,7 +156,7 @@ def tiles_of(p: Problem) -> tuple[int, int, int, int]:
     if not _alike(p) or large[1] < _FINE_FROM:
         return large
     finer = (*_blocks(q_len, _FINE), *_blocks(k_len, _FINE))
-    before, after = (_live(p.mask, q_len, k_len, _start(p), t[0], t[2]) for t in (large, finer))
+    before, after = (_live(p.mask, q_len, k_len, start_of(p), t[0], t[2]) for t in (large, finer))
     return finer if after <= _FINE_SHARE * before else large
 
 
@@ -168,7 +187,7 @@ def _static(p: Problem) -> bool:
     return not (p.mask_operands or p.kv_lengths or p.q_lengths or p.offset == "given")
 
 
-def _start(p: Problem) -> int:
+def start_of(p: Problem) -> int:
     """The offset of a static problem."""
     return 0 if p.offset == "zero" else _known(p.k_len) - _known(p.q_len)
 
@@ -248,7 +267,7 @@ def _status(p: Problem, x: Operands, block_q: int, block_k: int) -> Array:
     ops: Any = Tiles()
     if static:
         ops = HOST
-        status = block_map(p.mask, offsets=_start(p), **sizes).dense()
+        status = block_map(p.mask, offsets=start_of(p), **sizes).dense()
     else:
         offset = reference.offset(p, x, p.q_len, p.k_len).reshape(-1)
         kv, rows = lengths_of(p, x)

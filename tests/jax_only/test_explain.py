@@ -64,7 +64,7 @@ def test_blocks_in_the_tiles_that_run() -> None:
     [
         ({"length": 1024}, (1, 1)),
         ({"length": 1024, "mask": masks.causal()}, (2, 4)),
-        ({"length": 2048, "mask": masks.causal() & masks.window(left=255)}, (2, 4)),
+        ({"length": 2048, "mask": masks.causal() & masks.window(left=511)}, (2, 4)),
         ({"length": 600, "mask": masks.causal(), "batch": 16}, (1, 4)),
         ({"length": 600, "mask": masks.causal(), "heads": 256}, (1, 1)),
         ({"length": 600, "kv_lengths": jnp.array([5, 600])}, (1, 4)),

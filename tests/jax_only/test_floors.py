@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from attn_core.backends.jax import chunked_spans
+from attn_core.benchmarks import jax_calls
 from attn_core.benchmarks.calls import tiling
 from attn_core.benchmarks.cases import CASES, Case
 
@@ -27,3 +29,7 @@ def test_tiles_are_those_that_are_live(case: Case) -> None:
     # Unmasked tiles of float32 are large, and of one head; all others of every head.
     alone = case.mask == "full" and case.dtype == "float32"
     assert found.heads == (1 if alone else case.heads)
+
+
+def test_short_lines_are_those_of_the_backend() -> None:
+    assert (jax_calls.SHORT, jax_calls.BESIDE) == (chunked_spans._LINE, chunked_spans._PRODUCTS)
