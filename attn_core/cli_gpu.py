@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -114,7 +115,7 @@ def tune(
     """Measure kernel configurations on this machine's GPU, and keep the fastest for yourself."""
     from attn_core.benchmarks import gpu as gpus
     from attn_core.benchmarks import tune as tuning
-    from attn_core.kernels import configs
+    from attn_core.kernels import ahead, configs
 
     for name, given, known in (
         ("--kernel", kernel or (), tuning.KERNELS),
@@ -135,6 +136,7 @@ def tune(
         widths=width or tuning.WIDTHS,
         minutes=minutes,
         kept=(lambda won: None) if dry else tuning.keep,
+        check=lambda jobs: ahead.run(jobs, processes=os.cpu_count() or 1),
         say=lambda words: console.print(words, markup=False, soft_wrap=True),
     )
     failed = sum(bool(each.problem) for each in tried)

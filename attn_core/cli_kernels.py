@@ -165,7 +165,8 @@ def _table(found: Sequence[Finding]) -> Table:
         job, config = finding.job, finding.config
         tile = f"{config.rows}x{config.keys} w{config.warps} s{config.stages}"
         tile += " tma" if config.descriptors else ""
-        names = (job.target, job.kernel, job.sample.name, str(job.width), job.dtype, tile)
+        problem = f"{job.sample.name}, {'even' if job.even else 'odd'}"
+        names = (job.target, job.kernel, problem, str(job.width), job.dtype, tile)
         table.add_row(*names, "; ".join(finding.problems))
     return table
 
@@ -181,6 +182,7 @@ def _save(found: Sequence[Finding], none: dict[str, str], path: Path) -> None:
             {
                 **{name: getattr(job, name) for name in ("kernel", "target", "width", "v_width")},
                 "problem": job.sample.name,
+                "sizes": "even" if job.even else "odd",
                 "class": job.sample.mask_class,
                 "dtype": job.dtype,
                 "config": vars(finding.config),
@@ -237,7 +239,9 @@ def show(
             text(seen.tree) if seen is not None else "",
             text(made.tree) if made is not None else "",
         )
-        (job,) = ahead.jobs([target], [kernel], ["plain"], [width], [dtype])
+        job = next(ahead.jobs([target], [kernel], ["plain"], [width], [dtype]), None)
+        if job is None:
+            raise ValueError(f"`kernel` must be one that the table does not refuse. Got {kernel}.")
     except ValueError as error:
         raise refused(error) from error
     if not (ttgir or ptx):

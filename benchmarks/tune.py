@@ -2,7 +2,9 @@
 
 For every kernel, width and class of problems the candidates are timed on one case, the fastest that
 answers wins, and is written where `attn_core.kernels.configs` looks first. What a candidate cannot
-do (too much shared memory, say) is a reason not to take it, never an error.
+do (too much shared memory, say) is a reason not to take it, never an error. Before any is timed all
+are compiled ahead of time, by as many processes as there are processors: those that spill, or whose
+products wait for each other, are left out, and the largest tiles come first.
 
 The backward pass is timed as a whole, with one kernel's configuration changed at a time: the others
 stay as they are, so that what differs is its own time. Who has won stands while the next kernel is
@@ -28,6 +30,9 @@ KERNELS = ("forward", "d_keys", "d_query", "fused")
 WIDTHS = (128, 64, 256)
 CLASSES = {"none": "full", "positions": "causal", "mask": "documents"}
 """The class, and the mask of the case that stands for it."""
+
+SAMPLES = {"none": "plain", "positions": "causal", "mask": "documents"}
+"""The class, and what is compiled ahead of time for it."""
 
 _TALL, _WIDE = (64, 128), (32, 64, 128)
 
@@ -65,6 +70,22 @@ def candidates(kernel: str, now: Any, descriptors: bool) -> list[Any]:
     return list(dict.fromkeys(made))
 
 
+def cleanest(
+    found: Sequence[Any], job: Any, check: Callable[[Sequence[Any]], Sequence[Any]] | None
+) -> list[Any]:
+    """The first candidate, then those that compile without a problem, largest tiles first.
+
+    Args:
+        found: configurations; the first is what is in force, or of `fused` that it does not run.
+        job: what is compiled, whatever its configuration.
+        check: `ahead.run`, or None where nothing is compiled ahead of time.
+    """
+    first, *rest = found
+    if check is not None:
+        rest = [x.config for x in check([job._replace(config=c) for c in rest]) if not x.problems]
+    return [first, *sorted(rest, key=lambda config: -config.rows * config.keys)]
+
+
 def case_of(width: int, mask_class: str) -> GpuCase:
     """The case on which a class is measured."""
     mask = CLASSES[mask_class]
@@ -84,13 +105,17 @@ def tune(
     minutes: float | None = None,
     say: Callable[[str], None] = print,
     kept: Callable[[Sequence[Any]], Any] = lambda won: None,
+    check: Callable[[Sequence[Any]], Sequence[Any]] | None = None,
 ) -> tuple[list[Any], list[Tried]]:
     """(entries of those that won, everything that was tried); `kept` is told of them as they come.
 
     Args:
         minutes: how long it may take; who is being tried then is left as it was.
+        check: compiles jobs ahead of time, so that only what comes out clean is timed.
     """
     from attn_core.kernels import configs
+    from attn_core.kernels.ahead import Job
+    from attn_core.kernels.samples import SAMPLES as PROBLEMS
 
     limit = Limit(minutes)
     facts = machine.facts()
@@ -104,10 +129,18 @@ def tune(
             what = f"{kernel} D{width} {name}"
             direction = "forward" if kernel == "forward" else "backward"
             case = case_of(width, name)
-            now = configs.choose(kernel, architecture, width, width, case.dtype, name)
+            about = (architecture, width, width, case.dtype, name)
+            refused = configs.explain(kernel, *about).refused
+            if refused:
+                # Where it is refused the split runs, and its time would go by another's name.
+                say(f"{what}: not tried, since the table refuses it: {refused}")
+                continue
+            now = configs.choose(kernel, *about)
             plain = configs.Entry(kernel, (architecture,), (width,), 16, (name,), now, "", "yours")
+            problem = PROBLEMS[SAMPLES[name]]
+            job = Job(kernel, architecture, problem, width, width, case.dtype)
             found = []
-            for config in candidates(kernel, now, described):
+            for config in cleanest(candidates(kernel, now, described), job, check):
                 if limit.left() <= 0:
                     say(f"no time was left for {what} and {len(asked) - number - 1} more")
                     return won, tried

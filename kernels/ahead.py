@@ -60,6 +60,9 @@ class Job(NamedTuple):
 
     Attributes:
         config: another one than the table's, for trying it out.
+        even: whether sizes are multiples of 16 and each query head has keys of its own, which a
+            launch tells the compiler. With what it knows it takes other registers: either may
+            spill where the other does not.
     """
 
     kernel: str
@@ -69,6 +72,7 @@ class Job(NamedTuple):
     v_width: int
     dtype: str
     config: Config | None = None
+    even: bool = True
 
     @property
     def chosen(self) -> Config:
@@ -141,7 +145,8 @@ def jobs(
     dtypes: Sequence[str] = (),
     few: bool = False,
 ) -> Iterator[Job]:
-    """Every kernel for every target and sample, or those named; `few` is one of each class.
+    """Every kernel for every target and sample, or those named, of even sizes and of odd ones;
+    `few` is one of each class.
 
     What a table refuses is never launched, and is not among them.
 
@@ -167,7 +172,7 @@ def jobs(
                     for dtype in dtypes or (("bfloat16",) if one else configs.DTYPES):
                         job = Job(kernel, target, sample, width, width, dtype)
                         if not job.refused:
-                            yield job
+                            yield from (job, job._replace(even=False))
 
 
 def _asked(kernel: str, sample: Sample) -> bool:

@@ -1,6 +1,6 @@
 """The backward kernels: each tile is computed again from the statistics (m, log l) of its rows.
 
-    p  = exp((s - m) - log l)          dV = p'^T dO         p' = p, dropped and rescaled as it was
+    p  = exp(s - m) / l                dV = p'^T dO         p' = p, dropped and rescaled as it was
     dp = dO V^T                        dz = p (dp' - t)     t = rowsum(dO * O) - d lse
     dQ = scale ds K                    dK = scale ds^T Q    ds = dz (d score / d s)
 
@@ -33,7 +33,7 @@ from attn_core.kernels.tile import LOG2E, add, facts_of, judged, kept_of, line_o
 def pull(
     s,  # (M, N): query times key, neither scaled nor scored; TURNED, as all here, (N, M)
     dp,  # (M, N): d_out times value
-    rows,  # m, log l and t of each row, (M, 1)
+    rows,  # m, log2 l and t of each row, (M, 1)
     place,  # b, h (1, 1), row (M, 1), k (1, N), the first key's position
     facts,  # offset, rows_seen, keys_seen, q_len, k_len
     arrays,  # mask operands, score operands, (bias,), its strides, (seed,)
@@ -50,7 +50,7 @@ def pull(
     """(p' not yet rescaled, dz, ds, where keys are seen, the derivative's results), (M, N)."""
     TALL: tl.constexpr = N if TURNED else M
     WIDE: tl.constexpr = M if TURNED else N
-    m, log_l, t = rows
+    m, log2_l, t = rows
     b, h, row, k, first = place
     scale, threshold, keep_scale = numbers
     SELECTED: tl.constexpr = MASKED or BIAS or SCORE is not None
@@ -63,8 +63,8 @@ def pull(
         )
     # Added up in another order than forward, a logit of 1e9 may exceed its row's maximum by tens,
     # and p must not exceed 1. NaN stays what it is.
-    gap = tl.minimum((s - m) - log_l, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    p = tl.exp2(gap * LOG2E)
+    gap = tl.minimum(s - m, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    p = tl.exp2(gap * LOG2E - log2_l)
     if SELECTED:
         p = tl.where(allowed, p, 0.0)
     kept = p
@@ -89,19 +89,25 @@ def pull(
 def _rows_of(
     query, d_out, statistics, strides, b, h, first, heads, q_len, M: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr,
+    SEEING: tl.constexpr,  # whether every row that is there sees a key
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """(q, dO, m, log l, t) of a tile of rows; those that may see no key are 0 and +inf."""
+    """(q, dO, m, log2 l, t) of a tile of rows; those that may see no key are 0 and +inf."""
     row = first + tl.arange(0, M)
     there = row < q_len
     at = (b.to(tl.int64) * heads + h) * q_len + row
     m = tl.load(statistics[0] + at, mask=there, other=0.0)
-    log_l = tl.load(statistics[1] + at, mask=there, other=float("inf"))
+    log2_l = tl.load(statistics[1] + at, mask=there, other=float("inf"))
     t = tl.load(statistics[2] + at, mask=there, other=0.0)
-    alive = tl.load(statistics[3] + at, mask=there, other=0) != 0
-    q = taken(query, strides[0], b, h, first, q_len, M, D, PAD, False, DESCRIPTORS, alive)
-    g = taken(d_out, strides[1], b, h, first, q_len, M, DV, PAD_V, False, DESCRIPTORS, alive)
-    return q, g, m, log_l, t
+    if SEEING and DESCRIPTORS:
+        wanted = None  # what lies behind the last row they read as zeros by themselves
+    elif SEEING:
+        wanted = there  # which waits for nothing that is loaded
+    else:
+        wanted = log2_l != float("inf")
+    q = taken(query, strides[0], b, h, first, q_len, M, D, PAD, False, DESCRIPTORS, wanted)
+    g = taken(d_out, strides[1], b, h, first, q_len, M, DV, PAD_V, False, DESCRIPTORS, wanted)
+    return q, g, m, log2_l, t
 
 
 @triton.jit
@@ -113,10 +119,11 @@ def seen_of(k, allowed, ROWS: tl.constexpr):
 
 @triton.jit
 def delta(
-    out, d_out, d_lse, alive, log_l, t, o_strides, g_strides, heads, q_len, tiles,
+    out, d_out, d_lse, alive, log_l, t, log2_l, o_strides, g_strides, heads, q_len, tiles,
     DV: tl.constexpr, PAD_V: tl.constexpr, M: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
-    """t = rowsum(dO * O) - d lse of every row, float32 (B, Hq, Tq)."""
+    """t = rowsum(dO * O) - d lse of every row, float32 (B, Hq, Tq); and log2 l, as kernels want it:
+    +inf where a row may see no key, though a sink may have given it a sum."""
     pid = tl.program_id(0)
     tile, bh = pid % tiles, (pid // tiles).to(tl.int64)
     b, h = bh // heads, bh % heads
@@ -126,18 +133,20 @@ def delta(
     g = taken(d_out, g_strides, b, h, tile * M, q_len, M, DV, PAD_V, False, False).to(tl.float32)
     live = tl.load(alive + at, mask=there, other=0) != 0
     found = tl.sum(tl.where(live[:, None], o * g, 0.0), 1)
+    summed = tl.load(log_l + at, mask=there, other=float("inf"))
     if LSE:
         # Padded rows, and those without keys and sink, hand nothing on.
-        summed = tl.load(log_l + at, mask=there, other=float("inf")) != float("inf")
-        found -= tl.where(summed, tl.load(d_lse + at, mask=there, other=0.0), 0.0)
+        handed = tl.load(d_lse + at, mask=there, other=0.0)
+        found -= tl.where(summed != float("inf"), handed, 0.0)
     tl.store(t + at, found, mask=there)
+    tl.store(log2_l + at, tl.where(live, summed * LOG2E, float("inf")), mask=there)
 
 
 @triton.jit
 def d_keys(
     query, key, value, d_out, d_key, d_value,
     d_query,  # where FUSED, float32 zeros (B, Hq, Tq, D) that dQ is added to; else nothing
-    statistics,  # m, log l, t, alive: (B, Hq, Tq); of rows that may see no key log l is +inf
+    statistics,  # m, log2 l, t: (B, Hq, Tq); of rows that may see no key log2 l is +inf
     arrays,  # mask operands, score operands, (bias,), its strides, (seed,)
     numbers,  # scale, threshold, keep_scale
     lengths,  # kv_lengths, q_lengths, offsets
@@ -168,43 +177,45 @@ def d_keys(
     start = tl.load(order)
     dk = tl.zeros((N, PAD), tl.float32)
     dv = tl.zeros((N, PAD_V), tl.float32)
-    for g in tl.range(0, group):
-        head = kv_head * group + g
-        h = tl.zeros((1, 1), tl.int32) + head
-        for MASKED in tl.static_range(2):
-            begin, end = 0, stop_full
-            if MASKED:
-                begin, end = stop_full, stop
-            for i in tl.range(begin, end):
-                j = start + i
-                if MASKED or not RUN:
-                    j = tl.load(order + i)
-                row = j * M + tl.arange(0, M)
-                q, do, m, log_l, t = _rows_of(
-                    query, d_out, statistics, strides, b, head, j * M, heads, q_len,
-                    M, D, DV, PAD, PAD_V, DESCRIPTORS,
+    for MASKED in tl.static_range(2):
+        begin, end = 0, stop_full
+        if MASKED:
+            begin, end = stop_full, stop
+        # One loop for all heads of the group: two, one in the other, would fill their pipeline anew
+        # for each head, and have the sums in registers while they do.
+        for n in tl.range(0, (end - begin) * group):
+            i = begin + n // group
+            head = kv_head * group + n % group
+            h = tl.zeros((1, 1), tl.int32) + head
+            j = start + i
+            if MASKED or not RUN:
+                j = tl.load(order + i)
+            row = j * M + tl.arange(0, M)
+            q, do, m, log2_l, t = _rows_of(
+                query, d_out, statistics, strides, b, head, j * M, heads, q_len,
+                M, D, DV, PAD, PAD_V, MASKED == 0 and SCORE is None and not BIAS, DESCRIPTORS,
+            )  # fmt: skip
+            # Turned over, so that p and ds are first operands as they come out of products.
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=tl.float32)
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=tl.float32)
+            place = (b, h, row[None, :], k_at[:, None], tile * N)
+            kept, dz, ds, allowed, found = pull(
+                s, dp, (m[None, :], log2_l[None, :], t[None, :]), place, facts, arrays, numbers,
+                M, N, MASK, SCORE, BIAS, DROPOUT, MASKED == 1, True,
+            )  # fmt: skip
+            dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            if FUSED:
+                known = k
+                if MASKED == 1 or BIAS or SCORE is not None:
+                    known = seen_of(k, allowed, 1)
+                dq = tl.dot(tl.trans(ds.to(k.dtype)), known, input_precision=PRECISION)
+                add(
+                    dq * numbers[0], d_query, strides[6], b, head, j * M, q_len,
+                    M, D, PAD, DESCRIPTORS,
                 )  # fmt: skip
-                # Turned over, so that p and ds are first operands as they come out of products.
-                s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=tl.float32)
-                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=tl.float32)
-                place = (b, h, row[None, :], k_at[:, None], tile * N)
-                kept, dz, ds, allowed, found = pull(
-                    s, dp, (m[None, :], log_l[None, :], t[None, :]), place, facts, arrays, numbers,
-                    M, N, MASK, SCORE, BIAS, DROPOUT, MASKED == 1, True,
-                )  # fmt: skip
-                dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-                if FUSED:
-                    known = k
-                    if MASKED == 1 or BIAS or SCORE is not None:
-                        known = seen_of(k, allowed, 1)
-                    dq = tl.dot(tl.trans(ds.to(k.dtype)), known, input_precision=PRECISION)
-                    add(
-                        dq * numbers[0], d_query, strides[6], b, head, j * M, q_len,
-                        M, D, PAD, DESCRIPTORS,
-                    )  # fmt: skip
-                    if len(SITES):
-                        d_tables(dz, allowed, found, tables, SITES)
+                if len(SITES):
+                    d_tables(dz, allowed, found, tables, SITES)
     put(dk * numbers[0], d_key, strides[4], b, kv_head, tile * N, k_len, N, D, PAD)
     if DROPOUT:
         dv = dv * numbers[2]
@@ -234,11 +245,11 @@ def d_query(
     kv_head = head // group
     h = tl.zeros((1, 1), tl.int32) + head
     row = tile * M + tl.arange(0, M)
-    q, do, m, log_l, t = _rows_of(
+    q, do, m, log2_l, t = _rows_of(
         query, d_out, statistics, strides, b, head, tile * M, heads, q_len,
-        M, D, DV, PAD, PAD_V, False,
+        M, D, DV, PAD, PAD_V, False, False,
     )  # fmt: skip
-    rows = (m[:, None], log_l[:, None], t[:, None])
+    rows = (m[:, None], log2_l[:, None], t[:, None])
     facts = facts_of(b, lengths, length_strides, q_len, k_len, KV_LENGTHS, Q_LENGTHS)
     order, stop_full, stop = line_of(schedule, map_strides, b, kv_head, tile, width)
     start = tl.load(order)
@@ -342,11 +353,11 @@ def d_bias(
             h = tl.zeros((1, 1), tl.int32) + head
             for di in tl.range(0, 1 if ROWS else tall):
                 row = (i0 + di) * M + tl.arange(0, M)
-                q, do, m, log_l, t = _rows_of(
+                q, do, m, log2_l, t = _rows_of(
                     query, d_out, statistics, strides, b, head, (i0 + di) * M, heads, q_len,
-                    M, D, DV, PAD, PAD_V, False,
+                    M, D, DV, PAD, PAD_V, False, False,
                 )  # fmt: skip
-                rows = (m[:, None], log_l[:, None], t[:, None])
+                rows = (m[:, None], log2_l[:, None], t[:, None])
                 count = 1 if KEYS else wide
                 if KEYS and q.dtype == tl.float32:
                     # Once; which the compiler must not know. Without a loop it reads whole rows

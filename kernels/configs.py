@@ -31,9 +31,11 @@ FUSED = "fused"
 
 KERNELS = ("forward", "decode", "combine", "delta", "d_keys", "d_query", FUSED, "d_bias")
 
-NONE, POSITIONS, MASK, SCORE, MORE = CLASSES = ("none", "positions", "mask", "score", "more")
+CLASSES = ("none", "positions", "mask", "score", "dropout", "more")
+NONE, POSITIONS, MASK, SCORE, DROPOUT, MORE = CLASSES
 """What a tile costs beside its products: nothing; a mask of positions alone; one that looks arrays
-up, or lengths; a score, with any mask; a bias or dropout, with anything."""
+up, or lengths; a score, with any mask; dropout, with a mask of positions at most; a bias, or
+dropout with anything more."""
 
 VARIABLE = "ATTN_CORE_KERNEL_CONFIGS"
 """The environment variable that names another file of yours."""
@@ -117,17 +119,20 @@ class Entry(NamedTuple):
         )
 
 
-def class_of(*, mask: bool, beside: bool, positions: bool = False, score: bool = False) -> str:
+def class_of(
+    *, mask: bool, positions: bool = False, score: bool, bias: bool = False, dropout: bool = False
+) -> str:
     """The class of a problem.
 
     Args:
         mask: whether it has a mask or lengths.
-        beside: whether it has a score, a bias or dropout.
         positions: whether its mask is of positions alone: no operands, and no lengths.
-        score: whether what stands beside is a score alone.
+        score, bias, dropout: whether it has them.
     """
-    if beside:
-        return SCORE if score else MORE
+    if bias or (dropout and (score or (mask and not positions))):
+        return MORE
+    if dropout or score:
+        return DROPOUT if dropout else SCORE
     if mask:
         return POSITIONS if positions else MASK
     return NONE

@@ -32,12 +32,12 @@ class Sample(NamedTuple):
 
     @property
     def mask_class(self) -> str:
-        more = bool(self.bias or self.dropout)
         return class_of(
             mask=bool(self.mask or self.lengths),
-            beside=bool(self.score) or more,
             positions=not (self.lengths or operands_of(tree_of(self.mask))),
-            score=not more,
+            score=bool(self.score),
+            bias=bool(self.bias),
+            dropout=self.dropout,
         )
 
 
@@ -73,7 +73,7 @@ SAMPLES = {
     )
 }
 
-FEW = ("plain", "causal", "documents", "scored documents", "everything")
+FEW = ("plain", "causal", "documents", "scored documents", "dropout", "everything")
 """One of each class: what CI compiles."""
 
 

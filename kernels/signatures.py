@@ -1,8 +1,12 @@
 """What a kernel is launched with, as types: for compiling it where there are no arrays.
 
 A launch of arrays tells Triton the dtype of each pointer, which sizes and strides are 1 or can be
-divided by 16, and which arguments are constants. Here the same is said of a sample: arrays are
-aligned and lie row by row, lengths are odd.
+divided by 16, and which arguments are constants. Here the same is said of a sample, whose arrays
+are aligned and lie row by row. Its sizes come in two kinds (`Job.even`), since the compiler needs
+other registers for each:
+
+    even    16 divides every size, and each query head has keys of its own: a group is 1
+    odd     nothing is known of any size, but that rows of a bias are as far apart as even ones
 """
 
 from __future__ import annotations
@@ -87,18 +91,24 @@ class _Call:
         self.job, self.config, self.sample = job, config, sample
         self.mask, self.score = tree_of(sample.mask), tree_of(sample.score)
         self.array = f"*{_TYPES[job.dtype]}"
-        self.none, self.sizes = "*i32", "i32"
+        self.none, self.size = "*i32", WHOLE if job.even else "i32"
+        self.counts = (self.size, 1 if job.even else "i32", *[self.size] * 4)
         self.lengths = ("*i32", "*i32", "*i32")
-        self.length_strides = (1, 1, 1) if sample.lengths else ("i32", "i32", "i32")
+        # A stride of 0 is a multiple of 16.
+        self.length_strides = (1, 1, WHOLE) if sample.lengths else (WHOLE, WHOLE, WHOLE)
+        # Also of odd sizes: rows of a bias that begin anywhere spill in nearly every table's tile
+        # (docs/KERNELS.md), and are not what tiles are chosen for.
         spans = (1 if n == "k" else WHOLE for n in "bhqk")
         self.bias = self.array if sample.bias else self.none
         self.bias_strides = tuple(
-            stride if axis in sample.bias else "i32"
+            stride if axis in sample.bias else WHOLE
             for axis, stride in zip("bhqk", spans, strict=True)
         )
         self.sinks = "*fp32" if sample.sinks else self.none
         self.seed = "*i64" if sample.dropout else self.none
-        self.numbers = ("fp32", "i64" if sample.dropout else "i32", "fp32")
+        # Of a rate below a half the threshold fits into 32 bits; none is 0.
+        threshold = ("i32" if job.even else "i64") if sample.dropout else WHOLE
+        self.numbers = ("fp32", threshold, "fp32")
         self.mask_operands = arguments(self.mask)
         self.score_operands = arguments(self.score)
         self.arrays = (
@@ -106,7 +116,9 @@ class _Call:
             *((self.bias,), self.bias_strides, (self.seed,)),
         )
         self.schedule = ("*i32", "*i32", "*i32")
-        self.maps = ("i32", "i32")
+        moved = [self.mask is not None and self.mask.reads(name) for name in "bh"]
+        moved[0] = moved[0] or sample.lengths
+        self.maps = tuple(self.size if yes else WHOLE for yes in moved)
         self.pads = {
             "D": job.width,
             "DV": job.v_width,
@@ -161,7 +173,7 @@ def _forward(c: _Call, pack: int = 1, splits: int = 1) -> _Made:
         *("*fp32", "*fp32", "*i8", c.bias, c.sinks, *c.lengths, c.seed, *c.schedule),
         *(c.mask_operands, c.score_operands, *c.numbers),
         *(ROWS, ROWS, ROWS, (WHOLE, *ROWS) if split else ROWS, c.bias_strides),
-        *(c.length_strides, c.maps, *[c.sizes] * 6),
+        *(c.length_strides, c.maps, *c.counts),
     )
     plain = not (sample.score or sample.bias)
     return (
@@ -190,7 +202,7 @@ def _decode(c: _Call) -> _Made:
 def _combine(c: _Call) -> _Made:
     positional = (
         *("*fp32", "*fp32", "*fp32", c.array, "*fp32", "*fp32", "*i8", c.sinks, "*i32"),
-        *(c.length_strides[1], ROWS, c.sizes, c.sizes, c.sizes),
+        *(c.length_strides[1], ROWS, c.size, c.size, c.size),
     )
     constants = {
         "DV": c.pads["DV"],
@@ -205,8 +217,8 @@ def _combine(c: _Call) -> _Made:
 
 def _delta(c: _Call) -> _Made:
     positional = (
-        *(c.array, c.array, "*fp32", "*i8", "*fp32", "*fp32", ROWS, ROWS),
-        *(c.sizes, c.sizes, c.sizes),
+        *(c.array, c.array, "*fp32", "*i8", *["*fp32"] * 3, ROWS, ROWS),
+        *(c.size, c.size, c.size),
     )
     constants = {
         "DV": c.pads["DV"],
@@ -221,7 +233,7 @@ def _gradient(c: _Call) -> tuple[Sequence[Any], dict[str, Any]]:
     derivative = None if c.score is None else differentiate(c.score)
     held = operands_of(c.score)
     score = device_function(derivative and derivative.tree, True, held)
-    statistics = ("*fp32", "*fp32", "*fp32", "*i8")
+    statistics = ("*fp32", "*fp32", "*fp32")
     return (
         (statistics, c.arrays, c.numbers, c.lengths),
         {**c.options, "M": c.config.rows, "N": c.config.keys, "SCORE": score},
@@ -252,7 +264,7 @@ def _d_keys(c: _Call, fused: bool = False) -> _Made:
     positional = (
         *(*_read(c), c.array, c.array, dq, statistics, arrays, numbers, lengths),
         *(c.schedule, (ROWS,) * (7 if fused else 6), places),
-        *(c.length_strides, c.maps, *[c.sizes] * 6),
+        *(c.length_strides, c.maps, *c.counts),
     )
     more = {
         "BIAS": bool(c.sample.bias),
@@ -275,7 +287,7 @@ def _d_query(c: _Call) -> _Made:
     positional = (
         *(c.array, c.tile(keys), c.tile(keys, "PAD_V"), c.array, c.array, *told, c.schedule),
         *((ROWS,) * 5, places),
-        *(c.length_strides, c.maps, *[c.sizes] * 6),
+        *(c.length_strides, c.maps, *c.counts),
     )
     more = {
         "BIAS": bool(c.sample.bias),
@@ -290,7 +302,7 @@ def _d_bias(c: _Call) -> _Made:
     told, constants = _gradient(c)
     positional = (
         *(*[c.array] * 4, "*fp32", *told, (ROWS,) * 4, c.bias_strides),
-        *(c.length_strides, *[c.sizes] * 7),
+        *(c.length_strides, c.size, *c.counts),
     )
     spans = zip(("B", "H", "ROWS", "KEYS"), "bhqk", strict=True)
     return (

@@ -135,6 +135,7 @@ def judged(
         allowed = allowed & (s != float("-inf"))
     if BIAS:
         s = s + added
+        allowed = allowed & (s != float("-inf"))
     return s, allowed & (s != float("-inf")), found
 
 
@@ -185,5 +186,7 @@ def kept_of(seed, b, h, q, first, threshold, M: tl.constexpr, N: tl.constexpr):
     quads = (first // 4 + tl.arange(0, N // 4)).to(tl.uint32)[None, :] + zero
     rows, heads = q.to(tl.uint32)[:, None] + zero, h.to(tl.uint32)[:, None] + zero
     w0, w1, w2, w3 = tl.philox(low | (high << 32), quads, rows, heads, b.to(tl.uint32) + zero)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    return tl.reshape(words, (M, N)) >= threshold
+    # Compared first: what moves between threads then is a byte and not a word.
+    least = threshold.to(tl.uint32)
+    kept = tl.join(tl.join(w0 >= least, w2 >= least), tl.join(w1 >= least, w3 >= least))
+    return tl.reshape(kept, (M, N))

@@ -2,6 +2,9 @@
 
     python tests/launches.py 90        prints a line of JSON to each launch
 
+Of a case that is a sample of `attn-core kernels compile` it also says in what the launch differs
+from what is compiled there.
+
 Triton is given a driver that knows its target and nothing else. What a launch hands over is then
 specialised and compiled as it would be there: sizes of 1 and multiples of 16 are other kernels, and
 the interpreter knows nothing of that.
@@ -19,7 +22,9 @@ from triton.runtime import driver
 
 from attn_core import Dropout, attention, masks, registry, scores
 from attn_core.backends.torch import triton_launch
-from attn_core.kernels import configs
+from attn_core.kernels import configs, signatures
+from attn_core.kernels.ahead import Job
+from attn_core.kernels.samples import SAMPLES
 
 
 class Driver:
@@ -69,14 +74,28 @@ CASES: dict[str, dict[str, Any]] = {
 }
 CASES["fused"] = {**CASES["everything"], "fused": True}
 
+EVEN, ODD = (1, 16, 16, 4096, 4096, 64, 64), (2, 6, 3, 2999, 2999, 64, 64)
+SAMPLED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"mask": masks.causal()},
+    "softcap": {"mask": masks.causal(), "score": scores.softcap(50.0)},
+    "dropout": {"mask": masks.causal(), "dropout": Dropout(0.1, 3)},
+}
+for sample, given in SAMPLED.items():
+    CASES[f"{sample}, even"] = {"sizes": EVEN, "sample": sample, **given}
+    CASES[f"{sample}, odd"] = {"sizes": ODD, "sample": sample, **given}
+CASES["dropout, odd"]["dropout"] = Dropout(0.6, 3)
 
-def compiling(case: str) -> Any:
+
+def compiling(case: str, sample: str = "") -> Any:
     """In the place of a launch: what it would be given, compiled."""
 
     def launch(kernel: Any, programs: int, shape: Any, *args: Any, **options: Any) -> None:
         grid: dict[str, Any] = {"grid": (programs,), "warmup": True}
         found = kernel.run(*args, **grid, **options, **shape.launch)
         said = {"case": case, "kernel": kernel.__name__, "shared": found.metadata.shared}
+        if sample:
+            said["differs"] = differs(found.src, kernel.__name__, sample, shape, case)
         print(json.dumps(said), flush=True)
 
     return launch
@@ -92,6 +111,26 @@ def preparing(case: str) -> Any:
     return prepare
 
 
+def differs(launched: Any, kernel: str, sample: str, shape: Any, case: str) -> list[str]:
+    """Arguments that a launch tells the compiler otherwise than the check ahead of time does."""
+    job = Job(kernel, "sm_90", SAMPLES[sample], 64, 64, "bfloat16", shape, case.endswith("even"))
+    checked = signatures.source(job, shape)
+    names = checked.fn.arg_names
+    found = [
+        f"{name}: {launched.signature[name]}, checked {checked.signature[name]}"
+        for name in names
+        if launched.signature[name] != checked.signature[name]
+    ]
+    for what in ("constants", "attrs"):
+        ours, theirs = getattr(launched, what), getattr(checked, what)
+        found += [
+            f"{what} of {names[at[0]]}{at}: {ours.get(at)}, checked {theirs.get(at)}"
+            for at in sorted({*ours, *theirs})
+            if str(ours.get(at) or None) != str(theirs.get(at) or None)
+        ]
+    return sorted(found)
+
+
 def main(architecture: int) -> None:
     driver.set_active(Driver(GPUTarget("cuda", architecture, 32)))  # type: ignore[arg-type]
     # The tensors are on the CPU, and are taken for a GPU's.
@@ -100,9 +139,9 @@ def main(architecture: int) -> None:
     triton_launch.architecture = lambda device: f"sm_{architecture}"
     triton_launch.processors = lambda device: 132
     for name, given in CASES.items():
-        triton_launch.launch = compiling(name)
-        triton_launch.prepare = preparing(name)
         options = dict(given)
+        triton_launch.prepare = preparing(name)
+        triton_launch.launch = compiling(name, options.pop("sample", ""))
         fused = options.pop("fused", False)
         batch, heads, kv_heads, q_len, k_len, width, v_width = options.pop("sizes")
         leaves = [

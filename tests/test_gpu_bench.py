@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from attn_core.benchmarks.gpu_cases import (
     Run,
 )
 from attn_core.cli import app
-from attn_core.kernels import configs
+from attn_core.kernels import ahead, configs
 from attn_core.reference import attention as reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -539,6 +539,38 @@ def test_tuning_ends_in_time_with_what_was_found(monkeypatch: pytest.MonkeyPatch
     assert len(won) == 1
     assert len(tried) < 60
     assert said[-1] == "no time was left for forward D64 positions and 1 more"
+
+
+def test_what_spills_is_not_timed_and_large_tiles_come_first() -> None:
+    """Compiled first; what is in force is timed whatever the compiler says of it."""
+    asked: list[Any] = []
+
+    def check(jobs: Sequence[Any]) -> list[Any]:
+        asked.extend(jobs)
+        found = [ahead.Finding(job, job.config, 0.1, spills=job.config.warps - 4) for job in jobs]
+        return found
+
+    now = configs.choose("forward", "sm_90", 64, 64, "bfloat16", "none")
+    _, tried = tune.tune(
+        Tuned(), kernels=("forward",), widths=(64,), classes=("none",), say=print, check=check
+    )
+    timed = [each.config for each in tried]
+    assert timed[0] == now
+    assert {job.sample.name for job in asked} == {"plain"}
+    assert len(asked) > len(timed) > 2
+    assert all(config.warps == 4 for config in timed[1:])
+    sizes = [config.rows * config.keys for config in timed[1:]]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_what_a_table_refuses_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The split would run, and its time stand under the name of the fused."""
+    said: list[str] = []
+    monkeypatch.setattr(Tuned, "facts", lambda self: {"architecture": "sm_999", "gpu": "another"})
+    won, tried = tune.tune(Tuned(), kernels=("fused",), widths=(64,), say=said.append)
+    assert won == tried == []
+    assert all("not tried, since the table refuses it" in words for words in said)
+    assert len(said) == len(tune.CLASSES)
 
 
 def test_what_is_fastest_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,8 @@ def test_classes_follow_what_a_problem_has() -> None:
     assert found["window"] == "positions"
     assert found["table"] == found["documents"] == "mask"
     assert found["softcap"] == found["scored documents"] == "score"
-    assert found["bias"] == found["dropout"] == found["everything"] == "more"
+    assert found["dropout"] == "dropout"
+    assert found["bias"] == found["everything"] == "more"
     assert set(found.values()) == set(configs.CLASSES)
 
 

@@ -218,7 +218,8 @@ def _triton(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Accoun
         mask="operands" if p.mask_operands else "positions" if p.mask else "",
         lengths=p.kv_lengths or p.q_lengths,
         score=p.score is not None,
-        more=p.bias is not None or p.rate > 0,
+        bias=p.bias is not None,
+        dropout=p.rate > 0,
     )
 
     def config(kernel: str) -> Config:

@@ -66,25 +66,21 @@ class _Backward:
         d_out = torch.zeros_like(saved.out) if up.out is None else up.out
         g, o = c.heads_first(d_out), c.heads_first(saved.out)
         self.t = t = torch.empty_like(saved.m)
+        log2_l = torch.empty_like(t)
         alive = saved.alive.contiguous().view(torch.int8)
         d_lse = t if up.lse is None else up.lse.to(torch.float32).contiguous()
         shape = c.config("delta")
         tiles = cdiv(c.q_len, shape.rows)
         launcher.launch(
             *(_kernels.delta, tiles * c.batch * c.heads, shape),
-            *(o, g, d_lse, alive, saved.log_l, t, o.stride(), g.stride()),
+            *(o, g, d_lse, alive, saved.log_l, t, log2_l, o.stride(), g.stride()),
             *(c.heads, c.q_len, tiles),
             DV=c.v_width,
             PAD_V=c.options["PAD_V"],
             M=shape.rows,
             LSE=up.lse is not None,
         )
-        log_l = saved.log_l
-        if x.sinks is not None:
-            # A sink gives a row a sum where it may see no key, too; what it pulls is the sink's.
-            log_l = torch.where(saved.alive, log_l, torch.inf)
-            t = torch.where(saved.alive, t, 0.0)
-        self.statistics = (saved.m, log_l, t, alive)
+        self.statistics = (saved.m, log2_l, t)
         bias, seed = (c.bias,), (c.seed,)  # either tuples stand in a tuple, or none
         self.arrays = (arguments(x.mask), arguments(x.score), bias, c.bias_strides, seed)
         self.sizes = (c.heads, c.group, c.q_len, c.k_len)

@@ -69,7 +69,8 @@ class Call:
             mask="operands" if x.mask else "positions" if ask.mask else "",
             lengths=self.told.cut,
             score=ask.score is not None,
-            more=x.bias is not None or ask.rate > 0,
+            bias=x.bias is not None,
+            dropout=ask.rate > 0,
         )
         self.options = {
             "D": self.width,

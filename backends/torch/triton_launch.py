@@ -63,8 +63,7 @@ class Kind(NamedTuple):
         widths: D and Dv.
         dtype: of query.
         mask: "", "positions" (of those alone) or "operands" (it looks arrays up).
-        lengths, score: whether they are given.
-        more: whether there is a bias, or dropout.
+        lengths, score, bias, dropout: whether they are given.
     """
 
     widths: tuple[int, int]
@@ -72,16 +71,18 @@ class Kind(NamedTuple):
     mask: str
     lengths: bool
     score: bool
-    more: bool
+    bias: bool
+    dropout: bool
 
 
 def config(kernel: str, device: torch.device, kind: Kind) -> Config:
     """The shape of a kernel's launch."""
     mask_class = configs.class_of(
         mask=bool(kind.mask) or kind.lengths,
-        beside=kind.score or kind.more,
         positions=kind.mask == "positions" and not kind.lengths,
-        score=kind.score and not kind.more,
+        score=kind.score,
+        bias=kind.bias,
+        dropout=kind.dropout,
     )
     return configs.choose(kernel, architecture(device), *kind.widths, kind.dtype, mask_class)
 
