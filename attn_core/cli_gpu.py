@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from attn_core.cli_terminal import refused
+
 PAGE = Path("docs/GPU.md")
 RESULTS = Path("benchmarks/results")
-
-
-def _refuse(error: Exception) -> typer.Exit:
-    Console(stderr=True).print(f"attn-core: {error}", markup=False, soft_wrap=True)
-    return typer.Exit(2)
 
 
 def gpu(
@@ -45,11 +43,11 @@ def gpu(
     unknown = sorted(set(stage or ()) - set(gpus.STAGES))
     if unknown:
         known = ", ".join(gpus.STAGES)
-        raise _refuse(ValueError(f"`--stage` must be one of {known}. Got {', '.join(unknown)}."))
+        raise refused(ValueError(f"`--stage` must be one of {known}. Got {', '.join(unknown)}."))
     try:
         machine = gpus.device()
     except gpus.NoGpu as error:
-        raise _refuse(error) from error
+        raise refused(error) from error
     console = Console()
     environment = {**results.environment(1), "commit": results.commit(), "date": results.now()}
     environment["ptxas"] = _ptxas(machine.facts()["architecture"])
@@ -98,7 +96,7 @@ def gpu_page(
             raise ValueError("each file must be of `attn-core bench gpu`. Got another.")
         to.write_text(pages.page(runs), "utf-8")
     except (ValueError, OSError) as error:
-        raise _refuse(error) from error
+        raise refused(error) from error
     Console().print(f"{to}: {len(runs)} GPUs", markup=False, soft_wrap=True)
 
 
@@ -115,7 +113,7 @@ def tune(
     """Measure kernel configurations on this machine's GPU, and keep the fastest for yourself."""
     from attn_core.benchmarks import gpu as gpus
     from attn_core.benchmarks import tune as tuning
-    from attn_core.kernels import ahead, configs
+    from attn_core.kernels import configs
 
     for name, given, known in (
         ("--kernel", kernel or (), tuning.KERNELS),
@@ -124,11 +122,11 @@ def tune(
         odd = [word for word in given if word not in known]
         if odd:
             words = ", ".join(map(str, known))
-            raise _refuse(ValueError(f"`{name}` must be one of {words}. Got {odd[0]}."))
+            raise refused(ValueError(f"`{name}` must be one of {words}. Got {odd[0]}."))
     try:
         machine = gpus.device()
     except gpus.NoGpu as error:
-        raise _refuse(error) from error
+        raise refused(error) from error
     console = Console()
     won, tried = tuning.tune(
         machine,
@@ -136,7 +134,7 @@ def tune(
         widths=width or tuning.WIDTHS,
         minutes=minutes,
         kept=(lambda won: None) if dry else tuning.keep,
-        check=lambda jobs: ahead.run(jobs, processes=os.cpu_count() or 1),
+        clean=_clean,
         say=lambda words: console.print(words, markup=False, soft_wrap=True),
     )
     failed = sum(bool(each.problem) for each in tried)
@@ -144,3 +142,14 @@ def tune(
     if won and not dry:
         console.print(f"written: {configs.user_file()}", markup=False, soft_wrap=True)
     raise typer.Exit(0 if won else 1)
+
+
+def _clean(asked: Any, found: Sequence[Any]) -> list[Any]:
+    """Of configurations those that compile without a problem, one process for each processor."""
+    from attn_core.kernels import ahead
+    from attn_core.kernels.samples import SAMPLES
+
+    about = asked.kernel, asked.architecture, SAMPLES[asked.sample]
+    jobs = [ahead.Job(*about, asked.width, asked.width, asked.dtype, config) for config in found]
+    compiled = ahead.run(jobs, processes=os.cpu_count() or 1)
+    return [each.config for each in compiled if not each.problems]

@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from attn_core.benchmarks.cases import Case
@@ -35,6 +36,16 @@ SAMPLES = {"none": "plain", "positions": "causal", "mask": "documents"}
 """The class, and what is compiled ahead of time for it."""
 
 _TALL, _WIDE = (64, 128), (32, 64, 128)
+
+
+class Question(NamedTuple):
+    """What configurations are sought for; `sample` is its mask's name in the kernels' samples."""
+
+    kernel: str
+    architecture: str
+    sample: str
+    width: int
+    dtype: str
 
 
 class Tried(NamedTuple):
@@ -70,20 +81,15 @@ def candidates(kernel: str, now: Any, descriptors: bool) -> list[Any]:
     return list(dict.fromkeys(made))
 
 
-def cleanest(
-    found: Sequence[Any], job: Any, check: Callable[[Sequence[Any]], Sequence[Any]] | None
-) -> list[Any]:
+def cleanest(found: Sequence[Any], clean: Callable[[Sequence[Any]], Sequence[Any]]) -> list[Any]:
     """The first candidate, then those that compile without a problem, largest tiles first.
 
     Args:
         found: configurations; the first is what is in force, or of `fused` that it does not run.
-        job: what is compiled, whatever its configuration.
-        check: `ahead.run`, or None where nothing is compiled ahead of time.
+        clean: those of them that compile without a problem.
     """
     first, *rest = found
-    if check is not None:
-        rest = [x.config for x in check([job._replace(config=c) for c in rest]) if not x.problems]
-    return [first, *sorted(rest, key=lambda config: -config.rows * config.keys)]
+    return [first, *sorted(clean(rest), key=lambda config: -config.rows * config.keys)]
 
 
 def case_of(width: int, mask_class: str) -> GpuCase:
@@ -105,17 +111,16 @@ def tune(
     minutes: float | None = None,
     say: Callable[[str], None] = print,
     kept: Callable[[Sequence[Any]], Any] = lambda won: None,
-    check: Callable[[Sequence[Any]], Sequence[Any]] | None = None,
+    clean: Callable[[Question, Sequence[Any]], Sequence[Any]] = lambda asked, found: found,
 ) -> tuple[list[Any], list[Tried]]:
     """(entries of those that won, everything that was tried); `kept` is told of them as they come.
 
     Args:
         minutes: how long it may take; who is being tried then is left as it was.
-        check: compiles jobs ahead of time, so that only what comes out clean is timed.
+        clean: of configurations those worth timing: the command compiles them ahead of time, which
+            a GPU's own minutes are too dear for.
     """
     from attn_core.kernels import configs
-    from attn_core.kernels.ahead import Job
-    from attn_core.kernels.samples import SAMPLES as PROBLEMS
 
     limit = Limit(minutes)
     facts = machine.facts()
@@ -137,10 +142,9 @@ def tune(
                 continue
             now = configs.choose(kernel, *about)
             plain = configs.Entry(kernel, (architecture,), (width,), 16, (name,), now, "", "yours")
-            problem = PROBLEMS[SAMPLES[name]]
-            job = Job(kernel, architecture, problem, width, width, case.dtype)
+            question = Question(kernel, architecture, SAMPLES[name], width, case.dtype)
             found = []
-            for config in cleanest(candidates(kernel, now, described), job, check):
+            for config in cleanest(candidates(kernel, now, described), partial(clean, question)):
                 if limit.left() <= 0:
                     say(f"no time was left for {what} and {len(asked) - number - 1} more")
                     return won, tried

@@ -322,7 +322,7 @@ def _schedule(c: _Call) -> _Made:
     for table in found.reduced:
         kind, rank = held[table.number]
         given += [_OPERANDS[kind], _OPERANDS[kind], *["i32"] * rank]
-    positional = (*(*c.schedule, tuple(given), c.lengths, c.length_strides, *[c.sizes] * 6),)
+    positional = (*(*c.schedule, tuple(given), c.lengths, c.length_strides, *[c.size] * 6),)
     constants = {
         "REACH": found.call,
         "M": tile[0],
@@ -339,7 +339,7 @@ def _schedule(c: _Call) -> _Made:
 
 
 def _facts(c: _Call) -> _Made:
-    positional = (*("*i32", "*i64", "*i32", "*i32"), (1, 1, 1), *[c.sizes] * 4)
+    positional = (*("*i32", "*i64", "*i32", "*i32"), (1, 1, 1), *[c.size] * 4)
     names = ("KV_LENGTHS", "Q_LENGTHS", "OFFSETS", "END")
     constants = {"FAR": 2**30, **dict.fromkeys(names, True), "COUNT": 128}
     return schedule.facts, positional, constants
@@ -348,7 +348,7 @@ def _facts(c: _Call) -> _Made:
 def _reduced(c: _Call) -> _Made:
     tall, wide = c.config.rows, c.config.keys
     constants = {"TALL": tall, "WIDE": wide, "AT_ONCE": max(1, schedule.OF_TABLES // wide)}
-    return schedule.reduced, (*["*i8"] * 3, *[c.sizes] * 4), constants
+    return schedule.reduced, (*["*i8"] * 3, *[c.size] * 4), constants
 
 
 _ARGUMENTS = {

@@ -30,6 +30,7 @@ from attn_core.benchmarks.gpu_cases import (
     Run,
 )
 from attn_core.cli import app
+from attn_core.cli_gpu import _clean
 from attn_core.kernels import ahead, configs
 from attn_core.reference import attention as reference
 
@@ -541,18 +542,20 @@ def test_tuning_ends_in_time_with_what_was_found(monkeypatch: pytest.MonkeyPatch
     assert said[-1] == "no time was left for forward D64 positions and 1 more"
 
 
-def test_what_spills_is_not_timed_and_large_tiles_come_first() -> None:
+def test_what_spills_is_not_timed_and_large_tiles_come_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Compiled first; what is in force is timed whatever the compiler says of it."""
     asked: list[Any] = []
 
-    def check(jobs: Sequence[Any]) -> list[Any]:
+    def run(jobs: Sequence[Any], processes: int) -> list[Any]:
         asked.extend(jobs)
-        found = [ahead.Finding(job, job.config, 0.1, spills=job.config.warps - 4) for job in jobs]
-        return found
+        return [ahead.Finding(job, job.chosen, 0.1, spills=job.chosen.warps - 4) for job in jobs]
 
+    monkeypatch.setattr(ahead, "run", run)
     now = configs.choose("forward", "sm_90", 64, 64, "bfloat16", "none")
     _, tried = tune.tune(
-        Tuned(), kernels=("forward",), widths=(64,), classes=("none",), say=print, check=check
+        Tuned(), kernels=("forward",), widths=(64,), classes=("none",), say=print, clean=_clean
     )
     timed = [each.config for each in tried]
     assert timed[0] == now
