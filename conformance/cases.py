@@ -43,6 +43,11 @@ _HOLES = plain(
     lambda: mask(lambda b, h, q, k: (q % 3 != 1) & (k < 5)),
     lambda b, h, q, k, i: q % 3 != 1 and k < 5,
 )
+_OWN = plain(lambda: masks.window(0, 0), lambda b, h, q, k, i: q == k, window=(0, 0))
+_CORNER = plain(
+    lambda: mask(lambda b, h, q, k: (q >= k) & (b + h < 1)),
+    lambda b, h, q, k, i: q >= k and b + h < 1,
+)
 _SQUARE = Shape(q_len=7)
 
 
@@ -80,6 +85,10 @@ def _cases() -> list[Case]:
         Case("scale", (given(scale=0.3),)),
         Case("scale-negative", (given(scale=-1.5),)),
         Case("scale-zero", (given(scale=0.0),)),
+        Case("scale-negative-causal", (CAUSAL, given(scale=-1.5)), _SQUARE),
+        Case("scale-zero-causal", (CAUSAL, given(scale=0.0)), _SQUARE),
+        Case("logits-equal", (_equal,), _SQUARE),
+        Case("logits-equal-causal", (_equal, CAUSAL), _SQUARE),
         Case("heads-mha", shape=Shape(kv_heads=4)),
         Case("heads-mqa", shape=Shape(kv_heads=1)),
         Case("heads-gqa-6-2", (END, CAUSAL), Shape(heads=6)),
@@ -226,6 +235,7 @@ def _cases() -> list[Case]:
         Case("empty-all", (plain(lambda: masks.prefix(0), lambda b, h, q, k, i: False),)),
         Case("empty-all-sinks", (given(kv_lengths=[0, 0]), sunk())),
         Case("dropout", (dropped(0.3, 7),)),
+        Case("dropout-one-key-bfloat16", (END, _OWN, dropped(0.3, 7)), dtype="bfloat16"),
         Case("dropout-seed-wide", (dropped(0.5, 2**63 + 2**40 + 5),)),
         Case("dropout-seed-negative", (dropped(0.9, -1),)),
         Case("dropout-offset-negative", (offset([-9, -2]), dropped(0.5, 3))),
@@ -248,6 +258,7 @@ def _cases() -> list[Case]:
         ),
         Case("poison-all", (_HOLES, biased(0, 1, 2, 3), _everywhere), shape=_SQUARE),
         Case("none-batch", shape=Shape(batch=0)),
+        Case("none-batch-mask", (END, _CORNER), Shape(batch=0, q_len=257, k_len=65)),
         Case("none-queries", (END, CAUSAL), shape=Shape(q_len=0)),
         Case("none-keys", (END, CAUSAL), shape=Shape(k_len=0)),
         Case("none-keys-sinks", (sunk(),), shape=Shape(k_len=0)),
@@ -329,6 +340,14 @@ def _pairs() -> list[Case]:
 def _rank_2(x: Question, rng: np.random.Generator, size: Shape) -> None:
     bias = rng.standard_normal((size.q_len, size.k_len)).astype(x.call["query"].dtype)
     x.call["bias"] = x.judge["bias"] = bias
+
+
+def _equal(x: Question, rng: np.random.Generator, size: Shape) -> None:
+    """Logits of 2**20, all equal: of their log-sum-exp float32 forgets how many they are."""
+    x.call["query"][...] = 0.0
+    x.call["query"][..., 0] = 2.0**20
+    x.call["key"][..., 0] = 1.0
+    given(scale=1.0)(x, rng, size)
 
 
 def _checkered_keys(bias: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 
 from attn_core.backends.torch import chunked, native, native_bands, native_strips
 from attn_core.backends.torch.chunked_parts import joined, tiles_of, together
-from attn_core.backends.torch.native_documents import documented
+from attn_core.backends.torch.native_documents import causal, documented
 from attn_core.footprint import differs, reading, sizes
 from attn_core.language.duals import differentiate
 from attn_core.language.shifts import slides
@@ -28,6 +28,9 @@ _PHILOX = 20
 
 _LISTED, _TILE = 4, 160
 """Bytes of a tile in a schedule of kernels; and while it is made of operations of torch."""
+
+_DOCUMENT = 512
+"""Rows of a document, of which only the call itself reads how long it is."""
 
 _KEYS = 512
 """That a thread of torch's fused kernel takes at once on a CPU."""
@@ -99,26 +102,35 @@ def _native(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Accoun
     results = batch * p.heads * q_len * p.v_width * narrow
     whole = native._kind(p, torch.compiler.is_compiling()) != "tiles"
     block_q, block_k = _tile(p, found)
-    held = statistics
+    forward, backward = statistics, 2 * statistics
     if p.device == "cpu":
-        rows = _split(q_len if whole else block_q)
-        held += torch.get_num_threads() * wide * rows * (min(_KEYS, k_len) + p.width)
+        rows, keys = _split(q_len if whole else block_q), min(_KEYS, k_len)
+        # Of 16 bits there is a narrow copy of every tile, too; backwards there are two tiles.
+        logits = rows * keys * (wide + (narrow if narrow < wide else 0))
+        forward += torch.get_num_threads() * (logits + rows * p.width * wide)
+        backward += torch.get_num_threads() * (2 * logits + rows * p.width * wide)
     if whole:
-        # The kernel wants what flows back as (B, T, H, D), and lays its results out so.
-        copies = 1 if p.layout == "BTHD" else 2
-        backward = 2 * statistics + copies * results
+        # The kernel wants what flows back as (B, T, H, D).
+        backward += results if p.layout == "BHTD" else 0
     else:
-        forward, backward = _bands(p, found)
-        held, backward = held + forward, held + statistics + backward
+        more, given = _bands(p, found)
+        # Of 16 bits a sum, which tells whether all is finite, is over a copy.
+        copied = results // narrow * wide if narrow < wide else 0
+        forward, backward = max(forward + more, statistics + copied), backward + given
     if not chunked.sums_wide(p.group, p.dtype):
-        backward = max(held, _chunked(p, found, numbers).backward or 0)
+        backward = _chunked(p, found, numbers).backward or 0
+    backward = max(forward, backward)
     # Documents are cut where they begin, which no tile of one size tells.
-    cut = whole or (not _lengths(p) and documented(p.mask, p.offset, q_len, k_len))
-    return Account(None if cut else (block_q, block_k), held, backward, *numbers)
+    cut = whole or _documented(p, found)
+    return Account(None if cut else (block_q, block_k), forward, backward, *numbers)
 
 
 def _lengths(p: Problem) -> bool:
     return p.kv_lengths or p.q_lengths
+
+
+def _documented(p: Problem, found: tuple[int, int, int]) -> bool:
+    return not _lengths(p) and documented(p.mask, p.offset, *found[1:])
 
 
 def _sliding(p: Problem) -> bool:
@@ -147,6 +159,9 @@ def _bands(p: Problem, found: tuple[int, int, int]) -> tuple[int, int]:
     if p.mask is not None and _sliding(p):
         forward, _ = _strips(p, found, p.mask, backward=False)
         _, backward = _strips(p, found, p.mask, backward=True)
+        return forward, backward + added
+    if p.mask is not None and _documented(p, found):
+        forward, backward = _documents(p, found, p.mask)
         return forward, backward + added
     by_batch, by_head = differs(p)
     heads = p.group if by_head else p.heads
@@ -179,6 +194,25 @@ def _bands(p: Problem, found: tuple[int, int, int]) -> tuple[int, int]:
     outputs = min(native_bands.BAND, batches * heads * rows * p.v_width * narrow)
     gradients = min(native_bands.BAND, batches * (heads * rows * p.width + keys) * narrow)
     return selected + outputs, selected + gradients + added
+
+
+def _documents(p: Problem, found: tuple[int, int, int], mask: Tree) -> tuple[int, int]:
+    """The same of documents, taken to be `_DOCUMENT` long: their ids are not read."""
+    batch, q_len, _ = found
+    narrow, wide = WIDTH[p.dtype] // 8, WIDTH[p.accumulation] // 8
+    rows = length = min(q_len, _DOCUMENT)
+    batches, tiles, selected = 1 if mask.reads("b") else batch, 1, 0
+    if causal(mask):
+        rows, _ = _tile(p, found)
+        # Two documents of a length are a band; what the rows of one see is selected.
+        batches, tiles = 1, 2
+        tile = {"b": 1, "h": 1, "row": rows, "k": length}
+        selected = rows * length * (narrow + 1) + reading(mask, tile, wide)
+    of_rows, of_keys = rows * p.v_width, rows * p.width + length * (p.width + p.v_width)
+    outputs, gradients = (
+        min(native_bands.BAND, batches * tiles * p.heads * n * narrow) for n in (of_rows, of_keys)
+    )
+    return selected + outputs, selected + gradients
 
 
 def _strips(p: Problem, found: tuple[int, int, int], mask: Tree, backward: bool) -> tuple[int, int]:
@@ -273,7 +307,7 @@ def _fast(p: Problem) -> tuple[str, str] | None:
 
 def _split(rows: int) -> int:
     """Rows that a thread of torch's CPU kernel takes at once."""
-    return 256 if rows >= 768 else 64 if rows >= 192 else 32
+    return 256 if rows >= 768 else 64 if rows >= 192 else min(32, rows)
 
 
 def _lowered(products: str) -> tuple[str, str] | None:

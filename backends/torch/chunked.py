@@ -154,11 +154,14 @@ def _backward(
             from attn_core.backends.torch import triton_backward
 
             return triton_backward.backward(ask, scale, x, Saved(*saved), up, wanted)
-        if kernel and up.lse is None and up.out is not None:
-            found = native_tiles.backward(ask, scale, x, Saved(*saved), up.out, wanted)
+        w, rows = Work(ask, scale, x), Saved(*saved)
+        if ask.kernel and native_tiles.coarse(x, rows):
+            rows = Saved(*[a for n, a in enumerate(forward(w)) if n not in (1, 2)])
+        elif kernel and up.lse is None and up.out is not None:
+            found = native_tiles.backward(ask, scale, x, rows, up.out, wanted)
             if found is not None:
                 return found
-        return backward(Work(ask, scale, x), Saved(*saved), up, wanted)
+        return backward(w, rows, up, wanted)
 
 
 def _beside(given: Sequence[Any]) -> list[Any]:

@@ -3,13 +3,16 @@
 With P = exp((z - m) - log l), dP = dO V^T (dropped and rescaled where P was) + dW, and
 delta = sum(dO * O) + sum(P * dW) for each row::
 
-    dz = P * (dP - delta + d lse)        where allowed
+    dz = P * (dP - delta + d lse)        where allowed; P * d lse where P is 1
     dV = (P after dropout)^T dO          dsink = sum of exp((sink - m) - log l) * (d lse - delta)
     ds = dz * dscore/ds                  dQ = scale * ds K,  dK = scale * ds^T Q
 
 Inside, every row's 1 / l is moved from P to what comes from upstream, so that P / exp(-log l) =
 exp(z - m) is all that a tile computes. What comes from upstream is selected by row before anything
 else: rows that may see no key pass nothing on, but for their sink's share of d lse.
+
+Where P is 1 a row sees one key only, or as good as one, and delta is dP. It is made of O, which was
+rounded to 16 bits perhaps, so that a difference would be left of what is 0; it is not taken.
 """
 
 from __future__ import annotations
@@ -53,6 +56,8 @@ class _Rows(NamedTuple):
         share: 1 / l, 0 where l is 0.
         d_out: dO / l, rescaled for dropout; None where it is not given.
         t: (delta - d lse) / l.
+        lone: whether one weight is 1; None where no row's is.
+        d_lse: d lse / l; None where it is not given.
         d_sinks: (B', Hk', G, rows), d lse - delta times the sink's weight; None without sinks.
     """
 
@@ -61,6 +66,8 @@ class _Rows(NamedTuple):
     share: Array
     d_out: Array | None
     t: Array
+    lone: Array | None
+    d_lse: Array | None
     d_sinks: Array | None
 
 
@@ -143,14 +150,20 @@ def _upstream(tile: Tile, saved: Saved, up: Upstream, spans: Sequence[Span]) -> 
             exponential(z.sub_(m)).mul_(_weights(tile, span, up.weights, share))
             hide(z, allowed, tile, 0.0)
             delta = delta + z.sum(-1, keepdim=True)
+    lse = None
     if up.lse is not None:
         lse = tile.folded(up.lse)[..., None].to(w.dtype)
-        delta = delta - torch.where(log_l < torch.inf, lse, 0.0)
+        lse = torch.where(log_l < torch.inf, lse, 0.0)
+        delta = delta - lse
+        lse.mul_(share)
     d_sinks = None
     if w.x.sinks is not None:
         weight = torch.exp((tile.sinks() - m) - log_l)
         d_sinks = (weight * -delta).view(tile.shape)
-    return _Rows(q, m, share, d_out, delta * share, d_sinks)
+    lone = log_l == 0
+    # As in `chunked_tile._narrowed`: asking is cheap on a CPU, on a device it would wait.
+    some = w.device.type != "cpu" or bool(lone.any())
+    return _Rows(q, m, share, d_out, delta * share, lone if some else None, lse, d_sinks)
 
 
 def _weights(tile: Tile, span: Span, d_weights: Array, share: Array) -> Array:
@@ -192,6 +205,11 @@ def _tile(
     if up.weights is not None:
         g.add_(_weights(tile, span, up.weights, row.share))
     g.sub_(row.t).mul_(e)
+    if row.lone is not None:
+        alone = (e == 1) & row.lone
+        g.masked_fill_(alone, 0.0)
+        if row.d_lse is not None:
+            g.add_(alone * row.d_lse)
     hide(g, allowed, tile, 0.0)
     if grads.bias is not None:
         place = tile.bias(w.spread(grads.bias), span)

@@ -348,7 +348,7 @@ def _status(
     if dense.shape[1] == 1:
         return dense
     # Heads of a group are computed together: a block is live if any of them needs it.
-    group = dense.reshape(len(dense), kv_heads, -1, *dense.shape[2:])
+    group = dense.reshape(len(dense), kv_heads, heads // kv_heads, *dense.shape[2:])
     return np.where(group.min(2) == FULL, FULL, np.minimum(group.max(2), PARTIAL)).astype(np.int8)
 
 

@@ -15,8 +15,12 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from attn_core.backends.torch import chunked
-from attn_core.spec import AttentionOutput, Operands, Problem
+from attn_core.spec import WIDTH, AttentionOutput, Operands, Problem
 from attn_core.whole import beside, whole
+
+_LEAST = 2.0**-126
+"""The least scale of the kernel's own causal. It hides by -inf before it scales, which is NaN by a
+scale of 0, or of what float32 may round to 0, and shows what is hidden by one below."""
 
 _DTYPES = {
     "cpu": ("float64", "float32", "bfloat16", "float16"),
@@ -31,13 +35,17 @@ def refusals(p: Problem) -> list[str]:
     if p.dtype not in _DTYPES[p.device]:
         names = ", ".join(_DTYPES[p.device])
         reasons.append(f"the dtype must be one of {names} on {p.device}. Got {p.dtype}.")
+    if p.device == "cpu" and p.return_lse and WIDTH[p.dtype] < 32:
+        reasons.append(
+            f"`return_lse` must be left out for {p.dtype}: the kernel has 14 bits of it. Got True."
+        )
     if p.device != "cpu":
         if p.return_lse:
             reasons.append("`return_lse` must be left out on cuda. Got True.")
         if _kind(p, torch.compiler.is_compiling()) == "tiles":
             reasons.append(
-                "on cuda the mask must allow everything, or be causal() with Tq = Tk. "
-                "Got another mask, or lengths."
+                "on cuda the mask must allow everything, or be causal() with Tq = Tk and a scale "
+                "above 0. Got another mask, or lengths, or a scale that is not."
             )
     return reasons + chunked.refusals(p)
 
@@ -63,17 +71,13 @@ def _heads_first(p: Problem, x: Any) -> Any:
 
 
 def _recorded(p: Problem, compiling: bool) -> bool:
-    """Whether derivatives may be asked for that torch's own do not answer.
-
-    torch.compile refuses second ones on its own.
-    """
-    if compiling:
-        return p.needs_grad and not chunked.sums_wide(p.group, p.dtype)
-    if p.needs_grad or forward_ad._current_level >= 0:
+    """Whether derivatives may be asked for: torch's own trust one log-sum-exp however large."""
+    if p.needs_grad or (not compiling and forward_ad._current_level >= 0):
         return True
-    return torch._C._are_functorch_transforms_active()
+    return not compiling and torch._C._are_functorch_transforms_active()
 
 
 def _kind(p: Problem, compiling: bool) -> str:
     """As `Ask.kernel`; torch.compile, which would trace it, looks through no mask."""
-    return whole(p, look=not compiling) or "tiles"
+    kind = whole(p, look=not compiling) or "tiles"
+    return "tiles" if kind == "causal" and p.scale < _LEAST else kind

@@ -83,6 +83,11 @@ def documents(w: Work) -> Documents | None:
     return Documents(_MASKS[ask.mask], starts)
 
 
+def causal(mask: Tree) -> bool:
+    """Whether a row of these documents sees its own up to itself only."""
+    return _MASKS[mask]
+
+
 def documented(mask: Tree | None, offset: str, q_len: int, k_len: int) -> bool:
     """Whether a call of these sizes, without lengths, is cut so where its ids allow it."""
     return mask in _MASKS and offset != "given" and q_len == k_len >= _LONG

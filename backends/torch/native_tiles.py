@@ -36,6 +36,19 @@ _PLAIN = 2.0**32
 _LARGEST = 2.0**100
 """What products may come to at most: far from float32's 2**128, and from nothing that occurs."""
 
+_ALLOWED = {torch.float64: 16, torch.float32: 16, torch.float16: 2, torch.bfloat16: 2}
+"""Units in the last place of the dtype by which a weight may be off that one number rebuilds.
+
+The kernel's backward pass makes a row's weights exp(s - lse), and lse is one number of the
+accumulation's dtype: its rounding, at most |lse| * u with u = eps(accumulation) / 2, is a factor
+of the whole row. What conformance lets pass, 16 units of eps and 2 of what has 16 bits, is kept for
+
+    |lse| <= _ALLOWED[dtype] * eps(dtype) / u       32; 2**15 for float16, 2**18 for bfloat16
+
+and rows beyond that are rebuilt from (m, log l), as `chunked` does. (On cuda nobody looks: that
+would wait for the device, and what torch's own backward pass makes of one float32 holds there.)
+"""
+
 _WIDE = {
     torch.float64: torch.float64,
     **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float32),
@@ -172,7 +185,8 @@ def backward(
     q, k, v, out, d_out = (_heads_first(ask, a) for a in (*x[:3], saved.out, up))
     if ask.kernel != "tiles":
         causal = ask.kernel == "causal"
-        found = _kernel_backward(d_out, q, k, v, out, saved.m, 0.0, causal, scale=scale)
+        lse = saved.m + saved.log_l
+        found = _kernel_backward(d_out, q, k, v, out, lse, 0.0, causal, scale=scale)
         found = [g if ask.layout == "BHTD" else g.transpose(1, 2) for g in found]
         return [g for g, yes in zip(found, wanted, strict=False) if yes]
     w = work(ask, scale, x, backward=True)
@@ -190,6 +204,21 @@ def backward(
             found = asked()
     types = [a.dtype for a, yes in zip(x[:3], wanted, strict=False) if yes]
     return [g.to(dtype) for g, dtype in zip(found, types, strict=True)]
+
+
+def coarse(x: Operands, saved: Saved) -> bool:
+    """Whether some row's log-sum-exp is too large to rebuild its weights from: see `_ALLOWED`.
+
+    Infinite ones are of rows without a sum, and NaN is data.
+    """
+    lse, dtype = saved.m, x.query.dtype
+    if not lse.numel():
+        return False
+    most = _ALLOWED[dtype] * torch.finfo(dtype).eps / (torch.finfo(lse.dtype).eps / 2)
+    low, high = torch.stack(torch.aminmax(lse)).tolist()
+    if -most <= low and high <= most:
+        return False
+    return bool(((lse.abs() > most) & lse.isfinite()).any())
 
 
 def _gradients(w: Work, arrays: Sequence[Array], saved: Saved, clean: _Clean) -> list[Array]:

@@ -590,3 +590,38 @@ assert not {"triton", "torch._dynamo"} & set(sys.modules)
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_weight_of_one_leaves_no_gradient_of_its_logit() -> None:
+    """Out was rounded to 16 bits after dropout rescaled it, so that delta is not quite dP."""
+    given = {n: draw(2, 2, 300, 8, dtype=torch.bfloat16) for n in ("query", "key", "value")}
+    options = {"mask": masks.window(0, 0), "dropout": Dropout(0.3, 7), "impl": "chunked"}
+    leaves = [x.clone().requires_grad_() for x in given.values()]
+    out = attention(*leaves, **options)
+    assert out.any()
+    d_query, d_key, d_value = torch.autograd.grad(out.float().sin().sum(), leaves)
+    assert not d_query.any()
+    assert not d_key.any()
+    assert d_value.any()
+    # What flows back by lse does: there the logit is all of it.
+    out, lse, _ = attention(*leaves, **options, return_lse=True)
+    both = torch.autograd.grad(out.float().sin().sum() + lse.sum(), leaves[:2])
+    alone = torch.autograd.grad(
+        attention(*leaves, **options, return_lse=True).lse.sum(), leaves[:2]
+    )
+    for a, b in zip(both, alone, strict=True):
+        assert a.any()
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("offset", ["start", "each"])
+def test_no_batch_and_a_map_for_each(heads: int, offset: str) -> None:
+    """A mask that tells both batches and heads apart, of which there are none to tell apart."""
+    q, k = draw(0, heads, 257, 4).requires_grad_(), draw(0, 2, 65, 4)
+    mask = attn_core.mask(lambda b, h, q, k: (q >= k) & (b + h < 1))
+    start: Any = "start" if offset == "start" else torch.zeros(0, dtype=torch.int32)
+    out = attention(q, k, k, mask=mask, query_offset=start, impl="chunked")
+    assert out.shape == (0, heads, 257, 4)
+    (got,) = torch.autograd.grad(out.sum(), q)
+    assert got.shape == q.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from attn_core import Dropout, attention, explain, masks, registry, scores
 BACKEND = registry.load("torch")
 
 
+EACH = masks.segments(torch.randint(0, 8, (2, 2048)).sort(-1).values)
 BY_HEAD = attn_core.mask(lambda b, h, q, k: q - k <= 100 * (h + 1))
 
 
@@ -142,6 +144,10 @@ def test_values_that_nobody_has_yet() -> None:
         {"mask": masks.window(256, 0), "impl": "native", "kv_heads": 1, "offset": None},
         {"mask": masks.window(256, 0), "impl": "native", "kv_heads": 1, "batch": 3},
         {"mask": masks.window(256, 0), "impl": "native", "kv_heads": 1, "dtype": torch.bfloat16},
+        {"mask": masks.causal(), "impl": "native", "layout": "BTHD", "dtype": torch.bfloat16},
+        {"mask": EACH & masks.causal(), "impl": "native", "batch": 2},
+        {"mask": EACH, "impl": "native", "batch": 2},
+        {"mask": EACH & masks.causal(), "impl": "native", "batch": 2, "dtype": torch.bfloat16},
         {"lengths": [2048, 1500, 300], "impl": "native", "batch": 3},
         {"lengths": [2048, 1500, 300], "impl": "native", "batch": 3, "mask": masks.causal()},
     ],
@@ -172,6 +178,19 @@ def test_estimates_are_near_what_is_allocated(more: dict[str, Any]) -> None:
 
     assert near(said.forward, peak(forward) - sizes[0])
     assert near(said.backward, peak(backward) - sizes[0] - sum(sizes))
+
+
+@pytest.mark.parametrize("impl", ["native", "chunked"])
+@pytest.mark.parametrize("mask", [None, masks.causal(), masks.causal() & masks.window(left=63)])
+def test_with_backward_is_never_less(impl: str, mask: Any) -> None:
+    for length, kv_heads, dtype, layout in product(
+        (1, 64, 255, 1024), (2, 8), (torch.float32, torch.bfloat16), ("BHTD", "BTHD")
+    ):
+        query, key = draw(length, 1, 8, dtype), draw(length, 1, kv_heads, dtype)
+        if layout == "BTHD":
+            query, key = query.transpose(1, 2), key.transpose(1, 2)
+        said = explain(query, key, key, mask=mask, layout=layout, impl=impl)
+        assert said.backward >= said.forward > 0
 
 
 def test_chunked_is_linear_and_reference_quadratic() -> None:

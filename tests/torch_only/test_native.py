@@ -6,6 +6,7 @@ Expected values are the reference implementation's in float64, and conformance j
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,14 @@ from torch.func import grad, jvp, vmap
 import attn_core
 from attn_core import UnsupportedError, attention, masks, scores
 from attn_core.backends.torch import (
+    native,
     native_bands,
     native_documents,
     native_selections,
     native_tiles,
 )
+from attn_core.backends.torch.chunked_backward import Saved
+from attn_core.spec import Operands
 
 RNG = np.random.default_rng(23)
 B, HQ, HK, TQ, TK, D = 2, 4, 2, 300, 410, 8
@@ -573,3 +577,143 @@ def test_a_long_document_is_cut_into_bands(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(native_documents.Documents, "tiles", told)
     compare(arrays(1300, 1300), mask=masks.segments(np.arange(1300) // 1000))
     assert max(calls) <= 128
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 2.0**-149])
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_causal_by_a_scale_that_is_not_above_zero(how: str, scale: float) -> None:
+    """The kernel's own causal hides by -inf before it scales: that gives +inf, or NaN."""
+    for dtype, options in ((torch.float64, {"return_lse": True}), (torch.float32, {})):
+        given = [x.to(dtype) for x in arrays(33, 33)]
+        if how == "eager":
+            got, want = (
+                found(given, impl, mask=masks.causal(), scale=scale, **options)
+                for impl in ("native", "reference")
+            )
+        else:
+            call = torch.compile(
+                lambda *x: attention(*x, mask=masks.causal(), scale=scale, impl="native"),
+                fullgraph=True,
+                backend="aot_eager",
+            )
+            want = [attention(*given, mask=masks.causal(), scale=scale, impl="reference")]
+            got = [call(*given)]
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_on_cuda_causal_needs_a_scale_above_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1, 2, 8, 16, dtype=torch.float16)
+    asked: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "whole", lambda p, look=True: asked.append(p) or "full")
+        attention(x, x, x, mask=masks.causal(), scale=0.75, impl="native")
+    for scale, refused in ((0.5, False), (0.0, True), (-1.0, True)):
+        reasons = native.refusals(replace(asked[0], device="cuda", scale=scale))
+        assert any("a scale above 0" in reason for reason in reasons) == refused
+
+
+EQUAL: dict[str, tuple[Any, Any]] = {
+    "all": (None, lambda q, k: (q >= 0) & (k >= 0)),
+    "causal": (masks.causal(), lambda q, k: q >= k),
+    "a window": (masks.window(2, 2), lambda q, k: (q - k).abs() <= 2),
+    "chunks": (masks.chunks(64), lambda q, k: q // 64 == k // 64),
+}
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled", "transform"])
+@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize("logit", [2.0**10, 2.0**20, 2.0**30])
+def test_large_logits_keep_their_weights(logit: float, name: str, how: str) -> None:
+    """One float32 log-sum-exp forgets the sum: rows are then rebuilt from two numbers.
+
+    Equal logits, so that every weight is known: one over the keys that the row may see.
+    """
+    n, (mask, sees) = 70, EQUAL[name]
+    q = torch.full((1, 2, n, 16), (logit / 16) ** 0.5)
+    v, up = (draw(1, 2, n, 16, dtype=torch.float32) for _ in range(2))
+
+    def loss(v: torch.Tensor) -> torch.Tensor:
+        return (attention(q, q, v, mask=mask, scale=1.0, impl="native") * up).sum()
+
+    if how == "transform":
+        got = grad(loss)(v)
+    else:
+        call = torch.compile(loss, fullgraph=True, backend="aot_eager") if how != "eager" else loss
+        leaf = v.clone().requires_grad_()
+        (got,) = torch.autograd.grad(call(leaf), leaf)
+    at = torch.arange(n)
+    allowed = sees(at[:, None], at[None])
+    p = allowed.double() / allowed.sum(-1, keepdim=True)
+    want = p.T @ up.double()
+    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-6)
+
+
+def test_large_logits_with_the_gradient_of_lse() -> None:
+    q = torch.full((1, 1, 40, 16), 256.0)
+    v = draw(1, 1, 40, 16, dtype=torch.float32).requires_grad_()
+    out, lse, _ = attention(q, q, v, scale=1.0, impl="native", return_lse=True)
+    (got,) = torch.autograd.grad(out.sum() + lse.sum(), v)
+    torch.testing.assert_close(got, torch.ones_like(got))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"),
+    [
+        (torch.float64, 32.0),
+        (torch.float32, 32.0),
+        (torch.float16, 2.0**15),
+        (torch.bfloat16, 2.0**18),
+    ],
+)
+def test_which_log_sum_exps_are_coarse(dtype: Any, most: float) -> None:
+    x = Operands(*[torch.zeros(1, 1, 4, 1, dtype=dtype)] * 3)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def coarse(*lse: float) -> bool:
+        m = torch.tensor(lse, dtype=wide).view(1, 1, -1)
+        return native_tiles.coarse(x, Saved(m, m, m, m))
+
+    assert not coarse(0.0, most, -most)
+    assert not coarse(torch.nan, torch.inf, -torch.inf, most)
+    for big in (1.001 * most, -1.001 * most):
+        assert coarse(0.0, big)
+        assert coarse(torch.nan, big, torch.inf)
+
+
+def test_ordinary_logits_are_left_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    kernel = native_tiles._kernel_backward
+    monkeypatch.setattr(
+        native_tiles, "_kernel_backward", lambda *a, **o: calls.append(1) or kernel(*a, **o)
+    )
+    given = arrays(200, 200)
+    for options in ({}, {"mask": masks.causal()}, {"mask": masks.window(40)}):
+        calls.clear()
+        found(given, "native", **options)
+        assert calls
+        calls.clear()
+        found([given[0] * 1e4, *given[1:]], "native", **options)
+        assert not calls
+
+
+def test_statistics_of_our_own_reach_the_kernel_whole() -> None:
+    """Where a sum may have been lost the row has m and log l apart, and both are needed."""
+    q, k = torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2)
+    q[..., 0], k[..., 1] = 1e20, 1e20  # no logit is other than 0, but products might overflow
+    v = draw(1, 1, 4, 2, dtype=torch.float32).requires_grad_()
+    out = attention(q, k, v, mask=masks.causal(), impl="native", return_lse=True)[0]
+    (got,) = torch.autograd.grad(out.sum(), v)
+    want = torch.tensor([1 + 1 / 2 + 1 / 3 + 1 / 4, 1 / 2 + 1 / 3 + 1 / 4, 1 / 3 + 1 / 4, 1 / 4])
+    torch.testing.assert_close(got, want[:, None].expand(4, 2)[None, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lse_of_sixteen_bits_is_computed_in_float32(dtype: Any) -> None:
+    """The kernel's own is good to 14 bits there."""
+    given = [x.to(dtype) for x in arrays(64, 64)]
+    with pytest.raises(UnsupportedError, match="`return_lse` must be left out"):
+        attention(*given, impl="native", return_lse=True)
+    got = attention(*given, return_lse=True).lse
+    want = attention(*[x.double() for x in given], impl="reference", return_lse=True).lse
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=4e-6)
