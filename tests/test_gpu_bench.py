@@ -175,7 +175,7 @@ def test_a_suite_that_is_stopped_tells_of_its_part(tmp_path: Path, bad: bool, st
 
 
 def test_who_takes_too_long_is_interrupted(tmp_path: Path) -> None:
-    # Where the tests run in the background of a shell, an interrupt is ignored by who inherits that.
+    # Run in the background of a shell, tests would hand on that interrupts are ignored.
     code = (
         "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "try:\n print('begun', flush=True); time.sleep(60)\n"
