@@ -58,6 +58,10 @@ def run_benchmarks(
     resume: Annotated[
         bool, typer.Option(help="Keep what the --json file holds, and measure what is missing.")
     ] = False,
+    again: Annotated[
+        bool,
+        typer.Option(help="With --resume: measure these cases anew, as where a run was disturbed."),
+    ] = False,
 ) -> None:
     """Check, then time; exit 1 where an attention of ours is wrong or raises."""
     from attn_core.benchmarks import runner, terminal
@@ -66,7 +70,12 @@ def run_benchmarks(
     pace = pace if rounds is None else pace._replace(rounds=rounds)
     with told(ValueError):
         steps, found = terminal.begun(
-            *(case or [], framework or []), threads=threads, quick=quick, into=json, resume=resume
+            *(case or [], framework or []),
+            threads=threads,
+            quick=quick,
+            into=json,
+            resume=resume,
+            again=again,
         )
     raise typer.Exit(
         terminal.run(

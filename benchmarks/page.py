@@ -131,7 +131,12 @@ def _parts(results: Results) -> str:
     ]
     if len(dates) > 1 or len(days) > 1:
         times = f", begun {len(days)} times" if len(days) > 1 else ""
-        return f"Measured in parts{times}, from {begun}: {'; '.join(told)}."
+        again = results.environment.get("again", ())
+        # Who chooses what is measured twice chooses figures too: so it is said.
+        twice = (
+            f" Measured twice, and told as it came out then: {', '.join(again)}." if again else ""
+        )
+        return f"Measured in parts{times}, from {begun}: {'; '.join(told)}.{twice}"
     return f"Measured on {begun}: {'; '.join(told)}."
 
 

@@ -25,20 +25,33 @@ def begun(
     quick: bool,
     into: Path | None,
     resume: bool,
+    again: bool = False,
 ) -> tuple[list[Step], Results]:
     """What is still to be measured, and what there is already.
+
+    Args:
+        again: with `resume`, the cases are measured whether they have been or not, and the file
+            says of which that was so.
 
     Raises:
         ValueError: unknown case or framework, or an earlier run that this one cannot go on with.
     """
     if resume and into is None:
         raise ValueError("`--resume` must come with --json FILE. Got none.")
+    if again and not (resume and cases):
+        raise ValueError("`--again` must come with --resume and --case. Got one of them at most.")
     steps = runner.plan(cases, frameworks, quick=quick)
     named = {step.case.name: step.case for step in steps}
     found = Results(results.environment(threads), named, quick=quick)
     if resume and into is not None:
         found = results.resumed(results.load(into), found) if into.exists() else found
-        steps = [s for s in steps if not found.holds(s.case, s.direction, s.subjects)]
+        measured = [s for s in steps if found.holds(s.case, s.direction, s.subjects)]
+        if again:
+            before = found.environment.get("again", [])
+            names = dict.fromkeys([*before, *(s.case.name for s in measured)])
+            found.environment["again"] = list(names)
+        else:
+            steps = [s for s in steps if s not in measured]
         # Ratios are of samples that took turns: a step that was cut off begins anew.
         found.drop((s.case.name, s.direction) for s in steps)
     return steps, found

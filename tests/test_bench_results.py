@@ -445,6 +445,37 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(kept.measurements) == 12 // size * size
 
 
+def test_a_case_is_measured_again_where_that_is_asked_and_the_page_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = iter((0.1, 0.2))
+
+    def run(steps: Any, **given: Any) -> Any:
+        seconds = next(taken)
+        for step in steps:
+            for name in step.subjects:
+                yield timed(step.case.name, name, step.direction, seconds)
+
+    monkeypatch.setattr(runner, "run", run)
+    path = tmp_path / "run.json"
+    command = ["bench", "run", "--json", str(path), "--case"]
+    assert CliRunner().invoke(cli.app, [*command, "causal-T4096"]).exit_code == 0
+    name = "causal-T4096-D64-bfloat16"
+    found = CliRunner().invoke(cli.app, [*command, name, "--resume", "--again"])
+    assert found.exit_code == 0, found.output
+    after = results.load(path)
+    assert after.environment["again"] == [name]
+    assert {m.case: m.rounds[0][0] for m in after.measurements if "bfloat16" in m.case} == {
+        name: 0.2
+    }
+    assert {m.rounds[0][0] for m in after.measurements if "float32" in m.case} == {0.1}
+    assert f"told as it came out then: {name}." in page.page(after, "x", picture=False)
+    for words in (["--again"], ["--resume", "--again"]):
+        refused = CliRunner().invoke(cli.app, ["bench", "run", "--json", str(path), *words])
+        assert refused.exit_code == 2
+        assert "`--again` must come with --resume and --case" in refused.output
+
+
 def test_a_case_that_changed_or_went_wrong_is_measured_again() -> None:
     good, bad = timed(DENSE[0], "jax:auto", "forward", 0.1), DENSE[1]
     before = run_of(good, Measurement(bad, "tf:auto", "both", "wrong", "Got out 9."))
