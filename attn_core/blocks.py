@@ -179,18 +179,6 @@ class _Layout:
         self.batch = extents[0] if tree.reads("b") or shifted or cut else 1
         self.heads = extents[1] if tree.reads("h") else 1
 
-    def status(
-        self,
-        b: Array,
-        h: Array,
-        rows: tuple[Array, Array],
-        keys: tuple[Array, Array],
-        per_batch: tuple[Array, Array | None, Array | None],
-        size: tuple[int, int],
-    ) -> tuple[Array, Array]:
-        """(live, full) of tiles with these first and last rows and keys."""
-        return self.reading.status(b, h, rows, keys, per_batch, size)
-
 
 def block_map(
     tree: Tree | None,
@@ -293,7 +281,7 @@ def _decide(
 
     per_batch = (of_batch(layout.offsets), of_batch(layout.kv_lengths), of_batch(layout.q_lengths))
     size = (min(tall, layout.q_len), min(wide, layout.k_len))
-    live, full = layout.status(b, h, rows, keys, per_batch, size)
+    live, full = layout.reading.status(b, h, rows, keys, per_batch, size)
     return np.broadcast_to(live, i.shape), np.broadcast_to(full, i.shape)
 
 
@@ -389,7 +377,7 @@ def block_grid(
     h = ops.index(np.arange(layout.heads).reshape(1, -1, 1, 1))
     per_batch = (of_batch(layout.offsets), of_batch(layout.kv_lengths), of_batch(layout.q_lengths))
     size = (max(1, min(block_q, q_len)), max(1, min(block_k, k_len)))
-    live, full = layout.status(b, h, rows, keys, per_batch, size)
+    live, full = layout.reading.status(b, h, rows, keys, per_batch, size)
     # Adding zeros of the whole shape broadcasts alike in every library.
     zero = ops.index(np.zeros((layout.batch, layout.heads, tall, wide), np.int32))
     status = ops.where(full, ops.index(FULL), ops.index(PARTIAL))

@@ -126,7 +126,7 @@ class Intervals:
 
         Args:
             per_batch: query offset, kv_length and q_length of each tile's batch; None for none.
-            rest: as in `read`.
+            b, h, rows, keys, size: as in `read`.
         """
         ops = self.ops
         offset, kv_length, q_length = per_batch
