@@ -156,7 +156,8 @@ def _backward(
             return triton_backward.backward(ask, scale, x, Saved(*saved), up, wanted)
         w, rows = Work(ask, scale, x), Saved(*saved)
         if ask.kernel and native_tiles.coarse(x, rows):
-            rows = Saved(*[a for n, a in enumerate(forward(w)) if n not in (1, 2)])
+            found_out, _, _, *statistics = forward(w)
+            rows = Saved(found_out, *statistics)
         elif kernel and up.lse is None and up.out is not None:
             found = native_tiles.backward(ask, scale, x, rows, up.out, wanted)
             if found is not None:
