@@ -250,10 +250,11 @@ def _slopes(
     if pulled.weights is not None:
         inverse = tf.reshape(tf.gather(pulled.inverse, n), shape)
         dp = dp + tf.cast(parts.tile_of(pulled.weights, part, *at), dp.dtype) * inverse
-    slope = dp - base
-    # Where the mask hides a key, e is 0, and with it whatever comes of a value that may not be
-    # seen, which nothing has selected away before.
-    slope = e * slope if found.allowed is None else tf.math.multiply_no_nan(slope, e)
+    slope = e * (dp - base)
+    if found.allowed is not None:
+        # Nothing has selected away before what comes of a value that may not be seen. By the mask
+        # and not by e = 0: a key that may be seen and has no weight is data, as it is elsewhere.
+        slope = tf.where(found.allowed, slope, zero)
     if pulled.lone is not None:
         moved, lone = slope, tf.reshape(tf.gather(pulled.lone, n), shape)
         slope = tf.cond(tf.reduce_any(lone), lambda: settled(moved, e, lone), lambda: moved)

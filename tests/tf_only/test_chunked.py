@@ -315,6 +315,31 @@ def test_products_that_overflow_at_hidden_positions(sign):
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("poison", ["value", "out", "weights"])
+def test_no_weight_beside_an_infinite_gradient_is_data_in_every_tile(poison):
+    """0 times it is NaN where the key may be seen, also in a tile that needs its mask."""
+    sizes = {"query": 6, "key": 7, "value": 7}
+    call = {n: np.array(draw(1, 1, t, 4, seed=t, dtype=np.float32)) for n, t in sizes.items()}
+    call["query"][..., 0], call["key"][..., 2, :] = 1, [-1000, 0, 0, 0]
+    pulled = {"out": np.array(draw(1, 1, 6, 4, seed=9, dtype=np.float32))}
+    pulled["weights"] = np.zeros((1, 1, 6, 7), np.float32)
+    if poison == "value":
+        call["value"][0, 0, 2, 1] = np.inf
+    else:
+        pulled[poison][0, 0, 3, 2] = np.inf
+    for mask in (None, np.broadcast_to(np.arange(7) < 6, (6, 7))):
+        judged = reference.gradients(
+            **call, mask=mask, d_out=pulled["out"], d_weights=pulled["weights"]
+        )
+        given = {name: tf.constant(x) for name, x in call.items()}
+        given |= {} if mask is None else {"mask": masks.dense(mask)}
+        given |= {"return_weights": True, "impl": "chunked"}
+        found = backend.vjp(given, {name: tf.constant(x) for name, x in pulled.items()})[1]
+        for key in (judged["key"][0, 0], found["key"][0, 0]):
+            assert np.isnan(key[2]).all()
+            assert mask is None or np.array_equal(key[6], np.zeros(4))
+
+
 def test_rows_whose_logits_are_all_minus_infinity_move_nothing():
     """Whole rows, and in one head every row from the 20th on, hidden by their bias."""
     call = inputs(1, 37, 51)
