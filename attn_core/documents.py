@@ -31,6 +31,7 @@ class Verbs(NamedTuple):
     Attributes:
         shape: of an array; None for a size that is not known yet.
         sizes: the same as numbers that `reshape` takes: of an unknown size, a scalar.
+        fixed: the shape of a parameter, whose sizes are numbers of a compiled graph too.
         dtype: of an array, by name.
         reshape: an array in another shape.
         spread: an array broadcast to a shape.
@@ -40,6 +41,7 @@ class Verbs(NamedTuple):
 
     shape: Callable[[Array], tuple[Any, ...]]
     sizes: Callable[[Array], Sequence[Any]]
+    fixed: Callable[[Array], tuple[Any, ...]]
     dtype: Callable[[Array], str]
     reshape: Callable[[Array, tuple[Any, ...]], Array]
     spread: Callable[[Array, tuple[Any, ...]], Array]
@@ -88,17 +90,17 @@ def attend_by_heads(
     batch = math.prod(lead)
     inputs = {name: verbs.reshape(x, (batch, *verbs.sizes(x)[-2:])) for name, x in given.items()}
     if layer:
-        config = parameters.config
+        sizes = parameters.config.sizes
     else:
         held = verbs.held(parameters, query)
-        config = module.config_of({name: verbs.shape(x) for name, x in held.items()}, heads)
+        sizes = module.sizes_of({name: verbs.fixed(x) for name, x in held.items()}, heads)
         dtypes = {name: verbs.dtype(x) for name, x in {**inputs, **held}.items()}
         module.check_dtypes(dtypes, dtype)
     q, k = inputs["query"], inputs.get("key", inputs["query"])
     options: dict[str, Any] = {"return_weights": True}
     if mask is not None:
         mask = verbs.mask(mask, query)
-        full = (*verbs.shape(query)[:-2], config.heads, verbs.shape(q)[1], verbs.shape(k)[1])
+        full = (*verbs.shape(query)[:-2], sizes.heads, verbs.shape(q)[1], verbs.shape(k)[1])
         module.check_mask(verbs.dtype(mask), dtype, verbs.shape(mask), full)
         last = tuple(verbs.sizes(mask)[-3:])
         if len(last) < 2:
@@ -111,17 +113,16 @@ def attend_by_heads(
         out = found.out
     else:
         v = inputs.get("value", k)
-        calls.check_inputs(config, verbs.shape(q), verbs.shape(k), verbs.shape(v))
+        calls.check_inputs(sizes, verbs.shape(q), verbs.shape(k), verbs.shape(v))
         if rate:
             options["dropout"] = Dropout(rate, seed)
         if len(given) == 1 and verbs.shape(q)[1] is None:
             options["query_offset"] = 0  # keys are the rows themselves, however many they are
-        s = config.sizes
-        q = _cut(verbs, _projected(held, "query", q), s.heads, s.head)
-        k = _cut(verbs, _projected(held, "key", k), s.kv_heads, s.head)
-        v = _cut(verbs, _projected(held, "value", v), s.kv_heads, s.value)
+        q = _cut(verbs, _projected(held, "query", q), sizes.heads, sizes.head)
+        k = _cut(verbs, _projected(held, "key", k), sizes.kv_heads, sizes.head)
+        v = _cut(verbs, _projected(held, "value", v), sizes.kv_heads, sizes.value)
         found = attention(q, k, v, scale=scale, layout="BTHD", **options)
-        joined = verbs.reshape(found.out, (*verbs.sizes(q)[:2], s.heads * s.value))
+        joined = verbs.reshape(found.out, (*verbs.sizes(q)[:2], sizes.heads * sizes.value))
         out = _projected(held, "out", joined)
     return ModuleOutput(
         verbs.reshape(out, (*lead, *verbs.sizes(out)[-2:])),

@@ -16,7 +16,7 @@ from attn_core.language.tree import Tree
 from attn_core.language.values import Mask
 from attn_core.model import fields
 from attn_core.model.additive import AdditiveConfig
-from attn_core.model.config import AttentionConfig
+from attn_core.model.config import AttentionConfig, Sizes
 from attn_core.model.transformer import TransformerConfig
 from attn_core.spec import DTYPES
 
@@ -35,9 +35,8 @@ def check_given(make: str, **given: Any) -> None:
             )
 
 
-def check_inputs(config: AttentionConfig, query: Shape, key: Shape | None, value: Shape) -> None:
+def check_inputs(s: Sizes, query: Shape, key: Shape | None, value: Shape) -> None:
     """The three inputs, (B, T, width) each; key is None where a Memory stands for both."""
-    s = config.sizes
     _input("query", query, s.width, None)
     if key is not None:
         _input("key", key, s.key_input, query)

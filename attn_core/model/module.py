@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from attn_core.check_arrays import documents_mask, fits, show
 from attn_core.config import nearest
 from attn_core.model import fields
-from attn_core.model.config import AttentionConfig
+from attn_core.model.config import AttentionConfig, Sizes
 from attn_core.model.parameters import parameters
 
 _PARTS = ("query", "key", "value", "out")
@@ -52,8 +52,8 @@ def is_layer(given: Any, **left_out: Any) -> bool:
     return False
 
 
-def config_of(shapes: Mapping[str, tuple[int, ...]], heads: int | None) -> AttentionConfig:
-    """The config whose plan these shapes are.
+def sizes_of(shapes: Mapping[str, tuple[int, ...]], heads: int | None) -> Sizes:
+    """The sizes of the layer whose plan these shapes are.
 
     Raises:
         ValueError: `heads` is left out; a name is missing or unknown, or a shape does not fit.
@@ -95,7 +95,7 @@ def config_of(shapes: Mapping[str, tuple[int, ...]], heads: int | None) -> Atten
         if tuple(shapes.get(name, ())) != shape:
             got = show(shapes[name]) if name in shapes else "none"
             raise ValueError(f"`parameters` must hold {name!r} of shape {shape}. Got {got}.")
-    return config
+    return config.sizes
 
 
 def _share(name: str, whole: int, what: str, parts: int) -> int:

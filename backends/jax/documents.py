@@ -156,6 +156,7 @@ def _spread(x: Any, shape: tuple[Any, ...]) -> Any:
 _VERBS = documents.Verbs(
     shape=_shape,
     sizes=_shape,
+    fixed=_shape,
     dtype=_name,
     reshape=_reshape,
     spread=_spread,

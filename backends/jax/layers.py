@@ -210,7 +210,7 @@ class MultiHeadAttention(Portable):
         value = key if value is None else value
         calls.check_given("jnp.asarray", key=key, value=value)
         query = (shape(key)[0], 0, self.config.width)
-        calls.check_inputs(self.config, query, shape(key), shape(value))
+        calls.check_inputs(self.config.sizes, query, shape(key), shape(value))
         return Memory(*self._keys(key, value, None), lengths)
 
     @property
@@ -236,11 +236,11 @@ class MultiHeadAttention(Portable):
         c = self.config
         if memory is not None:
             calls.check_memory(value, kv_lengths, cache)
-            calls.check_inputs(c, shape(query), None, ())
+            calls.check_inputs(c.sizes, shape(query), None, ())
             held = shape(memory.key), shape(memory.value)
             calls.check_kept("key", c, *held, shape(query))
         else:
-            calls.check_inputs(c, shape(query), shape(key), shape(value))
+            calls.check_inputs(c.sizes, shape(query), shape(key), shape(value))
         if cache is not None:
             calls.check_kind("cache", cache, Cache)
             held = shape(cache.key), shape(cache.value)

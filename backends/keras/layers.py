@@ -305,7 +305,7 @@ class MultiHeadAttention(Portable):
         calls.check_given("keras.ops.convert_to_tensor", key=key, value=value)
         key, value = tensor(key), tensor(key if value is None else value)
         query = (shape(key)[0], 0, self.config.width)
-        calls.check_inputs(self.config, query, shape(key), shape(value))
+        calls.check_inputs(self.config.sizes, query, shape(key), shape(value))
         if lengths is not None:
             lengths = _checked(lengths, shape(key)[1])
         return Memory(*self._keys(key, value, None), lengths)
@@ -323,11 +323,11 @@ class MultiHeadAttention(Portable):
         c = self.config
         if memory is not None:
             calls.check_memory(value, kv_lengths, cache)
-            calls.check_inputs(c, shape(query), None, ())
+            calls.check_inputs(c.sizes, shape(query), None, ())
             kept = shape(memory.key), shape(memory.value)
             calls.check_kept("key", c, *kept, shape(query))
         else:
-            calls.check_inputs(c, shape(query), shape(key), shape(value))
+            calls.check_inputs(c.sizes, shape(query), shape(key), shape(value))
         if cache is not None:
             calls.check_kind("cache", cache, Cache)
             kept = shape(cache.key), shape(cache.value)

@@ -140,6 +140,7 @@ def _name(x: Any) -> str:
 _VERBS = documents.Verbs(
     shape=_shape,
     sizes=sizes,
+    fixed=_shape,
     dtype=_name,
     reshape=tf.reshape,
     spread=tf.broadcast_to,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
 import torch
 
 from attn_core import documents
-from attn_core.model.module import ModuleOutput
+from attn_core.model.module import ModuleOutput, sizes_of
+
+# What torch.compiler.assume_constant_result does, without loading torch's compiler (and triton).
+sizes_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def scaled_dot_product_attention(
@@ -103,6 +107,8 @@ def attention_module(
     if host:
         given = {name: from_numpy(x) for name, x in given.items()}
     _check_tensors(given)
+    if isinstance(heads, int):
+        heads = operator.index(heads)  # in a graph of symbolic numbers too, as in `_fixed`
     found = documents.attend_by_heads(
         _VERBS, given, mask, dropout_rate, parameters, heads, scale, seed
     )
@@ -147,6 +153,11 @@ def _shape(x: Any) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
+def _fixed(x: Any) -> tuple[int, ...]:
+    """In a graph of symbolic sizes too: one for each set of sizes, as of a layer's parameters."""
+    return tuple([operator.index(n) for n in x.shape])
+
+
 def _name(x: Any) -> str:
     return str(x.dtype).removeprefix("torch.")
 
@@ -154,6 +165,7 @@ def _name(x: Any) -> str:
 _VERBS = documents.Verbs(
     shape=_shape,
     sizes=_shape,
+    fixed=_fixed,
     dtype=_name,
     reshape=torch.reshape,
     spread=torch.broadcast_to,

@@ -203,7 +203,7 @@ class MultiHeadAttention(Portable):
         value = key if value is None else value
         check_tensors(key=key, value=value)
         query = (key.shape[0], 0, self.config.width)
-        calls.check_inputs(self.config, query, key.shape, value.shape)
+        calls.check_inputs(self.config.sizes, query, key.shape, value.shape)
         return Memory(*self._keys(key, value, None), lengths)
 
     def _check(
@@ -223,10 +223,10 @@ class MultiHeadAttention(Portable):
             check_dtype(self.value, value=value)
         if memory is not None:
             calls.check_memory(value, kv_lengths, cache)
-            calls.check_inputs(c, query.shape, None, ())
+            calls.check_inputs(c.sizes, query.shape, None, ())
             calls.check_kept("key", c, memory.key.shape, memory.value.shape, query.shape)
         else:
-            calls.check_inputs(c, query.shape, key.shape, value.shape)
+            calls.check_inputs(c.sizes, query.shape, key.shape, value.shape)
         if cache is not None:
             calls.check_kind("cache", cache, Cache)
             calls.check_kept("cache", c, cache.key.shape, cache.value.shape, query.shape)

@@ -57,6 +57,39 @@ def test_a_layer(name: str) -> None:
         assert torch.allclose(x.grad, want, rtol=1e-4, atol=1e-6 * most)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_mapping_compiled(dynamic: bool | None) -> None:
+    """Whole, with the gradients of its parts; for other lengths, and for other parts."""
+    for name in ("self", "everything"):
+        case = CASES[name]
+        weights, inputs = given_of(case)
+        # Numbers that torch.compile makes symbolic are no host numbers: rate and scale must be.
+        options = {"heads": case.config["heads"], **({} if dynamic else case.call)}
+
+        def module(*given: Any, parameters: Any, options: Any = options) -> Any:
+            return attention_module(*given, parameters=parameters, **options)
+
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for rows in (5, 7, 4):
+            given = [made(x).repeat(1, 2, 1)[:, :rows] for x in inputs]
+            found = []
+            for f in (module, compiled):
+                held = {n: torch.as_tensor(w).requires_grad_() for n, w in weights.items()}
+                out, seen = f(*given, parameters=held)
+                found.append((out, seen, *torch.autograd.grad(out.square().sum(), held.values())))
+            for got, want in zip(*found[::-1], strict=True):
+                assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mapping_that_does_not_fit_is_refused_by_the_compiler() -> None:
+    case = CASES["self"]
+    weights, (x,) = given_of(case)
+    held = {n: torch.as_tensor(w) for n, w in weights.items()}
+    module = torch.compile(attention_module, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"a multiple of heads, 5\. Got 12"):
+        module(made(x), parameters=held, heads=5)
+
+
 @pytest.mark.parametrize("name", module_cases.REFUSED)
 def test_refused(name: str) -> None:
     options, says = module_cases.refused(made, MultiHeadAttention(width=12, heads=4))[name]
