@@ -153,7 +153,7 @@ def fold(x: Array) -> Array:
 def folded_tile(p: Problem, g: Geometry, x: Array, i: Array, heads: int) -> Array:
     """(B', Hk', G * block_q, X): the tile from row i of words (B', Hq', T, X), for `heads` keys."""
     x = numbers(p, cut(x, i, g.block_q, 2))
-    return x.reshape(x.shape[0], heads, -1, x.shape[3])
+    return x.reshape(x.shape[0], heads, p.group * g.block_q, x.shape[3])
 
 
 def unfold(x: Array, group: int) -> Array:

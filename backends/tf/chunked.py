@@ -32,6 +32,11 @@ Array = Any
 def attend(p: Problem, x: Operands) -> AttentionOutput:
     if 0 in (p.batch, p.q_len, p.k_len):
         return reference.attend(p, x)
+    if p.v_width == 0:
+        # TensorFlow scatters nothing into rows of width 0. lse and weights are those of any value.
+        value = tf.pad(x.value, ((0, 0), (0, 0), (0, 0), (0, 1)))
+        wider = attend(replace(p, v_width=1), x._replace(value=value))
+        return wider._replace(out=wider.out[..., :0])
     if isinstance(x.seed, tuple):
         x = x._replace(seed=tf.constant(x.seed, tf.uint64))
     if x.bias is not None and x.bias.shape.rank == 2:

@@ -124,13 +124,19 @@ def cut_up(p: Problem, batch: Any, q_len: Any, k_len: Any, reads: tuple[bool, bo
 
 
 def _blocks(length: Any, block: int) -> tuple[Any, Any]:
-    """(size, count) of the tiles of an axis; a size is a multiple of 8 where there are several."""
+    """(size, count) of the tiles of an axis; a size is a multiple of 8 where there are several.
+
+    Counted anew from the size, which may be larger than a `block` that is none: a tile that began
+    beyond the end would be read, and written, where others are.
+    """
     if isinstance(length, int):
         count = -(-length // block)
-        return (length, 1) if count == 1 else (-(-length // (8 * count)) * 8, count)
+        size = length if count == 1 else -(-length // (8 * count)) * 8
+        return size, -(-length // size)
     length = tf.maximum(length, 1)
     count = -(-length // block)
-    return tf.where(count > 1, -(-length // (8 * count)) * 8, length), count
+    size = tf.where(count > 1, -(-length // (8 * count)) * 8, length)
+    return size, -(-length // size)
 
 
 def _most(count: int, room: Any) -> Any:

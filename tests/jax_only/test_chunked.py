@@ -566,6 +566,21 @@ def test_finer_tiles_agree_with_the_reference(monkeypatch):
     same(*found)
 
 
+@pytest.mark.parametrize("length", [9, 64])
+def test_values_of_width_0_leave_the_other_gradients(length):
+    """`out` holds nothing then; lse and the weights are those of any value."""
+    given, cotangents = options(3, length, length)
+    for name, x in (("value", given), ("out", cotangents)):
+        x[name] = x[name][..., :0]
+    found = [
+        backend.vjp(given, cotangents, "jit", partial(attn_core.attention, impl=impl, **EXTRAS))
+        for impl in ("chunked", "reference")
+    ]
+    assert found[0][1]["value"].shape == given["value"].shape
+    assert np.asarray(found[0][1]["query"]).any()
+    same(*found)
+
+
 # --- Spans: all that a row of tiles sees, at once. ------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import tensorflow as tf
 
 import attn_core
 from attn_core import Dropout, UnsupportedError, masks, reference, scores
+from attn_core.api import resolve
 from attn_core.backends import tf as backend
 from attn_core.backends.tf import chunked_grid, chunked_tile, chunked_written
 
@@ -566,6 +568,47 @@ def test_unknown_sizes_that_are_zero(b, tq, tk):
         assert not out.numpy().any()
         np.testing.assert_array_equal(lse, np.broadcast_to(sinks.numpy()[:, None], lse.shape))
         np.testing.assert_allclose(gradient.numpy(), b * tq)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 6, 7, 9, 12])
+def test_no_tile_begins_beyond_the_end(group, monkeypatch):
+    """At full size, of every length at which a tile of such a group has one more, and beyond."""
+    monkeypatch.undo()
+    given = {n: tf.zeros((1, group if n == "query" else 1, 4096, 1)) for n in inputs(1, 1, 1)}
+    p = resolve(given)[1].problem
+    tall = chunked_grid._ROWS_WHOLE // group
+    for length in [m * tall + more for m in range(1, 200) for more in (-1, 0, 1)]:
+        g = chunked_grid.cut_up(p, 1, length, 4096, (False, False))
+        assert (g.rows - 1) * g.block_q < length <= g.rows * g.block_q
+        unknown = chunked_grid._blocks(tf.constant(length), tall)
+        assert [int(n) for n in unknown] == list(chunked_grid._blocks(length, tall))
+
+
+@pytest.mark.parametrize("form", ["eager", "function", "dynamic"])
+@pytest.mark.parametrize("mask", [None, masks.causal(), masks.causal() & masks.window(3)])
+def test_values_of_width_0_leave_the_other_gradients(mask, form):
+    """`out` holds nothing then; lse is that of any value. At full size a window takes spans."""
+    length = 9 if mask is None else 2048
+    call = inputs(1, length, length, dtype=np.float32)
+    given = {n: tf.constant(x[..., :0] if n == "value" else x) for n, x in call.items()}
+    given |= {"mask": mask, "query_offset": 0}
+    cotangents = {
+        "out": tf.zeros((1, HQ, length, 0)),
+        "lse": tf.constant(draw(1, HQ, length, seed=9, dtype=np.float32)),
+    }
+    found = [
+        backend.vjp(
+            given, cotangents, form, partial(attn_core.attention, impl=impl, return_lse=True)
+        )
+        for impl in ("chunked", "reference")
+    ]
+    (got, gradients), (want, wanted) = found
+    assert got.out.shape == want.out.shape == (1, HQ, length, 0)
+    assert gradients["value"].shape == given["value"].shape
+    np.testing.assert_allclose(got.lse.numpy(), want.lse.numpy(), atol=1e-5)
+    for name in ("query", "key"):
+        assert wanted[name].numpy().any()
+        np.testing.assert_allclose(gradients[name].numpy(), wanted[name].numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize("length", [5, 600])
