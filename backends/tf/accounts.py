@@ -10,7 +10,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_core.backends.tf.chunked_grid import cut_up
-from attn_core.backends.tf.chunked_spans import Spans, spans
+from attn_core.backends.tf.chunked_narrow import Spans, spans
 from attn_core.footprint import differs, reading, sizes
 from attn_core.language.duals import differentiate
 from attn_core.spec import WIDTH, Account, Problem

@@ -18,7 +18,14 @@ from typing import Any
 
 import tensorflow as tf
 
-from attn_core.backends.tf import chunked_backward, chunked_forward, chunked_spans, reference
+from attn_core.backends.tf import (
+    chunked_backward,
+    chunked_forward,
+    chunked_narrow,
+    chunked_runs,
+    chunked_spans,
+    reference,
+)
 from attn_core.backends.tf.arrays import sizes
 from attn_core.backends.tf.chunked_forward import Rows
 from attn_core.backends.tf.chunked_grid import geometry, plan
@@ -65,7 +72,7 @@ def attend(p: Problem, x: Operands) -> AttentionOutput:
         rows = _compiled(_kind(p))[0](hidden) if tf.executing_eagerly() else _forward(p, hidden)
         rows = Rows(*[None if r is None else tf.stop_gradient(r) for r in rows])
         # The logarithm of 0 is what a row without a sum has.
-        lse = rows.m + tf.math.log(rows.total)
+        lse = rows.m + tf.math.log(rows.total) if p.return_lse else None
         results = {"out": rows.out, "lse": lse, "weights": rows.weights}
         saved = rows._replace(weights=None)
 
@@ -111,9 +118,23 @@ def _gradients(
 
 
 def _forward(p: Problem, x: Operands) -> Rows:
-    narrow = chunked_spans.spans(p)
+    narrow = chunked_narrow.spans(p)
     if narrow is not None:
         return chunked_spans.forward(p, x, narrow)
+    mask = chunked_runs.possible(p)
+    if mask is None:
+        return _forward_of_grid(p, x)
+
+    def grid() -> list[Array]:
+        return list(_forward_of_grid(p, x)[:4])
+
+    def runs(found: chunked_runs.Runs) -> list[Array]:
+        return list(chunked_runs.forward(p, x, found)[:4])
+
+    return Rows(*chunked_runs.either(p, mask, x, runs, grid))
+
+
+def _forward_of_grid(p: Problem, x: Operands) -> Rows:
     g = geometry(p, x)
     inputs = lay_out(p, x, g)
     axis = 2 if p.layout == "BHTD" else 1
@@ -122,9 +143,23 @@ def _forward(p: Problem, x: Operands) -> Rows:
 
 
 def _backward(p: Problem, x: Operands, rows: Rows, cotangents: Any) -> Operands:
-    narrow = chunked_spans.spans(p)
+    narrow = chunked_narrow.spans(p)
     if narrow is not None:
         return chunked_spans.backward(p, x, narrow, rows, cotangents)
+    mask = chunked_runs.possible(p)
+    if mask is None:
+        return _backward_of_grid(p, x, rows, cotangents)
+
+    def grid() -> list[Array]:
+        return list(_backward_of_grid(p, x, rows, cotangents)[:3])
+
+    def runs(found: chunked_runs.Runs) -> list[Array]:
+        return list(chunked_runs.backward(p, x, found, rows, cotangents)[:3])
+
+    return Operands(*chunked_runs.either(p, mask, x, runs, grid))
+
+
+def _backward_of_grid(p: Problem, x: Operands, rows: Rows, cotangents: Any) -> Operands:
     found = chunked_backward.backward(p, x, geometry(p, x), rows, cotangents)
     # Every float has a gradient: zeros for one that the score does not move by.
     score = tuple(

@@ -30,14 +30,15 @@ class Rows(NamedTuple):
 
     Attributes:
         out: (B, Hq, Tq, Dv) in the problem's layout, dtype of query.
-        m, total: (B, Hq, Tq), the maximum and the sum of exp(s - m), accumulation dtype.
+        m, total: (B, Hq, Tq), the maximum and the sum of exp(s - m), accumulation dtype; None where
+            nobody reads them.
         alive: boolean, the row may see a key.
         weights: (B, Hq, Tq, Tk), dtype of query, or None.
     """
 
     out: Array
-    m: Array
-    total: Array
+    m: Array | None
+    total: Array | None
     alive: Array
     weights: Array | None = None
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from attn_core.backends.tf.chunked_parts import Geometry, Inputs
+from attn_core.backends.tf.chunked_parts import Geometry, Inputs, lay_out
 from attn_core.backends.tf.tiles import Tiles
 from attn_core.blocks import FULL, PARTIAL, block_map
 from attn_core.footprint import differs
@@ -228,6 +228,15 @@ def _rows_count(p: Problem, g: Geometry) -> bool:
     Without a bias and a score they are zeros that no key hides from, and are cut off in the end.
     """
     return g.padded_rows and (p.bias is not None or p.score is not None)
+
+
+def traced(p: Problem, x: Operands, counts: tuple[int, int], block: int) -> Array:
+    """The status (rows, columns) of square tiles of a mask alike for all batches and heads."""
+    g = cut_up(p, p.batch, p.q_len, p.k_len, (False, False))
+    rows, columns = counts
+    g = g._replace(block_q=block, block_k=block, rows=rows, columns=columns)
+    g = g._replace(padded_rows=False, padded_keys=False)
+    return _traced(p, lay_out(p, x, g), g, (False, False))[0, 0]
 
 
 def _traced(p: Problem, x: Inputs, g: Geometry, apart: tuple[bool, bool]) -> Array:

@@ -29,9 +29,13 @@ from attn_core.spec import Problem
 Array = Any
 
 
-def blank(rows: Any, width: Any, dtype: Any) -> Array:
-    """A matrix in memory of its own, every row of which must be written before it is read."""
-    found = tf.raw_ops.Empty(shape=[rows, width], dtype=dtype, init=False)
+def blank(rows: Any, width: Any, dtype: Any, zeros: bool = False) -> Array:
+    """A matrix in memory of its own, every row of which must be written before it is read.
+
+    Args:
+        zeros: it holds zeros, and may be read and added to.
+    """
+    found = tf.raw_ops.Empty(shape=[rows, width], dtype=dtype, init=zeros)
     found.set_shape(parts.static((rows, width)))
     return found
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 import attn_core
 from attn_core import Dropout, masks, reference, scores
 from attn_core.backends import tf as backend
-from attn_core.backends.tf import chunked_grid, chunked_slots, chunked_spans
+from attn_core.backends.tf import chunked_grid, chunked_narrow, chunked_slots
 
 HQ, HK, D, DV = 4, 2, 3, 5
 WINDOW = masks.causal() & masks.window(left=9)
@@ -28,17 +28,17 @@ def inputs(b, tq, tk, hq=HQ, dtype=np.float64):
 @pytest.fixture
 def taken(monkeypatch):
     """Slots of 8 keys, and two rows of tiles at a time; every plan that was asked for, in order."""
-    monkeypatch.setattr(chunked_spans, "_BLOCK", 8)
-    monkeypatch.setattr(chunked_spans, "AT_ONCE", 4096)
+    monkeypatch.setattr(chunked_narrow, "_BLOCK", 8)
+    monkeypatch.setattr(chunked_narrow, "AT_ONCE", 4096)
     # Most of these are too short for spans to pay.
-    monkeypatch.setattr(chunked_spans, "_WORTH", 9.0)
-    asked, plan = [], chunked_spans.spans
+    monkeypatch.setattr(chunked_narrow, "_WORTH", 9.0)
+    asked, plan = [], chunked_narrow.spans
 
     def spans(p):
         asked.append((p, plan(p)))
         return asked[-1][1]
 
-    monkeypatch.setattr(chunked_spans, "spans", spans)
+    monkeypatch.setattr(chunked_narrow, "spans", spans)
     backend.chunked._compiled.cache_clear()
     yield asked
     backend.chunked._compiled.cache_clear()
@@ -136,7 +136,7 @@ def test_spans_answer_as_the_judge_and_as_tiles(name, form, taken, monkeypatch):
     found = answers(call, form)
     assert taken
     assert all(s is not None for _, s in taken)
-    monkeypatch.setattr(chunked_spans, "spans", lambda p: None)
+    monkeypatch.setattr(chunked_narrow, "spans", lambda p: None)
     backend.chunked._compiled.cache_clear()
     tiled = answers(call, form)
     assert found.keys() == tiled.keys()
@@ -239,7 +239,7 @@ OTHER = {
 @pytest.mark.parametrize("name", OTHER)
 def test_what_spans_do_not_serve_is_cut_into_tiles(name, taken, monkeypatch):
     small_tiles(monkeypatch)
-    monkeypatch.setattr(chunked_spans, "_WORTH", 1.0)
+    monkeypatch.setattr(chunked_narrow, "_WORTH", 1.0)
     call = inputs(2, 64, 64) | OTHER[name]
     found = answers(call)
     assert taken
@@ -269,7 +269,7 @@ def test_patterns_are_few_or_there_are_no_spans(taken, monkeypatch):
         row, key = 8 * i + np.arange(8)[:, None], 8 * start + np.arange(found.keys)
         assert (found.patterns[number] == ((key <= row) & (row - key < 10))).all()
     assert len(found.patterns) < 8
-    monkeypatch.setattr(chunked_spans, "_KEPT", found.patterns.size - 1)
+    monkeypatch.setattr(chunked_narrow, "_KEPT", found.patterns.size - 1)
     answers(call, mask=WINDOW)
     assert taken[-1][1] is None
 

@@ -1,0 +1,292 @@
+"""Runs of keys, of a length that a graph finds out: packed documents, and whatever is like them.
+
+Of a mask that looks something up nothing is known when the call is traced. What its map says there,
+in the graph, may still be that each row of tiles sees a few tiles that lie together::
+
+    rows     128 i, ..., 128 i + 127
+    keys     128 a, ..., 128 (a + n) - 1            a = first[i], n = count[i]
+
+Then such a run is one tile, as in `chunked_spans`, and softmax has nothing to build up. Rows of
+tiles take turns in the order of n, so that those of a turn, which all have the longest run among
+them, have little more than their own. Whether runs pay is asked in the graph too, of the forward
+pass and of the backward pass alike; where they do not, the grid is computed, and under XLA always,
+since it wants shapes that are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from attn_core.backends.tf import chunked_parts as parts
+from attn_core.backends.tf import chunked_written as written
+from attn_core.backends.tf.arrays import DTYPES, Reading
+from attn_core.backends.tf.chunked_backward import settled
+from attn_core.backends.tf.chunked_forward import Rows
+from attn_core.backends.tf.chunked_grid import traced
+from attn_core.language.tree import Tree
+from attn_core.spec import Operands, Problem
+
+Array = Any
+
+_BLOCK = 128
+"""Rows of a tile, and the grain of a run."""
+AT_ONCE = 2**23
+"""Bytes that the logits of one turn may take."""
+_SHORT = 4
+"""Tiles of a run of which so many heads are taken together that a turn still has room for it."""
+
+
+def possible(p: Problem) -> Tree | None:
+    """The mask of a problem that may have runs, as far as is known when the call is traced.
+
+    A mask that is alike for all batches and heads and looks something up, known sizes that are
+    multiples of two blocks, layout "BHTD", and neither lengths, offsets that are given, scores,
+    biases, sinks, dropout nor weights.
+    """
+    mask = p.mask
+    if mask is None or mask.reads("b") or mask.reads("h") or p.layout != "BHTD":
+        return None
+    if not any(step.op == "lookup" for step in mask.steps) or p.offset == "given":
+        return None
+    if p.kv_lengths or p.q_lengths or p.rate or p.return_weights or p.sinks_dtype is not None:
+        return None
+    if p.bias is not None or p.score is not None or not p.batch or not p.q_len or not p.k_len:
+        return None
+    fits = p.q_len % (2 * _BLOCK) == p.k_len % (2 * _BLOCK) == 0 and heads(p) > 0
+    return mask if fits else None
+
+
+def heads(p: Problem) -> int:
+    """Key heads of a turn, through all batches; 0 where one is too many."""
+    every = (p.batch or 0) * p.kv_heads
+    room = AT_ONCE // (p.group * _SHORT * _BLOCK * _BLOCK * 4)
+    return max((n for n in range(1, every + 1) if every % n == 0 and n <= room), default=0)
+
+
+def either(
+    p: Problem, mask: Tree, x: Operands, runs: Callable[[Runs], Any], grid: Callable[[], Any]
+) -> Any:
+    """`runs` where the graph finds that they pay, else `grid`; results are alike in shape."""
+
+    def asked() -> Any:
+        found = _found(p, mask, x)
+        return tf.cond(found.pay, lambda: runs(found), grid)
+
+    return tf.__internal__.execute_fn_for_device({"CPU": asked}, grid)
+
+
+class Runs(NamedTuple):
+    """What the map says.
+
+    Attributes:
+        mask: whose map it is.
+        first, count: int32 (rows,), the run of each row of tiles, at least of one tile.
+        order: int32 (rows,), rows of tiles from the shortest run to the longest.
+        together: how many of them one turn has.
+        pay: bool, whether runs are few entries and short enough for a turn.
+    """
+
+    mask: Tree
+    first: Array
+    count: Array
+    order: Array
+    together: Array
+    pay: Array
+
+
+def _found(p: Problem, mask: Tree, x: Operands) -> Runs:
+    rows, columns = (p.q_len or 0) // _BLOCK, (p.k_len or 0) // _BLOCK
+    live = tf.cast(traced(p, x, (rows, columns), _BLOCK) > 0, tf.int32)
+    first = tf.argmax(live, 1, tf.int32)
+    last = columns - tf.argmax(live[:, ::-1], 1, tf.int32)
+    count = tf.where(tf.reduce_max(live, 1) > 0, last - first, 1)
+    instead = tf.reshape(live, (rows // 2, 2, columns // 2, 2))
+    entries = 4 * tf.reduce_sum(tf.reduce_max(instead, (1, 3)))
+    of_tile = heads(p) * p.group * _BLOCK * _BLOCK * 4
+    together = AT_ONCE // (of_tile * tf.reduce_max(count))
+    pay = (together > 0) & (tf.reduce_sum(count) <= entries)
+    order = tf.argsort(count, stable=True)
+    return Runs(mask, first, count, order, tf.maximum(together, 1), pay)
+
+
+class _Turn:
+    """Reads what one turn computes: c rows of tiles, n tiles of keys each, of H' key heads.
+
+    Attributes:
+        rows, keys: where they lie, in blocks of query heads (H', c, G) and of key heads (H', c, n).
+        caps: (c, G * block, n * block), inf where the mask allows, else -inf.
+    """
+
+    def __init__(self, p: Problem, x: Operands, runs: Runs, turns: Array, n: Array) -> None:
+        self.p, at, turn = p, n // turns, n % turns
+        tall, wide = (p.q_len or 0) // _BLOCK, (p.k_len or 0) // _BLOCK
+        tiles = runs.order[turn * runs.together : (turn + 1) * runs.together]
+        count = tf.reduce_max(tf.gather(runs.count, tiles))
+        first = tf.minimum(tf.gather(runs.first, tiles), wide - count)
+        head = tf.reshape(tf.range(heads(p)) + at * heads(p), (-1, 1, 1))
+        self.rows = (head * p.group + tf.range(p.group)) * tall + tiles[:, None]
+        self.keys = head * wide + first[:, None] + tf.range(count)
+        self.c, self.length = tf.size(tiles), count * _BLOCK
+        zero, block = tf.zeros((1, 1, 1), tf.int32), tf.range(_BLOCK)
+        row = tiles[:, None, None] * _BLOCK + block[:, None]
+        key = first[:, None, None] * _BLOCK + tf.range(self.length)
+        offset = (p.k_len or 0) - (p.q_len or 0) if p.offset == "end" else 0
+        index = {"b": zero, "h": zero, "q": row + offset, "k": key, "row": row}
+        allowed = Reading(p.accumulation, x.mask).read(runs.mask, index, x.mask)[0]
+        low, high = (tf.constant(a, DTYPES[p.accumulation]) for a in (-np.inf, np.inf))
+        self.caps = tf.where(allowed, high, low)
+        shape = (self.c, _BLOCK, self.length)
+        if allowed.shape[1] != _BLOCK or None in (allowed.shape[0], allowed.shape[2]):
+            self.caps = tf.broadcast_to(self.caps, shape)
+        # In the place of a key that no row of its tile sees, one that some row does.
+        seen = tf.reduce_max(self.caps, 1) > 0
+        instead = tf.argmax(tf.cast(seen, tf.int32), 1, tf.int32)[:, None]
+        place = tf.where(seen, tf.range(self.length), instead) + first[:, None] * _BLOCK
+        self.places = tf.reshape(head * (wide * _BLOCK) + place, (-1,))
+        self.sighted = tf.reduce_max(self.caps, 2, keepdims=True) > 0
+        if p.group > 1:
+            self.caps, self.sighted = (
+                tf.tile(a, (1, p.group, 1)) for a in (self.caps, self.sighted)
+            )
+
+    def read(self, x: Array) -> Array:
+        """(H' * c, G * block, X) of (B, Hq, Tq, X)."""
+        last = x.shape[-1]
+        found = tf.gather(tf.reshape(x, (-1, _BLOCK * last)), tf.reshape(self.rows, (-1,)))
+        found = tf.reshape(found, (-1, self.p.group * _BLOCK, last))
+        return tf.cast(found, DTYPES[self.p.accumulation]) if x.dtype.is_floating else found
+
+    def read_keys(self, x: Array) -> Array:
+        """(H' * c, n * block, X) of (B, Hk, Tk, X)."""
+        last = x.shape[-1]
+        found = tf.reshape(
+            tf.gather(tf.reshape(x, (-1, last)), self.places),
+            (heads(self.p) * self.c, self.length, last),
+        )
+        return tf.cast(found, DTYPES[self.p.accumulation])
+
+    def hide(self, z: Array) -> Array:
+        """`z` where the mask allows it, else -inf, and NaN where it is NaN: as in spans."""
+        hidden = tf.minimum(tf.reshape(z, (heads(self.p), -1)), tf.reshape(self.caps, (1, -1)))
+        return tf.reshape(hidden, tf.shape(z))
+
+    def of_heads(self, x: Array) -> Array:
+        """An array over (c, ...) for all heads of the turn."""
+        return tf.tile(x, (heads(self.p), 1, 1))
+
+    def put(self, whole: Array, x: Array) -> Array:
+        rows = tf.reshape(self.rows, (-1,))
+        x = tf.cast(tf.reshape(x, (-1, whole.shape[-1])), whole.dtype)
+        return tf.raw_ops.InplaceUpdate(x=whole, i=rows, v=x)
+
+    def add(self, whole: Array, x: Array) -> Array:
+        """One after the other: several rows of tiles see the same keys."""
+        keys = tf.reshape(self.keys, (-1,))
+        return tf.raw_ops.InplaceAdd(x=whole, i=keys, v=tf.reshape(x, (-1, whole.shape[-1])))
+
+
+def _turns(p: Problem, runs: Runs) -> tuple[Array, Array]:
+    """(turns of some heads, turns in all)."""
+    rows = (p.q_len or 0) // _BLOCK
+    turns = -(-rows // runs.together)
+    return turns, turns * ((p.batch or 0) * p.kv_heads // heads(p))
+
+
+def _blank(p: Problem, last: int, dtype: Any) -> Array:
+    rows = (p.batch or 0) * p.heads * ((p.q_len or 0) // _BLOCK)
+    return written.blank(rows, _BLOCK * last, dtype)
+
+
+def forward(p: Problem, x: Operands, runs: Runs) -> Rows:
+    """All rows; m and total are 0 where nobody reads them."""
+    dtype = DTYPES[p.accumulation]
+    turns, count = _turns(p, runs)
+
+    def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        now = _Turn(p, x, runs, turns, n)
+        q, k = now.read(x.query) * p.scale, now.read_keys(x.key)
+        z = now.hide(tf.matmul(q, k, transpose_b=True))
+        share = tf.nn.softmax(z)
+        acc = tf.matmul(share, now.read_keys(x.value))
+
+        def living(z: Array) -> tuple[Array, Array]:
+            alive = tf.not_equal(tf.reduce_max(z, -1, keepdims=True), -np.inf)
+            alive = tf.cast(alive & now.of_heads(now.sighted), dtype)
+            return tf.math.multiply_no_nan(acc, alive), alive
+
+        # A row of hidden keys alone has shares of 0 / 0.
+        out, alive = tf.cond(
+            tf.reduce_any(tf.math.is_nan(share[..., :1])),
+            lambda: living(now.hide(tf.matmul(q, k, transpose_b=True))),
+            lambda: (acc, tf.ones_like(acc[..., :1])),
+        )
+        kept = [alive]
+        if p.return_lse:
+            top, most = (tf.reduce_max(a, -1, keepdims=True) for a in (z, share))
+            kept += [
+                tf.where(alive > 0, top, tf.zeros_like(top)),
+                tf.where(alive > 0, tf.exp(top - top) / most, tf.zeros_like(top)),
+            ]
+        kept = [now.put(a, b) for a, b in zip(carry[1:], kept, strict=True)]
+        return (now.put(carry[0], out), *kept)
+
+    start = [_blank(p, p.v_width, DTYPES[p.dtype]), _blank(p, 1, dtype)]
+    start += [_blank(p, 1, dtype) for _ in range(2 * p.return_lse)]
+    out, *kept = parts.loop(tf.constant(0), count, turn, start)
+    shape = (p.batch, p.heads, p.q_len)
+    alive, *rest = (tf.reshape(a, shape) for a in kept)
+    m, total = rest or (tf.zeros_like(alive), tf.zeros_like(alive))
+    return Rows(tf.reshape(out, (*shape, p.v_width)), m, total, alive > 0)
+
+
+def backward(
+    p: Problem, x: Operands, runs: Runs, rows: Rows, cotangents: tuple[Array, Array | None, Any]
+) -> Operands:
+    dtype = DTYPES[p.accumulation]
+    d_out, d_lse, _ = cotangents
+    turns, count = _turns(p, runs)
+    living = tf.cast(rows.alive, dtype)[..., None]
+    moved = None if d_lse is None else tf.math.multiply_no_nan(d_lse[..., None], living)
+
+    def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        now = _Turn(p, x, runs, turns, n)
+        alive = now.read(living)
+        pulled = tf.math.multiply_no_nan(now.read(d_out), alive)
+        delta = tf.reduce_sum(pulled * now.read(rows.out), -1, keepdims=True)
+        if moved is not None:
+            delta -= now.read(moved)
+        q = tf.math.multiply_no_nan(now.read(x.query), alive * p.scale)
+        k, v = now.read_keys(x.key), now.read_keys(x.value)
+        share = tf.nn.softmax(now.hide(tf.matmul(q, k, transpose_b=True)))
+        whole = share
+        share = tf.cond(
+            tf.reduce_min(alive) > 0,
+            lambda: whole,
+            lambda: tf.math.multiply_no_nan(whole, alive),
+        )
+        slope = tf.matmul(pulled, v, transpose_b=True) - delta
+        slope = tf.math.multiply_no_nan(slope, share)
+        if d_lse is None:
+            lone, all_of = tf.equal(tf.reduce_max(share, -1, keepdims=True), 1), slope
+            slope = tf.cond(
+                tf.reduce_any(lone), lambda: settled(all_of, share, lone), lambda: all_of
+            )
+        return (
+            now.put(carry[0], tf.matmul(slope, k) * p.scale),
+            now.add(carry[1], tf.matmul(slope, q, transpose_a=True)),
+            now.add(carry[2], tf.matmul(share, pulled, transpose_a=True)),
+        )
+
+    columns = (p.batch or 0) * p.kv_heads * ((p.k_len or 0) // _BLOCK)
+    start = [_blank(p, p.width, DTYPES[p.dtype])]
+    start += [
+        written.blank(columns, _BLOCK * last, dtype, zeros=True) for last in (p.width, p.v_width)
+    ]
+    found = parts.loop(tf.constant(0), count, turn, start)
+    given = (x.query, x.key, x.value)
+    made = [tf.cast(tf.reshape(a, b.shape), b.dtype) for a, b in zip(found, given, strict=True)]
+    return Operands(*made)

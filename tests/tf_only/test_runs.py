@@ -1,0 +1,202 @@
+"""Runs: what they answer, what no poison reaches, and which problems keep to the grid."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import attn_core
+from attn_core import Dropout, masks, reference, scores
+from attn_core.backends import tf as backend
+from attn_core.backends.tf import chunked_runs
+
+HQ, HK, D, DV = 4, 2, 3, 5
+
+
+def draw(*shape, seed=0, dtype=np.float64):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+
+
+def inputs(b, tq, tk, hq=HQ, dtype=np.float64):
+    return {
+        "query": draw(b, hq, tq, D, seed=1, dtype=dtype),
+        "key": draw(b, HK, tk, D, seed=2, dtype=dtype),
+        "value": draw(b, HK, tk, DV, seed=3, dtype=dtype),
+    }
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Blocks of 8, some at a time; every answer to whether runs pay, in order of the calls."""
+    monkeypatch.setattr(chunked_runs, "_BLOCK", 8)
+    monkeypatch.setattr(chunked_runs, "AT_ONCE", 2**14)
+    asked, found = [], chunked_runs._found
+
+    def spied(*given):
+        runs = found(*given)
+        tf.py_function(lambda pay: asked.append(bool(pay)), [runs.pay], [])
+        return runs
+
+    monkeypatch.setattr(chunked_runs, "_found", spied)
+    backend.chunked._compiled.cache_clear()
+    yield asked
+    backend.chunked._compiled.cache_clear()
+
+
+def answers(call, form="function", lse=True, up=None):
+    """Outputs and gradients by name, as NumPy."""
+    b, hq, tq, _ = call["query"].shape
+    arguments = {n: tf.constant(x) if isinstance(x, np.ndarray) else x for n, x in call.items()}
+    pulled = {"out": draw(b, hq, tq, DV, seed=4) if up is None else up}
+    if lse:
+        pulled["lse"] = draw(b, hq, tq, seed=5)
+    pulled = {n: tf.constant(x, call["query"].dtype) for n, x in pulled.items()}
+    arguments = {"impl": "chunked", "return_lse": lse} | arguments
+    output, found = backend.vjp(arguments, pulled, form)
+    found.pop("score", None)
+    return {n: x.numpy() for n, x in (found | output._asdict()).items() if x is not None}
+
+
+UNEVEN = np.repeat(np.arange(6), [5, 16, 1, 7, 30, 5])
+# Mask, the same as NumPy (Tq, Tk), Tq, Tk, more of the call.
+SHORT = {
+    "documents": (masks.segments(np.arange(64) // 16), None, 64, 64, {}),
+    "uneven": (masks.segments(UNEVEN), None, 64, 64, {}),
+    "causal": (
+        masks.segments(UNEVEN) & masks.causal(),
+        (UNEVEN[:, None] == UNEVEN) & np.tri(64, dtype=bool),
+        64,
+        64,
+        {},
+    ),
+    "cross": (
+        masks.segments(np.arange(32) // 8, np.arange(48) // 16 + 1),
+        np.arange(32)[:, None] // 8 == np.arange(48) // 16 + 1,
+        32,
+        48,
+        {"query_offset": "start"},
+    ),
+    "end": (
+        masks.segments(UNEVEN) & masks.causal(),
+        ((UNEVEN[:, None] == UNEVEN) & np.tri(64, dtype=bool))[32:],
+        32,
+        64,
+        {"query_offset": "end"},
+    ),
+}
+
+
+def dense(name):
+    _, found, tq, _, _ = SHORT[name]
+    if found is not None:
+        return found
+    ids = np.arange(64) // 16 if name == "documents" else UNEVEN
+    return ids[:tq, None] == ids
+
+
+@pytest.mark.parametrize("form", ["function", "eager", "xla"])
+@pytest.mark.parametrize("lse", [True, False])
+@pytest.mark.parametrize("name", SHORT)
+def test_runs_answer_as_the_judge(name, lse, form, taken, monkeypatch):
+    mask, _, tq, tk, more = SHORT[name]
+    call = inputs(2, tq, tk) | more | {"mask": mask}
+    if form == "xla":
+        # Compiled, it is the grid that answers: its graph has no place for what runs ask.
+        monkeypatch.undo()
+        monkeypatch.setattr(chunked_runs, "_BLOCK", 8)
+    found = answers(call, form, lse)
+    if form != "xla":
+        assert taken == [True, True]
+    given = {n: call[n] for n in ("query", "key", "value")}
+    given["mask"] = np.broadcast_to(dense(name), (2, HQ, tq, tk))
+    judged = reference.attention(**given)
+    np.testing.assert_allclose(found["out"], judged.out, rtol=1e-9, atol=1e-9)
+    up = {"d_out": draw(2, HQ, tq, DV, seed=4)}
+    if lse:
+        np.testing.assert_allclose(found["lse"], judged.lse, rtol=1e-9, atol=1e-9)
+        up["d_lse"] = draw(2, HQ, tq, seed=5)
+    for key, x in reference.gradients(**given, **up).items():
+        if key in found:
+            np.testing.assert_allclose(found[key], x, rtol=1e-9, atol=1e-9, err_msg=key)
+
+
+def test_one_document_moves_no_other_and_runs_are_one_bit_for_bit(taken):
+    call = inputs(2, 64, 64, dtype=np.float32) | {"mask": SHORT["causal"][0]}
+    first = answers(call)
+    for _ in range(5):
+        for n, x in answers(call).items():
+            np.testing.assert_array_equal(x, first[n])
+    place = UNEVEN == 4
+    moved = dict(call)
+    for n in ("query", "key", "value"):
+        moved[n] = call[n].copy()
+        moved[n][:, :, place] += 1
+    for n, x in answers(moved).items():
+        np.testing.assert_array_equal(x[:, :, ~place], first[n][:, :, ~place])
+        assert (x[:, :, place] != first[n][:, :, place]).any()
+    assert all(taken)
+
+
+@pytest.mark.parametrize("lse", [True, False])
+def test_poison_that_no_row_sees(lse, taken):
+    """Padding of a number that no other position has; rows there see nothing at all."""
+    rows, keys = np.arange(64) // 16, np.arange(64) // 16
+    rows, keys = np.where(np.arange(64) < 50, rows, 8), np.where(np.arange(64) < 53, keys, 9)
+    call = inputs(1, 64, 64) | {"mask": masks.segments(rows, keys)}
+    up = draw(1, HQ, 64, DV, seed=4)
+    spoilt = {n: x.copy() if isinstance(x, np.ndarray) else x for n, x in call.items()}
+    spoilt["query"][:, :, 50:], spoilt["key"][:, :, 53:] = np.nan, np.inf
+    spoilt["value"][:, :, 53:] = np.nan
+    poison = up.copy()
+    poison[:, :, 50:] = np.nan
+    want, found = answers(call, lse=lse, up=up), answers(spoilt, lse=lse, up=poison)
+    for n, x in want.items():
+        # The lse of a row without keys is -inf.
+        assert n == "lse" or np.isfinite(x).all()
+        np.testing.assert_array_equal(found[n], x, err_msg=n)
+    assert not found["out"][:, :, 50:].any()
+    assert taken == [True] * 4
+
+
+def test_long_runs_are_left_to_the_grid(taken, monkeypatch):
+    """Where a turn has no room for the longest run, or runs hold more than the grid's tiles do."""
+    monkeypatch.setattr(chunked_runs, "_SHORT", 1)
+    one, apart = np.zeros(64, int), np.arange(64) // 8 % 4
+    for ids, room, pay in ((one, 2**12, False), (one, 2**13, True), (apart, 2**14, False)):
+        monkeypatch.setattr(chunked_runs, "AT_ONCE", room)
+        call = inputs(1, 64, 64) | {"mask": masks.segments(ids)}
+        found = answers(call)
+        assert taken[-2:] == [pay, pay]
+        want = answers(call | {"impl": "reference"}, "eager")
+        for n, x in want.items():
+            np.testing.assert_allclose(found[n], x, rtol=1e-9, atol=1e-9, err_msg=n)
+
+
+OTHER = {
+    "not_looked_up": {"mask": masks.causal()},
+    "lengths": {"kv_lengths": np.array([60, 9])},
+    "row_lengths": {"q_lengths": np.array([60, 9])},
+    "offset": {"query_offset": np.array([3, -2])},
+    "bias": {"bias": draw(1, HQ, 64, 64)},
+    "sinks": {"sinks": draw(HQ, seed=6)},
+    "score": {"score": scores.softcap(2.0)},
+    "dropout": {"dropout": Dropout(0.3, 5)},
+    "by_batch": {"mask": masks.segments(np.stack([UNEVEN, UNEVEN[::-1]]))},
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_runs_do_not_serve_is_cut_into_tiles(name, taken):
+    call = inputs(2, 64, 64) | {"mask": masks.segments(UNEVEN)} | OTHER[name]
+    found = answers(call)
+    assert not taken
+    want = answers(call | {"impl": "reference"}, "eager")
+    for key, x in want.items():
+        np.testing.assert_allclose(found[key], x, rtol=1e-9, atol=1e-9, err_msg=key)
+
+
+def test_lengths_that_are_no_multiple_and_the_other_layout(taken):
+    for size in (63, 72):
+        answers(inputs(1, size, size) | {"mask": masks.segments(np.arange(size) // 9)})
+    moved = {n: tf.constant(np.swapaxes(x, 1, 2)) for n, x in inputs(1, 64, 64).items()}
+    attn_core.attention(**moved, mask=masks.segments(UNEVEN), layout="BTHD", impl="chunked")
+    assert not taken
