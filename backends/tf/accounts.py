@@ -76,9 +76,8 @@ def _spans(
     batch = p.batch or 0
     queries, columns = batch * p.heads * (p.q_len or 0), batch * p.kv_heads * (p.k_len or 0)
     saved = queries * (2 * wide + 1)
-    # The patterns of the mask, and with them a tile of what is selected instead.
-    mask = s.patterns.size + (tile if p.group == 1 else 0)
-    hidden = mask + height * s.block * s.keys + (rows + keys) * width
+    # The patterns of the mask as numbers, and those of a turn.
+    hidden = s.patterns.size * (1 + wide) + tile + (rows + keys) * width
     forward = 2 * tile + hidden + 2 * saved
     results = [columns * p.width, columns * p.v_width]
     backward = 4 * tile + hidden + 4 * saved + (rows + keys) * width + max(results) * narrow

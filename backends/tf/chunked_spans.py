@@ -269,10 +269,9 @@ def backward(
     count = heads * cut.turns
     query = cut.blank(count, p.width, x.query.dtype)
     deltas = tf.TensorArray(dtype, count, element_shape=(*outer, 1))
-    shapes = [(s.columns, s.block * last) for last in widths]
     key, value = (
-        tf.TensorArray(a.dtype, heads, element_shape=shape)
-        for a, shape in zip((x.key, x.value), shapes, strict=True)
+        written.blank(heads, s.columns * s.block * last, a.dtype)
+        for a, last in zip((x.key, x.value), widths, strict=True)
     )
     # A turn may reach beyond the end by slots that hold nothing.
     every = Sums.of(s.firsts[None, :, None] + np.arange(s.reach), s.columns + s.reach)
@@ -289,8 +288,12 @@ def backward(
             every.over(tf.reshape(a.stack(), (cut.turns * s.reach, -1)), 0)[: s.columns]
             for a in found
         )
-        written = (key.write(at, tf.cast(dk, key.dtype)), value.write(at, tf.cast(dv, value.dtype)))
-        return (query, deltas, *written)
+        place = tf.reshape(at, (1, 1))
+        key, value = (
+            written.put(whole, place, tf.cast(tf.reshape(d, (1, 1, -1)), whole.dtype))
+            for whole, d in ((key, dk), (value, dv))
+        )
+        return (query, deltas, key, value)
 
     query, deltas, key, value = parts.loop(0, heads, head, (query, deltas, key, value))
     d_sinks = None
@@ -301,7 +304,7 @@ def backward(
         share = tf.where(tf.equal(sinks, -np.inf), tf.zeros_like(share), -share * t)
         d_sinks = tf.cast(tf.reduce_sum(share, (0, 2)), x.sinks.dtype)
     d_key, d_value = (
-        tf.reshape(a.stack(), (batch, p.kv_heads, -1, last))
+        tf.reshape(a, (batch, p.kv_heads, -1, last))
         for a, last in zip((key, value), widths, strict=True)
     )
     d_query = tf.reshape(query, (batch, p.heads, -1, p.width))
