@@ -1,7 +1,7 @@
 """`attn-core kernels`: the device functions that masks become, and what compilers make of kernels.
 
     attn-core kernels show --mask "causal() & window(255)" --score "softcap(50)"
-    attn-core kernels compile --target sm_90 --target gfx942
+    attn-core kernels compile --target sm_90 --target gfx942 --json found.json --resume
     attn-core kernels configs --target sm_90 --width 128
 
 None of them needs a GPU.
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from attn_core.cli_terminal import progress, refused
+from attn_core.cli_terminal import progress, refused, told
 
 Finding = Any
 """As of attn_core.kernels.ahead, which is imported when it is asked for."""
@@ -66,8 +66,15 @@ def compile_kernels(
     ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Compilers at a time.")] = 2,
     json: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="Also write the findings here.")
+        Path | None, typer.Option(dir_okay=False, help="Also write the findings here, one by one.")
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            help="Keep what the --json file holds of kernels that have not changed since, and "
+            "compile what is missing."
+        ),
+    ] = False,
 ) -> None:
     """Compile kernels ahead of time; exit 1 on spills, serialized products or too much memory, and
     where there is no compiler for a target."""
@@ -79,13 +86,22 @@ def compile_kernels(
         asked = list(
             ahead.jobs(targets, kernel or (), sample or (), width or (), dtype or (), few=few)
         )
+        if resume and json is None:
+            raise ValueError("`--resume` must come with --json FILE. Got none.")
     except ValueError as error:
         raise refused(error) from error
     if not _triton():
         raise refused(ImportError("Triton must be installed (pip install 'attn-core[triton]')."))
+    from attn_core.kernels import findings
+
+    known: dict[Any, Finding] = {}
+    with told(ValueError):
+        if resume and json is not None and json.exists():
+            known = findings.load(json)
     none = ahead.unmade(targets)
     asked = [job for job in asked if job.target not in none]
     came: list[Finding] = []
+    whole = dict(known)  # what the file holds: also of what is not asked for today
     interrupted = False
     with progress() as bar:
         task = bar.add_task("kernels", total=len(asked))
@@ -93,10 +109,13 @@ def compile_kernels(
         def seen(finding: Finding) -> None:
             came.append(finding)
             job = finding.job
+            whole[job] = finding
+            if json is not None and finding != known.get(job):
+                findings.save(whole.values(), json, none)
             bar.update(task, advance=1, description=f"{job.target} {job.kernel} {job.sample.name}")
 
         try:
-            found = ahead.run(asked, jobs, seen)
+            found = ahead.run(asked, jobs, seen, known=known)
         except KeyboardInterrupt:
             found, interrupted = came, True
     if found:
@@ -115,11 +134,14 @@ def compile_kernels(
             note = f"{name}: {registers} kernels have such products. {said}"
             console.print(note, markup=False, soft_wrap=True)
     if json is not None:
-        _save(found, none, json)
+        findings.save(whole.values(), json, none)
+    kept = sum(finding == known.get(finding.job) for finding in found)
+    said = f"{len(found) - kept} compiled" + (f", {kept} as {json} holds them" if kept else "")
     if interrupted:
-        console.print(f"interrupted: {len(found)} of {len(asked)} compiled")
+        note = f"interrupted: {said}, {len(bad)} with problems; {len(asked) - len(found)} are left"
+        console.print(note, markup=False, soft_wrap=True)
         raise typer.Exit(130)
-    console.print(f"{len(found)} compiled, {len(bad)} with problems")
+    console.print(f"{said}, {len(bad)} with problems", markup=False, soft_wrap=True)
     raise typer.Exit(1 if bad or none else 0)
 
 
@@ -169,35 +191,6 @@ def _table(found: Sequence[Finding]) -> Table:
         names = (job.target, job.kernel, problem, str(job.width), job.dtype, tile)
         table.add_row(*names, "; ".join(finding.problems))
     return table
-
-
-def _save(found: Sequence[Finding], none: dict[str, str], path: Path) -> None:
-    from importlib.metadata import version
-    from json import dumps
-
-    rows = []
-    for finding in found:
-        job = finding.job
-        rows.append(
-            {
-                **{name: getattr(job, name) for name in ("kernel", "target", "width", "v_width")},
-                "problem": job.sample.name,
-                "sizes": "even" if job.even else "odd",
-                "class": job.sample.mask_class,
-                "dtype": job.dtype,
-                "config": vars(finding.config),
-                "seconds": round(finding.seconds, 2),
-                "registers": finding.registers,
-                "spills": finding.spills,
-                "shared": finding.shared,
-                "serialized": list(finding.serialized),
-                "wgmma": list(finding.wgmma),
-                "problems": finding.problems,
-            }
-        )
-    versions = {name: version(name) for name in ("triton", "attn-core")}
-    whole = {**versions, "unmade": none, "findings": rows}
-    path.write_text(dumps(whole, indent=1) + "\n", "utf-8")
 
 
 @kernels.command("show")

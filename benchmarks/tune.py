@@ -25,15 +25,18 @@ from typing import Any, NamedTuple
 
 from attn_core.benchmarks.cases import Case
 from attn_core.benchmarks.gpu import Limit
-from attn_core.benchmarks.gpu_cases import OURS, GpuCase
+from attn_core.benchmarks.gpu_cases import DROPOUT, OURS, GpuCase
 
 KERNELS = ("forward", "d_keys", "d_query", "fused")
 WIDTHS = (128, 64, 256)
-CLASSES = {"none": "full", "positions": "causal", "mask": "documents"}
+CLASSES = {"none": "full", "positions": "causal", "mask": "documents", "dropout": "causal"}
 """The class, and the mask of the case that stands for it."""
 
-SAMPLES = {"none": "plain", "positions": "causal", "mask": "documents"}
+SAMPLES = {"none": "plain", "positions": "causal", "mask": "documents", "dropout": "dropout"}
 """The class, and what is compiled ahead of time for it."""
+
+SUBJECTS = {"dropout": DROPOUT}
+"""Who is timed for a class: of the others `OURS`, which drops nothing."""
 
 _TALL, _WIDE = (64, 128), (32, 64, 128)
 
@@ -95,9 +98,11 @@ def cleanest(found: Sequence[Any], clean: Callable[[Sequence[Any]], Sequence[Any
 def case_of(width: int, mask_class: str) -> GpuCase:
     """The case on which a class is measured."""
     mask = CLASSES[mask_class]
+    subject = SUBJECTS.get(mask_class, OURS)
+    name = mask if subject == OURS else f"{mask}-{mask_class}"
     return GpuCase(
-        f"tune-{mask}-D{width}", 4096, width, 2048 // width, 4, "bfloat16", mask,
-        1024 if mask == "documents" else 0, (OURS,), ("forward", "backward"),
+        f"tune-{name}-D{width}", 4096, width, 2048 // width, 4, "bfloat16", mask,
+        1024 if mask == "documents" else 0, (subject,), ("forward", "backward"),
     )  # fmt: skip
 
 
@@ -169,7 +174,7 @@ def _timed(
     plain = Tried(entry.kernel, entry.widths[0], entry.classes[0], entry.config, math.inf)
     try:
         with configs.trying(entry), configs.fusing(entry.config.instead):
-            run = machine.prepared(OURS, case, direction).run
+            run = machine.prepared(case.subjects[0], case, direction).run
             run()
             return plain._replace(milliseconds=timer.sample(run, repeats))
     except Exception as error:  # a candidate that cannot run is not taken, whatever it raises

@@ -7,6 +7,9 @@ configuration, and costs most of its speed.
 
     compiled(Job("forward", "sm_90", SAMPLES["causal"], 128, 128, "bfloat16")) -> Finding
 
+All that decides what comes of a job has a digest (`digest`), so that a finding of an earlier run is
+good for as long as nothing of it has changed: `findings.py` keeps them in a file.
+
 Nothing here imports triton before a job runs: a worker process decides first that kernels are
 compiled and not interpreted (`Interpreted`).
 """
@@ -16,16 +19,20 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import astuple, replace
+from difflib import get_close_matches
+from hashlib import sha256
+from importlib.metadata import version
 from multiprocessing import get_context
 from typing import NamedTuple
 
-from attn_core.kernels import configs
+from attn_core.kernels import configs, hazards
 from attn_core.kernels.configs import Config
 from attn_core.kernels.samples import FEW, SAMPLES, Sample
 
@@ -105,6 +112,7 @@ class Finding(NamedTuple):
         serialized: ptxas' warnings, by their numbers.
         wgmma: Hopper's products, and those of them that read their first operand from registers.
         error: why there is no kernel, or "".
+        digest: of all that it came of (`digest`), or "".
         texts: of the kernel, by stage ("ttgir", "ptx", ...), where they were asked for.
     """
 
@@ -117,6 +125,7 @@ class Finding(NamedTuple):
     serialized: tuple[str, ...] = ()
     wgmma: tuple[int, int] = (0, 0)
     error: str = ""
+    digest: str = ""
     texts: dict[str, str] | None = None
 
     @property
@@ -157,10 +166,14 @@ def jobs(
     for what, names in (("kernel", kernels), ("sample", samples), ("dtype", dtypes)):
         for name in names:
             if name not in known[what]:
-                raise ValueError(f"`{what}` must be one of {', '.join(known[what])}. Got {name!r}.")
+                raise ValueError(
+                    f"`{what}` must be one of {', '.join(known[what])}. "
+                    f"Got {name!r}.{_nearest(name, known[what])}"
+                )
     for target in targets:
         if _target(target) is None:
-            raise ValueError(f"`target` must be sm_NN or gfxNNN. Got {target!r}.")
+            near = _nearest(target, tuple(SHARED))
+            raise ValueError(f"`target` must be sm_NN or gfxNNN. Got {target!r}.{near}")
         for kernel in kernels or KERNELS:
             for name in samples or (FEW if few else SAMPLES):
                 sample = SAMPLES[name]
@@ -173,6 +186,12 @@ def jobs(
                         job = Job(kernel, target, sample, width, width, dtype)
                         if not job.refused:
                             yield from (job, job._replace(even=False))
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """ " Did you mean 'causal'?" where one that is known is close, else nothing."""
+    close = get_close_matches(name.lower(), known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _asked(kernel: str, sample: Sample) -> bool:
@@ -207,10 +226,29 @@ class Interpreted(RuntimeError):
 def begin() -> None:
     """In a worker, before its first job: compile, whatever the parent does."""
     os.environ.pop("TRITON_INTERPRET", None)
+    # A terminal interrupts its whole group: the parent says when it ends, and what was found.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def compiled(job: Job, texts: bool = False) -> Finding:
-    """Compile, and read what the compiler says; an error is a finding too."""
+def digest(job: Job) -> str:
+    """Of all that decides what comes of a job: the kernel's source and that of every function it
+    calls, what its arguments are, configuration, target, and the versions of the compilers."""
+    from attn_core.kernels.signatures import source
+
+    config = job.chosen
+    # AMD's assembler is LLVM, which is within Triton.
+    cuda = job.target.startswith("sm_")
+    tools = (version("triton"), hazards.assembler(job.target)[1:] if cuda else "")
+    told = (source(job, config).hash(), astuple(config), job.target, tools)
+    return sha256(repr(told).encode()).hexdigest()[:16]
+
+
+def compiled(job: Job, texts: bool = False, known: Finding | None = None) -> Finding:
+    """Compile, and read what the compiler says; an error is a finding too.
+
+    Args:
+        known: what was found earlier: handed back as it is, if its digest is still the job's.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -223,7 +261,11 @@ def compiled(job: Job, texts: bool = False) -> Finding:
     target = _target(job.target)
     assert target is not None, job.target
     log = io.StringIO()
+    of = ""
     try:
+        of = digest(job)
+        if known is not None and known.digest == of:
+            return known
         made = source(job, config)
         with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(log):
             triton.knobs.nvidia.dump_ptxas_log = True
@@ -231,7 +273,7 @@ def compiled(job: Job, texts: bool = False) -> Finding:
             found = triton.compile(made, target=GPUTarget(*target), options=config.launch)
     except Exception as error:  # whatever the compiler raises is what is told of this job
         reason = _last_of(error)
-        return Finding(job, config, time.perf_counter() - began, error=reason)
+        return Finding(job, config, time.perf_counter() - began, error=reason, digest=of)
     seconds = time.perf_counter() - began
     kept = {name: text for name, text in found.asm.items() if isinstance(text, str)}
     if target[0] == "hip":
@@ -246,24 +288,17 @@ def compiled(job: Job, texts: bool = False) -> Finding:
         found.metadata.shared,
         said_of[2],
         _products(kept.get("ptx", "")),
+        digest=of,
         texts=kept if texts else None,
     )
 
 
 def unmade(targets: Sequence[str]) -> dict[str, str]:
     """Targets for which the compilers here make nothing at all, and what they say: ptxas or LLVM
-    may be older than a GPU. Asked with the smallest kernel, each in a process of its own, which
-    LLVM ends where it does not know what to do."""
+    may be older than a GPU. Asked with the smallest kernel."""
     smallest = Job("delta", "", SAMPLES["plain"], 64, 64, "float32")
-    found = {}
-    for target in dict.fromkeys(targets):
-        try:
-            (finding,) = run([smallest._replace(target=target)])
-        except BrokenProcessPool:
-            found[target] = "LLVM ended its process: its words stand above, if it had any."
-        else:
-            found |= {target: finding.error} if finding.error else {}
-    return found
+    asked = [smallest._replace(target=target) for target in dict.fromkeys(targets)]
+    return {each.job.target: each.error for each in run(asked) if each.error}
 
 
 def run(
@@ -271,19 +306,54 @@ def run(
     processes: int = 1,
     seen: Callable[[Finding], None] = lambda _: None,
     texts: bool = False,
+    known: Mapping[Job, Finding] | None = None,
 ) -> list[Finding]:
-    """Compile all of them in processes of their own, in their order; `seen` as each one ends."""
+    """Compile all of them in processes of their own, in their order; `seen` as each one ends.
+
+    LLVM ends its process where it does not know what to do: that, too, is a finding.
+
+    Args:
+        known: findings of an earlier run; those that are still true are not made again.
+    """
+    found: dict[Job, Finding] = {}
+    before = known or {}
+
+    def ended(finding: Finding) -> None:
+        found[finding.job] = finding
+        seen(finding)
+
+    while left := [job for job in given if job not in found]:
+        try:
+            _pooled(left, processes, ended, texts, before)
+        except BrokenProcessPool:
+            # One of those that were being compiled did it: they are the first that have not ended.
+            suspects = [job for job in left if job not in found][:processes]
+            for job in suspects:
+                try:
+                    _pooled([job], 1, ended, texts, before)
+                except BrokenProcessPool:
+                    ended(Finding(job, job.chosen, 0.0, error=_ENDED))
+    return [found[job] for job in given]
+
+
+_ENDED = "LLVM ended its process: its words stand above, if it had any."
+
+
+def _pooled(
+    given: Sequence[Job],
+    processes: int,
+    seen: Callable[[Finding], None],
+    texts: bool,
+    known: Mapping[Job, Finding],
+) -> None:
     # Spawned: a fork would inherit what a framework or Triton has started.
     pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=begin)
-    found: dict[Job, Finding] = {}
     try:
-        for future in as_completed([pool.submit(compiled, job, texts) for job in given]):
-            finding = future.result()
-            found[finding.job] = finding
-            seen(finding)
+        asked = [pool.submit(compiled, job, texts, known.get(job)) for job in given]
+        for future in as_completed(asked):
+            seen(future.result())
     finally:
         pool.shutdown(cancel_futures=True)
-    return [found[job] for job in given]
 
 
 def _of_ptxas(log: str) -> tuple[int | None, int, tuple[str, ...]]:

@@ -484,6 +484,7 @@ class Tuned(Machine):
 
     def prepared(self, subject: str, case: GpuCase, direction: str) -> Any:
         name = {"full": "none", "causal": "positions", "documents": "mask"}[case.mask]
+        name = "dropout" if subject == gpu_cases.DROPOUT else name
         about = ("sm_90", case.width, case.width, case.dtype, name)
         fused = configs.choose("fused", *about)
         kernel = "forward" if direction == "forward" else "fused" if fused.instead else "d_keys"
@@ -521,8 +522,8 @@ def test_the_faster_of_split_and_fused_is_kept(
         machine(), kernels=("d_keys", "fused"), widths=(64,), say=lambda words: None,
         kept=lambda won: told.append(len(won)),
     )  # fmt: skip
-    assert [entry.kernel for entry in won] == ["d_keys", "fused"] * 3
-    assert told == [1, 2, 3, 4, 5, 6]
+    assert [entry.kernel for entry in won] == ["d_keys", "fused"] * 4
+    assert told == [1, 2, 3, 4, 5, 6, 7, 8]
     assert not any(entry.config.instead for entry in won if entry.kernel == "d_keys")
     tune.keep(won)
     for name in tune.CLASSES:
@@ -541,7 +542,7 @@ def test_tuning_ends_in_time_with_what_was_found(monkeypatch: pytest.MonkeyPatch
     won, tried = tune.tune(Tuned(), kernels=("forward",), widths=(64,), minutes=1, say=said.append)
     assert len(won) == 1
     assert len(tried) < 60
-    assert said[-1] == "no time was left for forward D64 positions and 1 more"
+    assert said[-1] == "no time was left for forward D64 positions and 2 more"
 
 
 def test_what_spills_is_not_timed_and_large_tiles_come_first(
@@ -582,7 +583,7 @@ def test_what_is_fastest_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv(configs.VARIABLE, str(tmp_path / "mine.toml"))
     configs.forget()
     won, tried = tune.tune(Tuned(), kernels=("forward",), widths=(128,), say=lambda words: None)
-    assert len(won) == 3
+    assert len(won) == len(tune.CLASSES) == 4
     best = configs.Config(128, 64, 4, 2, True)
     assert all(entry.config == best for entry in won)
     assert any("shared memory" in each.problem for each in tried)
@@ -594,5 +595,39 @@ def test_what_is_fastest_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     # Again, for another width: what was there stays, and is not there twice.
     more, _ = tune.tune(Tuned(), kernels=("forward",), widths=(64, 128), say=lambda words: None)
     tune.keep(more)
-    assert len(configs.yours()) == 6
+    assert len(configs.yours()) == 8
     configs.forget()
+
+
+def test_dropout_is_tuned_by_a_case_that_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tiles are its own: timed without dropout they would be those of a causal mask."""
+    asked: list[tuple[str, str, str]] = []
+
+    class Dropping(Tuned):
+        def prepared(self, subject: str, case: GpuCase, direction: str) -> Any:
+            asked.append((subject, case.name, direction))
+            return super().prepared(subject, case, direction)
+
+    compiled: list[str] = []
+
+    def clean(question: Any, found: Sequence[Any]) -> Sequence[Any]:
+        compiled.append(question.sample)
+        return found
+
+    won, _ = tune.tune(
+        Dropping(), kernels=("forward", "d_keys"), widths=(64,), classes=("positions", "dropout"),
+        say=lambda words: None, clean=clean,
+    )  # fmt: skip
+    assert [(e.kernel, e.classes) for e in won] == [
+        ("forward", ("positions",)), ("d_keys", ("positions",)),
+        ("forward", ("dropout",)), ("d_keys", ("dropout",)),
+    ]  # fmt: skip
+    assert compiled == ["causal", "causal", "dropout", "dropout"]
+    assert set(asked) == {
+        (subject, name, direction)
+        for subject, name in (
+            (gpu_cases.OURS, "tune-causal-D64"),
+            (gpu_cases.DROPOUT, "tune-causal-dropout-D64"),
+        )
+        for direction in ("forward", "backward")
+    }
