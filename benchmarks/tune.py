@@ -40,6 +40,15 @@ SUBJECTS = {"dropout": DROPOUT}
 
 _TALL, _WIDE = (64, 128), (32, 64, 128)
 
+WIDEST = {
+    "d_keys": ((128, 32, 8, 1), (64, 32, 16, 2), (64, 32, 8, 2), (32, 32, 16, 2), (32, 32, 8, 2)),
+    "d_query": ((128, 16, 8, 3),),
+}
+"""Rows, keys, warps and stages of width 256, where registers end before the tiles of every width
+begin: of `d_keys` none with 64 keys or more is free of spills, since dK and dV alone are half of
+what eight warps have. Fewer keys are no product of Hopper's own (wgmma has 64 rows), but of the
+kind that Ampere has; these are the tiles of that kind which compile clean, read by pointers."""
+
 
 class Question(NamedTuple):
     """What configurations are sought for; `sample` is its mask's name in the kernels' samples."""
@@ -62,7 +71,7 @@ class Tried(NamedTuple):
     problem: str = ""
 
 
-def candidates(kernel: str, now: Any, descriptors: bool) -> list[Any]:
+def candidates(kernel: str, now: Any, descriptors: bool, width: int) -> list[Any]:
     """Configurations worth a try: what is chosen now, and tiles about as large as fit anywhere.
 
     Of `fused` the first one is that it does not run, and the split does.
@@ -70,6 +79,7 @@ def candidates(kernel: str, now: Any, descriptors: bool) -> list[Any]:
     Args:
         now: the `Config` in force.
         descriptors: whether the GPU has them.
+        width: of query, key and value.
     """
     fused = kernel == "fused"
     made = [replace(now, instead=False), replace(now, instead=True)] if fused else [now]
@@ -81,6 +91,7 @@ def candidates(kernel: str, now: Any, descriptors: bool) -> list[Any]:
                 for stages in (1, 2) if fused else (2, 3):
                     for described in (True, False) if descriptors else (False,):
                         made.append(kind(rows, keys, warps, stages, described, fused))
+    made += [kind(*tile) for tile in (WIDEST.get(kernel, ()) if width == 256 else ())]
     return list(dict.fromkeys(made))
 
 
@@ -149,7 +160,9 @@ def tune(
             plain = configs.Entry(kernel, (architecture,), (width,), 16, (name,), now, "", "yours")
             question = Question(kernel, architecture, SAMPLES[name], width, case.dtype)
             found = []
-            for config in cleanest(candidates(kernel, now, described), partial(clean, question)):
+            for config in cleanest(
+                candidates(kernel, now, described, width), partial(clean, question)
+            ):
                 if limit.left() <= 0:
                     say(f"no time was left for {what} and {len(asked) - number - 1} more")
                     return won, tried

@@ -31,11 +31,12 @@ FUSED = "fused"
 
 KERNELS = ("forward", "decode", "combine", "delta", "d_keys", "d_query", FUSED, "d_bias")
 
-CLASSES = ("none", "positions", "mask", "score", "dropout", "more")
-NONE, POSITIONS, MASK, SCORE, DROPOUT, MORE = CLASSES
+CLASSES = ("none", "positions", "mask", "score", "table", "dropout", "more")
+NONE, POSITIONS, MASK, SCORE, TABLE, DROPOUT, MORE = CLASSES
 """What a tile costs beside its products: nothing; a mask of positions alone; one that looks arrays
-up, or lengths; a score, with any mask; dropout, with a mask of positions at most; a bias, or
-dropout with anything more."""
+up, or lengths; a score, with any mask; an array that a mask or score looks up at every entry, by
+row and key at once; dropout, with a mask of positions at most; a bias, or dropout with anything
+more."""
 
 VARIABLE = "ATTN_CORE_KERNEL_CONFIGS"
 """The environment variable that names another file of yours."""
@@ -120,7 +121,13 @@ class Entry(NamedTuple):
 
 
 def class_of(
-    *, mask: bool, positions: bool = False, score: bool, bias: bool = False, dropout: bool = False
+    *,
+    mask: bool,
+    positions: bool = False,
+    score: bool,
+    table: bool = False,
+    bias: bool = False,
+    dropout: bool = False,
 ) -> str:
     """The class of a problem.
 
@@ -128,11 +135,14 @@ def class_of(
         mask: whether it has a mask or lengths.
         positions: whether its mask is of positions alone: no operands, and no lengths.
         score, bias, dropout: whether it has them.
+        table: whether mask or score look an array up at every entry (`looks_up_entries`).
     """
     if bias or (dropout and (score or (mask and not positions))):
         return MORE
-    if dropout or score:
-        return DROPOUT if dropout else SCORE
+    if dropout or table:
+        return DROPOUT if dropout else TABLE
+    if score:
+        return SCORE
     if mask:
         return POSITIONS if positions else MASK
     return NONE

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from attn_core.kernels.configs import class_of
 from attn_core.language.text import parse
-from attn_core.language.tree import Tree
+from attn_core.language.tree import Tree, looks_up_entries
 
 
 class Sample(NamedTuple):
@@ -36,6 +36,7 @@ class Sample(NamedTuple):
             mask=bool(self.mask or self.lengths),
             positions=not (self.lengths or operands_of(tree_of(self.mask))),
             score=bool(self.score),
+            table=any(looks_up_entries(tree_of(words)) for words in (self.mask, self.score)),
             bias=bool(self.bias),
             dropout=self.dropout,
         )
@@ -73,7 +74,7 @@ SAMPLES = {
     )
 }
 
-FEW = ("plain", "causal", "documents", "scored documents", "dropout", "everything")
+FEW = ("plain", "causal", "documents", "scored documents", "table", "dropout", "everything")
 """One of each class: what CI compiles."""
 
 

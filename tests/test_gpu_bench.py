@@ -599,6 +599,19 @@ def test_what_is_fastest_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     configs.forget()
 
 
+def test_tiles_of_width_256_are_tried_there_alone() -> None:
+    now = configs.choose("d_keys", "sm_90", 256, 256, "bfloat16", "positions")
+    assert set(tune.WIDEST) == {"d_keys", "d_query"}
+    for kernel, tiles in tune.WIDEST.items():
+        more = [configs.Config(*tile) for tile in tiles]
+        wide, narrow = (tune.candidates(kernel, now, True, width) for width in (256, 128))
+        assert wide[0] == narrow[0] == now
+        assert len(set(wide)) == len(wide)
+        assert set(more) <= set(wide)
+        assert not set(more) & set(narrow)
+    assert tune.candidates("forward", now, True, 256) == tune.candidates("forward", now, True, 64)
+
+
 def test_dropout_is_tuned_by_a_case_that_drops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tiles are its own: timed without dropout they would be those of a causal mask."""
     asked: list[tuple[str, str, str]] = []

@@ -19,7 +19,8 @@ from attn_core.cli import app
 from attn_core.kernels import configs
 from attn_core.kernels.configs import Config, Entry
 from attn_core.kernels.samples import SAMPLES
-from attn_core.language.text import text
+from attn_core.language.text import parse, text
+from attn_core.language.tree import looks_up_entries
 
 MINE = Entry(
     "forward", ("sm_90",), (128,), 16, ("none",), Config(64, 32, 8, 4, True), 'on "a GPU"', "yours"
@@ -130,11 +131,31 @@ def test_classes_follow_what_a_problem_has() -> None:
     found = {name: sample.mask_class for name, sample in SAMPLES.items()}
     assert found["plain"] == "none"
     assert found["window"] == "positions"
-    assert found["table"] == found["documents"] == "mask"
+    assert found["documents"] == "mask"
+    assert found["table"] == found["relative"] == "table"
     assert found["softcap"] == found["scored documents"] == "score"
     assert found["dropout"] == "dropout"
     assert found["bias"] == found["everything"] == "more"
     assert set(found.values()) == set(configs.CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("words", "yes"),
+    [
+        ("bool0[b, h, row, k]", True),
+        ("s + float0[abs(q - k), h]", True),
+        ("s + float0[int(s)]", True),
+        ("(int0[b, q] == int0[b, k]) & (q >= k)", False),
+        ("(int0[q] == int1[k]) & (k >= int2[int0[row] + q])", False),
+        ("s - float0[h] * float(q - k)", False),
+        ("bool1[k, int0[q]]", True),
+        ("bool1[k, int0[b]]", False),
+        ("q >= k", False),
+    ],
+)
+def test_what_is_looked_up_at_every_entry(words: str, yes: bool) -> None:
+    assert looks_up_entries(parse(words)) is yes
+    assert looks_up_entries(None) is False
 
 
 def test_choosing_loads_no_triton() -> None:

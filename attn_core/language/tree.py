@@ -25,6 +25,7 @@ programme, so that no reading ever has to decide what an int meeting a float mea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from operator import index
 from typing import Any, NamedTuple
 
@@ -61,6 +62,32 @@ class Tree(NamedTuple):
     def reads(self, *names: str) -> bool:
         """Whether any of these indices (or "s") is used."""
         return any(step.op == "index" and step.value in names for step in self.steps)
+
+
+@lru_cache(maxsize=1024)
+def looks_up_entries(tree: Tree | None) -> bool:
+    """Whether an array is looked up at every entry: by what differs along rows and keys at once.
+
+    `bool0[b, h, row, k]` is, and so is `float0[h, q - k]`; `int0[b, q] == int0[b, k]` is not.
+    """
+    along: list[frozenset[str]] = []
+    for step in tree.steps if tree is not None else ():
+        found = frozenset[str]().union(*(along[at] for at in step.args))
+        if step.op == "index":
+            found = _ALONG.get(str(step.value), frozenset())
+        if step.op == "lookup" and len(found) > 1:
+            return True
+        along.append(found)
+    return False
+
+
+_ALONG = {
+    "q": frozenset({"rows"}),
+    "row": frozenset({"rows"}),
+    "k": frozenset({"keys"}),
+    "s": frozenset({"rows", "keys"}),
+}
+"""The axes of a tile along which an index differs."""
 
 
 class Tape:

@@ -17,7 +17,7 @@ from attn_core.backends.torch.native_documents import causal, documented
 from attn_core.footprint import differs, reading, sizes
 from attn_core.language.duals import differentiate
 from attn_core.language.shifts import slides
-from attn_core.language.tree import Tree
+from attn_core.language.tree import Tree, looks_up_entries
 from attn_core.spec import WIDTH, Account, Problem
 
 Numbers = tuple[str, tuple[str, str] | None]
@@ -250,6 +250,7 @@ def _triton(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Accoun
         (p.width, p.v_width),
         p.dtype,
         mask="operands" if p.mask_operands else "positions" if p.mask else "",
+        table=looks_up_entries(p.mask) or looks_up_entries(p.score),
         lengths=p.kv_lengths or p.q_lengths,
         score=p.score is not None,
         bias=p.bias is not None,

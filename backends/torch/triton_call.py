@@ -20,7 +20,7 @@ from attn_core.backends.torch.triton_schedule import arguments as arguments
 from attn_core.kernels.configs import Config
 from attn_core.kernels.source import function
 from attn_core.language.neighbours import full_tiles_are_neighbours
-from attn_core.language.tree import Tree
+from attn_core.language.tree import Tree, looks_up_entries
 from attn_core.language.values import drop_threshold
 from attn_core.schedule import Schedule
 from attn_core.spec import Operands
@@ -67,6 +67,7 @@ class Call:
             (self.width, self.v_width),
             str(self.q.dtype).removeprefix("torch."),
             mask="operands" if x.mask else "positions" if ask.mask else "",
+            table=looks_up_entries(ask.mask) or looks_up_entries(ask.score),
             lengths=self.told.cut,
             score=ask.score is not None,
             bias=x.bias is not None,

@@ -63,12 +63,14 @@ class Kind(NamedTuple):
         widths: D and Dv.
         dtype: of query.
         mask: "", "positions" (of those alone) or "operands" (it looks arrays up).
+        table: whether mask or score look an array up at every entry.
         lengths, score, bias, dropout: whether they are given.
     """
 
     widths: tuple[int, int]
     dtype: str
     mask: str
+    table: bool
     lengths: bool
     score: bool
     bias: bool
@@ -81,6 +83,7 @@ def config(kernel: str, device: torch.device, kind: Kind) -> Config:
         mask=bool(kind.mask) or kind.lengths,
         positions=kind.mask == "positions" and not kind.lengths,
         score=kind.score,
+        table=kind.table,
         bias=kind.bias,
         dropout=kind.dropout,
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from attn_core.benchmarks import tune
 from attn_core.kernels import ahead, configs, hazards
 from attn_core.kernels.ahead import Finding, Job
 from attn_core.kernels.configs import Config
@@ -35,6 +36,17 @@ def test_what_is_shipped_compiles_clean() -> None:
     assert all((finding.registers or 0) > 32 for finding in found)
     hopper = [f for f in found if f.job.target == "sm_90" and f.job.kernel == "forward"]
     assert all(finding.wgmma[0] > 0 and finding.wgmma[1] > 0 for finding in hopper)
+
+
+def test_what_is_tried_at_width_256_compiles_clean() -> None:
+    """On a GPU that is there for minutes no tile is worth its compiling that spills."""
+    asked = [
+        Job(kernel, "sm_90", SAMPLES["causal"], 256, 256, "bfloat16", Config(*tile), even)
+        for kernel, tiles in tune.WIDEST.items()
+        for tile in tiles
+        for even in (True, False)
+    ]
+    assert [finding for finding in ahead.run(asked, processes=2) if finding.problems] == []
 
 
 def test_what_does_not_fit_is_told() -> None:
