@@ -254,7 +254,10 @@ def _sparse() -> list[Case]:
 
 
 def _floors() -> list[Case]:
-    """The forward passes beside what their products alone cost: where the time goes."""
+    """What attention costs beside what its products alone cost: where the time goes.
+
+    Forward passes of every framework, and JAX's backward pass of what is sparse.
+    """
     found = []
     for mask, length, reach in (
         ("full", 2048, 0),
@@ -275,6 +278,15 @@ def _floors() -> list[Case]:
                 directions=("forward",),
             )
         )
+        if reach:
+            found.append(
+                replace(
+                    found[-1],
+                    name=f"floor-backward-{mask}-T{length}-D64-float32",
+                    subjects=("jax:auto", "jax-floor", causal_floor("jax")),
+                    directions=("backward",),
+                )
+            )
     beside = ("jax:auto", "jax-floor", "jax-nn", "matmul")
     for mask in ("full", "causal"):
         for length, width in DENSE:

@@ -1,7 +1,8 @@
 """JAX's subjects, by exact entry point, and JAX's way of differentiating.
 
     jax:IMPL    attn_core.attention(impl=IMPL), under jax.jit
-    jax-floor   the two products of every live tile of `chunked`, in a jitted loop: no attention
+    jax-floor   the products of every live tile of `chunked`, in a jitted loop: no attention
+                (`jax_floors`)
     jax-nn      jax.nn.dot_product_attention(implementation="xla"), under jax.jit; it takes
                 (B, T, H, D), and is given arrays that lie so
 
@@ -19,8 +20,9 @@ import numpy as np
 
 from attn_core import registry
 from attn_core.benchmarks import calls
-from attn_core.benchmarks.calls import Attend, Call, Made, in_words, tiling
+from attn_core.benchmarks.calls import Attend, Call, Made, in_words
 from attn_core.benchmarks.cases import Case
+from attn_core.benchmarks.jax_floors import floor
 
 
 def ours(impl: str) -> Made:
@@ -46,50 +48,7 @@ def nn(case: Case) -> Attend:
     return attend
 
 
-SHORT, BESIDE = 128, 32
-"""Rows of a short line, and how many lines of all heads `chunked` takes side by side."""
-
-
-def floor(case: Case) -> Call:
-    """All live tiles, one after the other, at rows and keys that change.
-
-    Of as many heads at once as `chunked` takes, and summed in float32 as it sums. Where it takes
-    short lines side by side, as many of them, and each product with the reduction for whose sake
-    it has both cores: without it the floor would lie above the attention.
-    """
-    t, heads = tiling(case, "jax"), case.batch * case.heads
-    together = t.heads or heads
-    short = t.span and t.rows <= SHORT
-    beside = -(-BESIDE // together) if short else 1
-    arrays = case.arrays()
-    q, k, v = (
-        jax.numpy.asarray(arrays[n]).reshape(heads, case.length, case.width)
-        for n in ("query", "key", "value")
-    )
-
-    def products(q: Any, k: Any, v: Any) -> Any:
-        def tile(n: Any, total: Any) -> Any:
-            def taken(x: Any, size: int) -> Any:
-                head = n % (heads // together)
-                at = [(n * beside + i) % (case.length // size) * size for i in range(beside)]
-                sizes = (together, size, case.width)
-                return jax.numpy.stack([jax.lax.dynamic_slice(x, (head, i, 0), sizes) for i in at])
-
-            rows, keys, values = taken(q, t.rows), taken(k, t.keys), taken(v, t.keys)
-            logits = jax.numpy.einsum("lhqd,lhkd->lhqk", rows, keys, **wide)
-            if short:
-                logits = logits - logits.max(-1, keepdims=True)
-            found = jax.numpy.einsum("lhqk,lhkd->lhqd", logits.astype(v.dtype), values, **wide)
-            return total + (found / logits.sum(-1, keepdims=True) if short else found)
-
-        wide = {"preferred_element_type": jax.numpy.float32}
-        start = jax.numpy.zeros((beside, together, t.rows, case.width), jax.numpy.float32)
-        turns = -(-t.live // beside) * (heads // together)
-        return jax.lax.fori_loop(0, turns, tile, start)
-
-    compiled = jax.jit(products)
-    return Call(lambda: jax.block_until_ready(compiled(q, k, v)), lambda arrays: {})
-
+__all__ = ["FUNCTIONS", "floor", "nn", "ours", "prepared"]
 
 FUNCTIONS: dict[str, Made] = {"jax-nn": nn}
 _BTHD = ("jax-nn",)

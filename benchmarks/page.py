@@ -44,7 +44,8 @@ is forward and backward in one; TensorFlow hands out no backward pass alone, so 
 _FLOORS = """
 ## Where the time goes
 
-A floor is no attention. In JAX and TensorFlow it is the two products of every live tile, in the
+A floor is no attention. In JAX and TensorFlow it is the products of every live tile, two in a
+forward pass and five in a backward pass (measured in JAX, where it can be called by itself), in the
 framework's own loop: what is above it are exponentials, sums, masks and the loop. Where JAX takes
 short lines of rows side by side, its floor has the reduction with which XLA gives each product both
 cores. In torch it is the framework's fused kernel, called once on tiles that hold every live entry
@@ -146,12 +147,13 @@ def _span(days: Sequence[str]) -> str:
 
 
 def _floors(results: Results) -> str:
-    """Forward passes beside what their products alone cost; empty where those were not measured."""
+    """Passes beside what their products alone cost; empty where those were not measured."""
     lines = ""
     for case in results.cases.values():
         for name in ("torch", "jax", "tf"):
             ours, floor = (
-                results.find(case.name, f"{name}{what}", "forward") for what in (":auto", "-floor")
+                results.find(case.name, f"{name}{what}", case.directions[0])
+                for what in (":auto", "-floor")
             )
             if ours is None or floor is None:
                 continue
@@ -193,8 +195,9 @@ def _target_rows(results: Results, each: Outcome) -> str:
         if target.floors is not None:
             floor = floors.get(row.label)
             known = "" if floor is None else value_of(target, floor)
-            # Floors are forward passes; of the others there is none to be measured.
-            cells.append(known or ("not measured" if row.label.endswith("forward") else ""))
+            # Of "both", and of torch's backward pass, there is no floor to be measured.
+            some = row.label.endswith("forward") or row.label == "jax backward"
+            cells.append(known or ("not measured" if some else ""))
         text += f"| {' | '.join(cells)} |\n"
     if target.why and each.verdict == "missed":
         text += f"\n{fill(target.why, 100)}\n"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attn_core.benchmarks.calls import Call, Refused, forward_only
+from attn_core.benchmarks.calls import Call, Refused
 from attn_core.benchmarks.cases import Case
 from attn_core.config import nearest
 
@@ -101,8 +101,7 @@ def prepared(name: str, case: Case, direction: str, threads: int) -> Call:
         if name == "matmul":
             return calls.ceiling(case)
         if name in NO_ATTENTION:
-            forward_only(name, direction)
-            return calls.floor(case)
+            return calls.floor(case, direction)
         if name.startswith("keras-"):
             from attn_core.benchmarks import keras_calls
 

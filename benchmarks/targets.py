@@ -185,17 +185,20 @@ def _work(name: str) -> Rows:
 
 
 def _floors(mask: str) -> Callable[[Results], dict[str, float]]:
-    """The share of work that the bare products reach, forward, over causal ones as bare."""
-    name = f"floor-{mask}-T8192-D64-float32"
+    """The share of work that the bare products reach, over causal ones as bare."""
+    names = {"forward": f"floor-{mask}-", "backward": f"floor-backward-{mask}-"}
 
     def shares(results: Results) -> dict[str, float]:
-        case, found = results.cases.get(name), dict[str, float]()
-        for framework in ("torch", "jax", "tf") if case else ():
-            floor = f"{framework}-floor"
-            share = results.faster(name, "forward", floor, causal_floor(framework))
-            if case is not None and share is not None:
-                live = case.asked_of(causal_floor(framework)).entries / case.entries
-                found[f"{framework} forward"] = share[0] / live
+        found = dict[str, float]()
+        for direction, name in names.items():
+            name += "T8192-D64-float32"
+            case = results.cases.get(name)
+            for framework in ("torch", "jax", "tf") if case else ():
+                floor, causal = f"{framework}-floor", causal_floor(framework)
+                share = results.faster(name, direction, floor, causal)
+                if case is not None and share is not None:
+                    live = case.asked_of(causal).entries / case.entries
+                    found[f"{framework} {direction}"] = share[0] / live
         return found
 
     return shares

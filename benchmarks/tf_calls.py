@@ -35,8 +35,9 @@ def ours(impl: str, *, unknown: bool = False) -> Made:
     return made
 
 
-def floor(case: Case) -> Call:
+def floor(case: Case, direction: str) -> Call:
     """All live tiles, one after the other, at rows and keys that change; spans head by head."""
+    calls.forward_only("tf-floor", direction)
     t = tiling(case, "tf")
     heads = case.batch * case.heads
     arrays = case.arrays()

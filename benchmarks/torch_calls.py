@@ -143,8 +143,9 @@ FLOOR = 128
 """Rows of a tile in the floor under a window."""
 
 
-def floor(case: Case) -> Call:
+def floor(case: Case, direction: str) -> Call:
     """One call of the fused CPU kernel, which reads tiles by their stride; nothing is copied."""
+    forward_only("torch-floor", direction)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     arrays = case.arrays()
     q, k, v = (torch.as_tensor(arrays[n])[0] for n in ("query", "key", "value"))

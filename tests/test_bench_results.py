@@ -277,7 +277,8 @@ def test_the_bare_products_share_of_work_stands_beside_ours() -> None:
     parts += [timed(floor, "jax-floor", "forward", 2.0)]
     text = page.page(run_of(*parts), "x", picture=False)
     assert "| jax forward | 0.25 x | 0.25 x to 0.25 x, median 0.25 x | 0.5 x |" in text
-    assert "| jax backward | not measured |  |  |" in text
+    assert "| jax backward | not measured |  | not measured |" in text
+    assert "| tf both | not measured |  |  |" in text
     assert "| torch forward | not measured |  | not measured |" in text
 
 
@@ -319,14 +320,14 @@ def test_a_floor_is_timed_and_never_checked(name: str) -> None:
         question = {"subject": f"{name}-floor", "case": case.as_dict()}
         with rooms.Worker(1) as room:
             command = {"do": "prepare", **question, "least": 0.001}
-            got = room.ask({**command, "direction": "forward"}, 300)
+            got = room.ask({**command, "direction": case.directions[0]}, 300)
             if name == "torch" and case.mask in ("full", "causal"):
                 assert "the kernel itself is the floor" in got["refused"]
                 continue
             assert got["shares"] == {}
             assert room.ask({"do": "sample", **question}, 300)["seconds"] > 0
             got = room.ask({**command, "direction": "both"}, 300)
-            assert "has no backward pass" in got["refused"]
+            assert "of one pass" in got["refused"] or "has no backward pass" in got["refused"]
 
 
 def test_the_picture_stands_beside_the_page(tmp_path: Path) -> None:
