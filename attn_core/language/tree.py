@@ -119,7 +119,9 @@ class Tape:
             if not INT_MIN <= value <= INT_MAX:
                 raise ValueError(f"integer constants must fit int32. Got {value}.")
             return self.add(Step("const", "int", (), str(int(value))))
-        return self.add(Step("const", "float", (), repr(float(value))))
+        # An argument of what torch.compile compiles may be a symbol; a key of a set has its value.
+        (number,) = {float(value)}
+        return self.add(Step("const", "float", (), repr(number)))
 
     def operand(self, array: Any) -> int:
         """The number of an operand; the same array keeps its number."""

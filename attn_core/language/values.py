@@ -223,7 +223,9 @@ class Dropout:
                 "`seed` must be given, as Dropout(rate, seed): nothing here draws from a global "
                 "generator. Got no seed."
             )
-        self.rate = float(rate)
+        # torch.compile makes a symbol of a rate that is an argument of what it compiles, and where
+        # one is a key of a set it takes its value: a rate is written into the mask's programme.
+        (self.rate,) = {float(rate)}
         self.seed = _seed(seed)
         _announce()
 

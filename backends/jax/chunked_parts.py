@@ -244,11 +244,15 @@ def _known(size: int | None) -> int:
 
 
 def _blocks(length: int, block: int) -> tuple[int, int]:
-    """(size, count) of the tiles of an axis; a size is a multiple of 8 where there are several."""
+    """(size, count) of the tiles of an axis; a size is a multiple of 8 where there are several.
+
+    Counted anew from the size, which may be larger than a `block` that is none.
+    """
     count = -(-length // block)
     if count == 1:
         return length, 1
-    return -(-length // (8 * count)) * 8, count
+    size = -(-length // (8 * count)) * 8
+    return size, -(-length // size)
 
 
 def _status(p: Problem, x: Operands, block_q: int, block_k: int) -> Array:

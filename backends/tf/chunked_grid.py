@@ -258,7 +258,8 @@ def _traced(p: Problem, x: Inputs, g: Geometry, apart: tuple[bool, bool]) -> Arr
         (rows, x.q_lengths, g.q_len if _rows_count(p, g) else None),
         (keys, x.kv_lengths, g.k_len if g.padded_keys else None),
     )
-    live, whole = tf.constant(True), tf.constant(True)
+    # No row that counts makes no tile partial; where there is none at all, no key is seen either.
+    live, whole = tf.convert_to_tensor(g.q_len > 0), tf.constant(True)
     spans = []
     for (first, last), lengths, size in limits:
         end = size if lengths is None else lengths

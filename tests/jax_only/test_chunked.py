@@ -566,6 +566,23 @@ def test_finer_tiles_agree_with_the_reference(monkeypatch):
     same(*found)
 
 
+@pytest.mark.parametrize(("group", "length"), [(3, 25), (3, 81), (5, 27), (7, 89)])
+def test_groups_whose_tiles_are_no_multiple_of_8(group, length):
+    """They have 10, 6 or 4 rows, or a multiple of 8; and none begins beyond the end."""
+    _, normal, x = made(12, heads=group, kv=1, q_len=length, k_len=40)
+    given = {**x, "query_offset": "start"}
+    p = resolve(given)[1].problem
+    assert chunked_parts._open(p)
+    block, rows, *_ = chunked_parts.tiles_of(p)
+    assert (rows - 1) * block < length <= rows * block
+    wanted = {"out": normal(2, group, length, 3), "lse": normal(2, group, length)}
+    found = [
+        backend.vjp(given, wanted, "jit", partial(attn_core.attention, impl=impl, return_lse=True))
+        for impl in ("chunked", "reference")
+    ]
+    same(*found)
+
+
 @pytest.mark.parametrize("length", [9, 64])
 def test_values_of_width_0_leave_the_other_gradients(length):
     """`out` holds nothing then; lse and the weights are those of any value."""

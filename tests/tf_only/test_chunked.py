@@ -570,6 +570,53 @@ def test_unknown_sizes_that_are_zero(b, tq, tk):
         np.testing.assert_allclose(gradient.numpy(), b * tq)
 
 
+@pytest.mark.parametrize("mask", [None, masks.causal()])
+def test_poison_where_an_unknown_size_leaves_no_query(small, mask):
+    """A tile of no rows is not computed: what fills it up would see keys that no query sees."""
+    spec = [tf.TensorSpec((None, n, None, d), tf.float64) for n, d in ((HQ, D), (HK, D), (HK, DV))]
+
+    @tf.function(input_signature=spec)
+    def run(q, k, v):
+        with tf.GradientTape() as tape:
+            tape.watch([q, k, v])
+            out = attn_core.attention(q, k, v, mask=mask, query_offset="end", impl="chunked")
+        return out, tape.gradient(out, [q, k, v])
+
+    call = inputs(2, 0, 40)
+    for name in ("key", "value"):
+        call[name] *= np.nan
+    out, (dq, *rest) = run(*call.values())
+    assert out.shape == (2, HQ, 0, DV)
+    assert dq.shape == (2, HQ, 0, D)
+    for g, name in zip(rest, ("key", "value"), strict=True):
+        np.testing.assert_array_equal(g.numpy(), np.zeros(call[name].shape))
+
+
+# A tile of so many heads has 10, 6 or 4 rows, and several tiles are of multiples of 8: counted by
+# the former, the last begins beyond these lengths, and the rows that it has not would be written
+# over rows of the tiles before it.
+@pytest.mark.parametrize("form", ["function", "dynamic"])
+@pytest.mark.parametrize(("group", "length"), [(3, 25), (3, 81), (5, 27), (7, 89)])
+def test_groups_whose_tiles_are_no_multiple_of_8(small, group, length, form):
+    given = {
+        "query": draw(2, group, length, D, seed=1),
+        "key": draw(2, 1, 40, D, seed=2),
+        "value": draw(2, 1, 40, DV, seed=3),
+        "query_offset": 0,
+    }
+    pulled = {"out": draw(2, group, length, DV, seed=4), "lse": draw(2, group, length, seed=5)}
+    (got, found), (want, wanted) = (
+        backend.vjp(given | {"impl": impl, "return_lse": True}, pulled, how)
+        for impl, how in (("chunked", form), ("reference", "eager"))
+    )
+    for a, b in (
+        (got.out, want.out),
+        (got.lse, want.lse),
+        *zip(found.values(), wanted.values(), strict=True),
+    ):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 6, 7, 9, 12])
 def test_no_tile_begins_beyond_the_end(group, monkeypatch):
     """At full size, of every length at which a tile of such a group has one more, and beyond."""

@@ -167,6 +167,18 @@ def test_seeds_as_python_ints_soon_stop_recompiling() -> None:
     assert frames(g, [(seed, q, k, v) for seed in small])[-1] <= 2
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_rates_scales_and_caps_may_be_arguments(dynamic: Any) -> None:
+    """There a number may be a symbol; rates and caps are of the programme, and take its value."""
+    rated = lambda rate, q, k, v: attention(q, k, v, dropout=Dropout(rate, 3))  # noqa: E731
+    calls = [(x, q, k, v) for x in (0.5, 0.25, 0.75)]
+    assert frames(rated, calls, dynamic=dynamic) == [1, 2, 3]
+    scaled = lambda scale, q, k, v: attention(q, k, v, scale=scale)  # noqa: E731
+    assert frames(scaled, calls, dynamic=dynamic)[-1] <= 3
+    capped = lambda cap, q, k, v: attention(q, k, v, score=scores.softcap(cap))  # noqa: E731
+    assert frames(capped, calls, dynamic=dynamic) == [1, 2, 3]
+
+
 # --- Symbolic shapes. -----------------------------------------------------------------------------
 
 LENGTHS = [(5, 7), (9, 8), (17, 40), (33, 35), (3, 4)]
