@@ -15,7 +15,7 @@ since it wants shapes that are known.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,15 +68,35 @@ def heads(p: Problem) -> int:
 
 
 def either(
-    p: Problem, mask: Tree, x: Operands, runs: Callable[[Runs], Any], grid: Callable[[], Any]
-) -> Any:
-    """`runs` where the graph finds that they pay, else `grid`; results are alike in shape."""
+    p: Problem,
+    mask: Tree,
+    x: Operands,
+    runs: Callable[[Runs], list[Array]],
+    grid: Callable[..., list[Array]],
+    given: Sequence[Array] = (),
+    elsewhere: Callable[[], Sequence[Array]] | None = None,
+) -> list[Array]:
+    """`runs` where the graph finds that they pay, else `grid`; results are alike in shape.
 
-    def asked() -> Any:
+    Args:
+        given: the arguments of `grid`.
+        elsewhere: what they are where no runs are taken: under XLA, and on other devices than a
+            CPU. That may be another place than where the forward pass was.
+    """
+    # Traced once, for both places where it may be called.
+    once = tf.function(grid, autograph=False).get_concrete_function(*given)
+
+    def asked() -> list[Array]:
         found = _found(p, mask, x)
-        return tf.cond(found.pay, lambda: runs(found), grid)
+        result: list[Array] = tf.cond(found.pay, lambda: runs(found), lambda: once(*given))
+        return result
 
-    return tf.__internal__.execute_fn_for_device({"CPU": asked}, grid)
+    def never() -> list[Array]:
+        result: list[Array] = once(*(given if elsewhere is None else elsewhere()))
+        return result
+
+    result: list[Array] = tf.__internal__.execute_fn_for_device({"CPU": asked}, never)
+    return result
 
 
 class Runs(NamedTuple):
