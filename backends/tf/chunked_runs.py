@@ -32,11 +32,11 @@ from attn_core.spec import Operands, Problem
 
 Array = Any
 
-_BLOCK = 128
+BLOCK = 128
 """Rows of a tile, and the grain of a run."""
 AT_ONCE = 2**23
 """Bytes that the logits of one turn may take."""
-_SHORT = 4
+SHORT = 4
 """Tiles of a run of which so many heads are taken together that a turn still has room for it."""
 
 
@@ -56,14 +56,14 @@ def possible(p: Problem) -> Tree | None:
         return None
     if p.bias is not None or p.score is not None or not p.batch or not p.q_len or not p.k_len:
         return None
-    fits = p.q_len % (2 * _BLOCK) == p.k_len % (2 * _BLOCK) == 0 and heads(p) > 0
+    fits = p.q_len % (2 * BLOCK) == p.k_len % (2 * BLOCK) == 0 and heads(p) > 0
     return mask if fits else None
 
 
 def heads(p: Problem) -> int:
     """Key heads of a turn, through all batches; 0 where one is too many."""
     every = (p.batch or 0) * p.kv_heads
-    room = AT_ONCE // (p.group * _SHORT * _BLOCK * _BLOCK * 4)
+    room = AT_ONCE // (p.group * SHORT * BLOCK * BLOCK * 4)
     return max((n for n in range(1, every + 1) if every % n == 0 and n <= room), default=0)
 
 
@@ -119,14 +119,14 @@ class Runs(NamedTuple):
 
 
 def _found(p: Problem, mask: Tree, x: Operands) -> Runs:
-    rows, columns = (p.q_len or 0) // _BLOCK, (p.k_len or 0) // _BLOCK
-    live = tf.cast(traced(p, x, (rows, columns), _BLOCK) > 0, tf.int32)
+    rows, columns = (p.q_len or 0) // BLOCK, (p.k_len or 0) // BLOCK
+    live = tf.cast(traced(p, x, (rows, columns), BLOCK) > 0, tf.int32)
     first = tf.argmax(live, 1, tf.int32)
     last = columns - tf.argmax(live[:, ::-1], 1, tf.int32)
     count = tf.where(tf.reduce_max(live, 1) > 0, last - first, 1)
     instead = tf.reshape(live, (rows // 2, 2, columns // 2, 2))
     entries = 4 * tf.reduce_sum(tf.reduce_max(instead, (1, 3)))
-    of_tile = heads(p) * p.group * _BLOCK * _BLOCK * 4
+    of_tile = heads(p) * p.group * BLOCK * BLOCK * 4
     together = AT_ONCE // (of_tile * tf.reduce_max(count))
     pay = (together > 0) & (tf.reduce_sum(count) <= entries)
     order = tf.argsort(count, stable=True)
@@ -145,27 +145,27 @@ class _Turn:
 
     def __init__(self, p: Problem, x: Operands, runs: Runs, turns: Array, n: Array) -> None:
         self.p, at, turn = p, n // turns, n % turns
-        tall, wide = (p.q_len or 0) // _BLOCK, (p.k_len or 0) // _BLOCK
+        tall, wide = (p.q_len or 0) // BLOCK, (p.k_len or 0) // BLOCK
         tiles = runs.order[turn * runs.together : (turn + 1) * runs.together]
         count = tf.reduce_max(tf.gather(runs.count, tiles))
         first = tf.minimum(tf.gather(runs.first, tiles), wide - count)
         head = tf.reshape(tf.range(heads(p)) + at * heads(p), (-1, 1, 1))
         self.rows = (head * p.group + tf.range(p.group)) * tall + tiles[:, None]
         self.keys = head * wide + first[:, None] + tf.range(count)
-        self.c, self.length = tf.size(tiles), count * _BLOCK
-        zero, block = tf.zeros((1, 1, 1), tf.int32), tf.range(_BLOCK)
-        row = tiles[:, None, None] * _BLOCK + block[:, None]
-        key = first[:, None, None] * _BLOCK + tf.range(self.length)
+        self.c, self.length = tf.size(tiles), count * BLOCK
+        zero, block = tf.zeros((1, 1, 1), tf.int32), tf.range(BLOCK)
+        row = tiles[:, None, None] * BLOCK + block[:, None]
+        key = first[:, None, None] * BLOCK + tf.range(self.length)
         offset = (p.k_len or 0) - (p.q_len or 0) if p.offset == "end" else 0
         index = {"b": zero, "h": zero, "q": row + offset, "k": key, "row": row}
         low, high = (tf.constant(a, DTYPES[p.accumulation]) for a in (-np.inf, np.inf))
         allowed = Reading(p.accumulation, x.mask).read(runs.mask, index, x.mask)[0]
-        self.allowed = tf.broadcast_to(allowed, (self.c, _BLOCK, self.length))
+        self.allowed = tf.broadcast_to(allowed, (self.c, BLOCK, self.length))
         # In the place of a key that no row of its tile sees, one that some row does.
         self.seen = tf.reduce_any(self.allowed, 1)
         instead = tf.argmax(tf.cast(self.seen, tf.int32), 1, tf.int32)[:, None]
-        place = tf.where(self.seen, tf.range(self.length), instead) + first[:, None] * _BLOCK
-        self.places = tf.reshape(head * (wide * _BLOCK) + place, (-1,))
+        place = tf.where(self.seen, tf.range(self.length), instead) + first[:, None] * BLOCK
+        self.places = tf.reshape(head * (wide * BLOCK) + place, (-1,))
         if p.group > 1:
             self.allowed = tf.tile(self.allowed, (1, p.group, 1))
         self.caps = tf.where(self.allowed, high, low)
@@ -173,8 +173,8 @@ class _Turn:
     def read(self, x: Array) -> Array:
         """(H' * c, G * block, X) of (B, Hq, Tq, X)."""
         last = x.shape[-1]
-        found = tf.gather(tf.reshape(x, (-1, _BLOCK * last)), tf.reshape(self.rows, (-1,)))
-        found = tf.reshape(found, (-1, self.p.group * _BLOCK, last))
+        found = tf.gather(tf.reshape(x, (-1, BLOCK * last)), tf.reshape(self.rows, (-1,)))
+        found = tf.reshape(found, (-1, self.p.group * BLOCK, last))
         return tf.cast(found, DTYPES[self.p.accumulation]) if x.dtype.is_floating else found
 
     def read_keys(self, x: Array) -> Array:
@@ -213,7 +213,7 @@ class _Turn:
 
 def _turns(p: Problem, runs: Runs) -> tuple[Array, Array]:
     """(turns of some heads, turns in all)."""
-    rows = (p.q_len or 0) // _BLOCK
+    rows = (p.q_len or 0) // BLOCK
     turns = -(-rows // runs.together)
     return turns, turns * ((p.batch or 0) * p.kv_heads // heads(p))
 
@@ -231,8 +231,8 @@ def _exact(tile: Callable[[bool], list[Array]]) -> list[Array]:
 
 
 def _blank(p: Problem, last: int, dtype: Any) -> Array:
-    rows = (p.batch or 0) * p.heads * ((p.q_len or 0) // _BLOCK)
-    return written.blank(rows, _BLOCK * last, dtype)
+    rows = (p.batch or 0) * p.heads * ((p.q_len or 0) // BLOCK)
+    return written.blank(rows, BLOCK * last, dtype)
 
 
 def forward(p: Problem, x: Operands, runs: Runs) -> Rows:
@@ -318,10 +318,10 @@ def backward(
         dq, dk, dv = _exact(tile)
         return now.put(carry[0], dq), now.add(carry[1], dk), now.add(carry[2], dv)
 
-    columns = (p.batch or 0) * p.kv_heads * ((p.k_len or 0) // _BLOCK)
+    columns = (p.batch or 0) * p.kv_heads * ((p.k_len or 0) // BLOCK)
     start = [_blank(p, p.width, DTYPES[p.dtype])]
     start += [
-        written.blank(columns, _BLOCK * last, dtype, zeros=True) for last in (p.width, p.v_width)
+        written.blank(columns, BLOCK * last, dtype, zeros=True) for last in (p.width, p.v_width)
     ]
     found = parts.loop(tf.constant(0), count, turn, start)
     given = (x.query, x.key, x.value)

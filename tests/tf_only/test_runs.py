@@ -28,7 +28,7 @@ def inputs(b, tq, tk, hq=HQ, dtype=np.float64):
 @pytest.fixture
 def taken(monkeypatch):
     """Blocks of 8, some at a time; every answer to whether runs pay, in order of the calls."""
-    monkeypatch.setattr(chunked_runs, "_BLOCK", 8)
+    monkeypatch.setattr(chunked_runs, "BLOCK", 8)
     monkeypatch.setattr(chunked_runs, "AT_ONCE", 2**14)
     asked, found = [], chunked_runs._found
 
@@ -103,7 +103,7 @@ def test_runs_answer_as_the_judge(name, lse, form, taken, monkeypatch):
     if form == "xla":
         # Compiled, it is the grid that answers: its graph has no place for what runs ask.
         monkeypatch.undo()
-        monkeypatch.setattr(chunked_runs, "_BLOCK", 8)
+        monkeypatch.setattr(chunked_runs, "BLOCK", 8)
     found = answers(call, form, lse)
     if form != "xla":
         assert taken == [True, True]
@@ -284,7 +284,7 @@ def test_what_a_graph_cannot_differentiate_is_refused_by_name(taken):
 
 def test_long_runs_are_left_to_the_grid(taken, monkeypatch):
     """Where a turn has no room for the longest run, or runs hold more than the grid's tiles do."""
-    monkeypatch.setattr(chunked_runs, "_SHORT", 1)
+    monkeypatch.setattr(chunked_runs, "SHORT", 1)
     one, apart = np.zeros(64, int), np.arange(64) // 8 % 4
     for ids, room, pay in ((one, 2**12, False), (one, 2**13, True), (apart, 2**14, False)):
         monkeypatch.setattr(chunked_runs, "AT_ONCE", room)
