@@ -46,7 +46,9 @@ _FLOORS = """
 
 A floor is no attention. In JAX and TensorFlow it is the products of every live tile, two in a
 forward pass and five in a backward pass (measured in JAX, where it can be called by itself), in the
-framework's own loop: what is above it are exponentials, sums, masks and the loop. Where JAX takes
+framework's own loop: what is above it are exponentials, sums, masks and the loop. In TensorFlow a
+row of tiles of a window, and one of documents, is one tile of all the keys that it sees, and a
+floor takes as many of them in a turn as the implementation does. Where JAX takes
 short lines of rows side by side, its floor has the reduction with which XLA gives each product both
 cores. In torch it is the framework's fused kernel, called once on tiles that hold every live entry
 of a window, or on the documents as a batch, with no mask inside. What a floor does not reach is out

@@ -313,8 +313,8 @@ _SMALL_PRODUCTS = (
     "than about 256 x 256 on one core, whatever the batch, unless one fusion has it and a "
     "reduction, which a window's forward pass is made of in float32, while a backward pass and "
     "documents, which are not known when the call is traced, keep tiles of which half is hidden; "
-    "TensorFlow reads and writes each tile of logits in every operation of its softmax, however "
-    "small. A backward pass has five products of each tile in place of two."
+    "TensorFlow's products, mask and softmax are operations of their own, each of which reads and "
+    "writes the logits of a turn. A backward pass has five products of each tile in place of two."
 )
 
 TARGETS: tuple[Target, ...] = (

@@ -2,7 +2,8 @@
 
     tf:IMPL             attn_core.attention(impl=IMPL) in a tf.function of known shapes
     tf-unknown:IMPL     the same with batch and lengths unknown when it is traced
-    tf-floor            the two products of every live tile of `chunked`, in a loop: no attention
+    tf-floor            the two products of every live tile of `chunked`, in a loop: no attention;
+                        of a window's spans and of documents' runs, as many as a turn takes
 
 A tape lives inside a tf.function, so a backward pass cannot be called by itself; "both" can. Calls
 are concrete functions, which return when their results are there.
@@ -17,8 +18,9 @@ import numpy as np
 import tensorflow as tf
 
 from attn_core import registry
+from attn_core.backends.tf import chunked_narrow, chunked_runs
 from attn_core.benchmarks import calls, memory
-from attn_core.benchmarks.calls import Attend, Call, Made, Refused, Tiling, tiling
+from attn_core.benchmarks.calls import Attend, Call, Made, Refused, tiling
 from attn_core.benchmarks.cases import Case
 
 
@@ -36,13 +38,16 @@ def ours(impl: str, *, unknown: bool = False) -> Made:
 
 
 def floor(case: Case, direction: str) -> Call:
-    """All live tiles, one after the other, at rows and keys that change; spans head by head."""
+    """All live tiles, one after the other, at rows and keys that change; or turns of wide ones."""
     calls.forward_only("tf-floor", direction)
     t = tiling(case, "tf")
     heads = case.batch * case.heads
     arrays = case.arrays()
     if t.span:
-        return _spans(arrays, heads, case, t)
+        return _turns(arrays, heads, case, (t.rows, t.keys), chunked_narrow.AT_ONCE)
+    run = (chunked_runs.BLOCK, case.reach)
+    if case.mask == "documents" and not (case.length % run[1] or run[1] % run[0]):
+        return _turns(arrays, heads, case, run, chunked_runs.AT_ONCE)
 
     def tiles(name: str, size: int) -> Any:
         x = tf.reshape(tf.constant(arrays[name]), (heads, case.length // size, size, case.width))
@@ -61,21 +66,36 @@ def floor(case: Case, direction: str) -> Call:
     return _looped(products, given)
 
 
-def _spans(arrays: Any, heads: int, case: Case, t: Tiling) -> Call:
-    """A span to every row of tiles: a head's are one product of a batch of them."""
+def _turns(arrays: Any, heads: int, case: Case, tile: tuple[int, int], room: int) -> Call:
+    """One tile to every `rows` queries, of all the keys that they see, side by side.
+
+    Each turn is one product of a batch of them, whose logits have room in so many bytes.
+    """
+    rows, keys = tile
+    count = heads * (case.length // rows)
+    fits = room // (rows * keys * 4)
+    height = max(n for n in range(1, count + 1) if count % n == 0 and (n <= fits or n == 1))
     q, k, v = (
         tf.reshape(tf.constant(arrays[name]), (heads, case.length, case.width))
         for name in ("query", "key", "value")
     )
-    rows = tf.reshape(q, (heads, -1, t.rows, case.width))
-    given = [rows, *(tf.signal.frame(x, t.keys, t.rows, pad_end=True, axis=1) for x in (k, v))]
+
+    def seen(x: Any) -> Any:
+        if case.mask == "documents":
+            each = tf.reshape(x, (-1, keys, case.width))
+            return tf.repeat(each, keys // rows, 0)
+        return tf.signal.frame(x, keys, rows, pad_end=True, axis=1)
+
+    sizes = ((q, rows), (seen(k), keys), (seen(v), keys))
+    given = [tf.reshape(x, (count // height, height, size, case.width)) for x, size in sizes]
 
     def products(q: Any, k: Any, v: Any) -> Any:
-        def head(n: Any, total: Any) -> tuple[Any, Any]:
+        def turn(n: Any, total: Any) -> tuple[Any, Any]:
             return n + 1, total + tf.matmul(tf.matmul(q[n], k[n], transpose_b=True), v[n])
 
         start = (tf.constant(0), tf.zeros(q.shape[1:], q.dtype))
-        return tf.while_loop(lambda n, total: n < heads, head, start, parallel_iterations=1)[1]
+        count = q.shape[0]
+        return tf.while_loop(lambda n, total: n < count, turn, start, parallel_iterations=1)[1]
 
     return _looped(products, given)
 

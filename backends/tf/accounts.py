@@ -1,14 +1,16 @@
 """What each implementation spends: bytes beside arguments and results, and in which numbers.
 
 Counted from the same sizes by which the work is cut up: within the loops a few tiles of logits are
-held, and slices of the arguments. `out` is written where it belongs; of gradients, what the loops
-leave is put together afterwards, which takes a second copy of it, of one after the other.
+held, and slices of the arguments. Of a mask whose map the graph finds out, it is the more that
+tiles of the grid and runs of keys would take. `out` is written where it belongs; of gradients, what
+the loops leave is put together afterwards, which takes a second copy of it, of one after the other.
 """
 
 from __future__ import annotations
 
 import tensorflow as tf
 
+from attn_core.backends.tf import chunked_runs
 from attn_core.backends.tf.chunked_grid import cut_up
 from attn_core.backends.tf.chunked_narrow import Spans, spans
 from attn_core.footprint import differs, reading, sizes
@@ -63,24 +65,47 @@ def _chunked(p: Problem, numbers: tuple[str, tuple[str, str] | None]) -> Account
     # Gradients are summed in the accumulation dtype, beside which the results are made.
     sums = [rows * p.width, keys * p.width, keys * p.v_width]
     backward += max(sums) * wide + sum(sums) * (wide - narrow)
+    if chunked_runs.possible(p) is not None:
+        # Which of the two it is, the graph finds out.
+        runs = _runs(p, (narrow, wide))
+        forward, backward = (max(a, b) for a, b in zip((forward, backward), runs, strict=True))
     return Account((g.block_q, g.block_k), forward, backward, *numbers)
+
+
+def _runs(p: Problem, sizes: tuple[int, int]) -> tuple[int, int]:
+    """Bytes of a forward pass in runs, and of both, where a turn is as large as it may be."""
+    narrow, wide = sizes
+    batch, q_len, k_len = p.batch or 0, p.q_len or 0, p.k_len or 0
+    heads, block, short = chunked_runs.heads(p), chunked_runs.BLOCK, chunked_runs.SHORT
+    entries = min(chunked_runs.AT_ONCE // 4, heads * p.group * q_len * k_len)
+    keys, rows = entries // (p.group * block), entries // (short * block)
+    tile, width = entries * wide, (p.width + p.v_width) * wide
+    tiled = {"b": 1, "h": 1, "row": block, "k": keys // heads}
+    # What the mask says, and as numbers, which all heads of a turn share.
+    hidden = reading(p.mask, tiled, wide) + p.group * block * (keys // heads) * (1 + wide)
+    kept = batch * p.heads * q_len * wide * (1 + 2 * p.return_lse)
+    forward = 2 * tile + hidden + kept + (rows + keys) * width
+    backward = 3 * tile + hidden + 2 * kept + 2 * (rows + keys) * width
+    if narrow < wide:
+        # Sums beside the gradients that they are rounded to.
+        backward += batch * p.kv_heads * k_len * width
+    return forward, backward
 
 
 def _spans(
     p: Problem, s: Spans, sizes: tuple[int, int], numbers: tuple[str, tuple[str, str] | None]
 ) -> Account:
-    narrow, wide = sizes
+    _, wide = sizes
     turns, height = s.starts.shape
     rows, keys = height * p.group * s.block, height * s.keys
     tile, width = rows * s.keys * wide, (p.width + p.v_width) * wide
     batch = p.batch or 0
-    queries, columns = batch * p.heads * (p.q_len or 0), batch * p.kv_heads * (p.k_len or 0)
+    queries = batch * p.heads * (p.q_len or 0)
     saved = queries * (2 * wide + 1)
     # The patterns of the mask as numbers, and those of a turn.
     hidden = s.patterns.size * (1 + wide) + tile + (rows + keys) * width
     forward = 2 * tile + hidden + 2 * saved
-    results = [columns * p.width, columns * p.v_width]
-    backward = 4 * tile + hidden + 4 * saved + (rows + keys) * width + max(results) * narrow
+    backward = 4 * tile + hidden + 4 * saved + (rows + keys) * width
     # Gradients of a key head, turn by turn, and put together.
     backward += 2 * turns * s.reach * s.block * width
     return Account((s.block, s.block), forward, backward, *numbers, s.keys // s.block)

@@ -150,13 +150,24 @@ def _backward(p: Problem, x: Operands, rows: Rows, cotangents: Any) -> Operands:
     if mask is None:
         return _backward_of_grid(p, x, rows, cotangents)
 
-    def grid() -> list[Array]:
-        return list(_backward_of_grid(p, x, rows, cotangents)[:3])
+    def grid(m: Array, total: Array) -> list[Array]:
+        kept = rows._replace(m=m, total=total)
+        return list(_backward_of_grid(p, x, kept, cotangents)[:3])
 
     def runs(found: chunked_runs.Runs) -> list[Array]:
         return list(chunked_runs.backward(p, x, found, rows, cotangents)[:3])
 
-    return Operands(*chunked_runs.either(p, mask, x, runs, grid))
+    def elsewhere() -> list[Array]:
+        """m and total, which a forward pass in runs, on another device, has left at 0."""
+        kept = [rows.m, rows.total]
+        if p.return_lse:
+            return kept
+        lost = tf.reduce_any(rows.alive & tf.equal(rows.total, 0))
+        again: list[Array] = tf.cond(lost, lambda: list(_forward_of_grid(p, x)[1:3]), lambda: kept)
+        return again
+
+    given = [rows.m, rows.total]
+    return Operands(*chunked_runs.either(p, mask, x, runs, grid, given, elsewhere))
 
 
 def _backward_of_grid(p: Problem, x: Operands, rows: Rows, cotangents: Any) -> Operands:

@@ -15,7 +15,7 @@ since it wants shapes that are known.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,11 +32,11 @@ from attn_core.spec import Operands, Problem
 
 Array = Any
 
-_BLOCK = 128
+BLOCK = 128
 """Rows of a tile, and the grain of a run."""
 AT_ONCE = 2**23
 """Bytes that the logits of one turn may take."""
-_SHORT = 4
+SHORT = 4
 """Tiles of a run of which so many heads are taken together that a turn still has room for it."""
 
 
@@ -56,27 +56,47 @@ def possible(p: Problem) -> Tree | None:
         return None
     if p.bias is not None or p.score is not None or not p.batch or not p.q_len or not p.k_len:
         return None
-    fits = p.q_len % (2 * _BLOCK) == p.k_len % (2 * _BLOCK) == 0 and heads(p) > 0
+    fits = p.q_len % (2 * BLOCK) == p.k_len % (2 * BLOCK) == 0 and heads(p) > 0
     return mask if fits else None
 
 
 def heads(p: Problem) -> int:
     """Key heads of a turn, through all batches; 0 where one is too many."""
     every = (p.batch or 0) * p.kv_heads
-    room = AT_ONCE // (p.group * _SHORT * _BLOCK * _BLOCK * 4)
+    room = AT_ONCE // (p.group * SHORT * BLOCK * BLOCK * 4)
     return max((n for n in range(1, every + 1) if every % n == 0 and n <= room), default=0)
 
 
 def either(
-    p: Problem, mask: Tree, x: Operands, runs: Callable[[Runs], Any], grid: Callable[[], Any]
-) -> Any:
-    """`runs` where the graph finds that they pay, else `grid`; results are alike in shape."""
+    p: Problem,
+    mask: Tree,
+    x: Operands,
+    runs: Callable[[Runs], list[Array]],
+    grid: Callable[..., list[Array]],
+    given: Sequence[Array] = (),
+    elsewhere: Callable[[], Sequence[Array]] | None = None,
+) -> list[Array]:
+    """`runs` where the graph finds that they pay, else `grid`; results are alike in shape.
 
-    def asked() -> Any:
+    Args:
+        given: the arguments of `grid`.
+        elsewhere: what they are where no runs are taken: under XLA, and on other devices than a
+            CPU. That may be another place than where the forward pass was.
+    """
+    # Traced once, for both places where it may be called.
+    once = tf.function(grid, autograph=False).get_concrete_function(*given)
+
+    def asked() -> list[Array]:
         found = _found(p, mask, x)
-        return tf.cond(found.pay, lambda: runs(found), grid)
+        result: list[Array] = tf.cond(found.pay, lambda: runs(found), lambda: once(*given))
+        return result
 
-    return tf.__internal__.execute_fn_for_device({"CPU": asked}, grid)
+    def never() -> list[Array]:
+        result: list[Array] = once(*(given if elsewhere is None else elsewhere()))
+        return result
+
+    result: list[Array] = tf.__internal__.execute_fn_for_device({"CPU": asked}, never)
+    return result
 
 
 class Runs(NamedTuple):
@@ -99,14 +119,14 @@ class Runs(NamedTuple):
 
 
 def _found(p: Problem, mask: Tree, x: Operands) -> Runs:
-    rows, columns = (p.q_len or 0) // _BLOCK, (p.k_len or 0) // _BLOCK
-    live = tf.cast(traced(p, x, (rows, columns), _BLOCK) > 0, tf.int32)
+    rows, columns = (p.q_len or 0) // BLOCK, (p.k_len or 0) // BLOCK
+    live = tf.cast(traced(p, x, (rows, columns), BLOCK) > 0, tf.int32)
     first = tf.argmax(live, 1, tf.int32)
     last = columns - tf.argmax(live[:, ::-1], 1, tf.int32)
     count = tf.where(tf.reduce_max(live, 1) > 0, last - first, 1)
     instead = tf.reshape(live, (rows // 2, 2, columns // 2, 2))
     entries = 4 * tf.reduce_sum(tf.reduce_max(instead, (1, 3)))
-    of_tile = heads(p) * p.group * _BLOCK * _BLOCK * 4
+    of_tile = heads(p) * p.group * BLOCK * BLOCK * 4
     together = AT_ONCE // (of_tile * tf.reduce_max(count))
     pay = (together > 0) & (tf.reduce_sum(count) <= entries)
     order = tf.argsort(count, stable=True)
@@ -118,46 +138,43 @@ class _Turn:
 
     Attributes:
         rows, keys: where they lie, in blocks of query heads (H', c, G) and of key heads (H', c, n).
-        caps: (c, G * block, n * block), inf where the mask allows, else -inf.
+        allowed: bool (c, G * block, n * block), what the mask says.
+        caps: of the same shape, inf where it allows, else -inf.
+        seen: bool (c, n * block), the keys that some row of the tile sees.
     """
 
     def __init__(self, p: Problem, x: Operands, runs: Runs, turns: Array, n: Array) -> None:
         self.p, at, turn = p, n // turns, n % turns
-        tall, wide = (p.q_len or 0) // _BLOCK, (p.k_len or 0) // _BLOCK
+        tall, wide = (p.q_len or 0) // BLOCK, (p.k_len or 0) // BLOCK
         tiles = runs.order[turn * runs.together : (turn + 1) * runs.together]
         count = tf.reduce_max(tf.gather(runs.count, tiles))
         first = tf.minimum(tf.gather(runs.first, tiles), wide - count)
         head = tf.reshape(tf.range(heads(p)) + at * heads(p), (-1, 1, 1))
         self.rows = (head * p.group + tf.range(p.group)) * tall + tiles[:, None]
         self.keys = head * wide + first[:, None] + tf.range(count)
-        self.c, self.length = tf.size(tiles), count * _BLOCK
-        zero, block = tf.zeros((1, 1, 1), tf.int32), tf.range(_BLOCK)
-        row = tiles[:, None, None] * _BLOCK + block[:, None]
-        key = first[:, None, None] * _BLOCK + tf.range(self.length)
+        self.c, self.length = tf.size(tiles), count * BLOCK
+        zero, block = tf.zeros((1, 1, 1), tf.int32), tf.range(BLOCK)
+        row = tiles[:, None, None] * BLOCK + block[:, None]
+        key = first[:, None, None] * BLOCK + tf.range(self.length)
         offset = (p.k_len or 0) - (p.q_len or 0) if p.offset == "end" else 0
         index = {"b": zero, "h": zero, "q": row + offset, "k": key, "row": row}
-        allowed = Reading(p.accumulation, x.mask).read(runs.mask, index, x.mask)[0]
         low, high = (tf.constant(a, DTYPES[p.accumulation]) for a in (-np.inf, np.inf))
-        self.caps = tf.where(allowed, high, low)
-        shape = (self.c, _BLOCK, self.length)
-        if allowed.shape[1] != _BLOCK or None in (allowed.shape[0], allowed.shape[2]):
-            self.caps = tf.broadcast_to(self.caps, shape)
+        allowed = Reading(p.accumulation, x.mask).read(runs.mask, index, x.mask)[0]
+        self.allowed = tf.broadcast_to(allowed, (self.c, BLOCK, self.length))
         # In the place of a key that no row of its tile sees, one that some row does.
-        seen = tf.reduce_max(self.caps, 1) > 0
-        instead = tf.argmax(tf.cast(seen, tf.int32), 1, tf.int32)[:, None]
-        place = tf.where(seen, tf.range(self.length), instead) + first[:, None] * _BLOCK
-        self.places = tf.reshape(head * (wide * _BLOCK) + place, (-1,))
-        self.sighted = tf.reduce_max(self.caps, 2, keepdims=True) > 0
+        self.seen = tf.reduce_any(self.allowed, 1)
+        instead = tf.argmax(tf.cast(self.seen, tf.int32), 1, tf.int32)[:, None]
+        place = tf.where(self.seen, tf.range(self.length), instead) + first[:, None] * BLOCK
+        self.places = tf.reshape(head * (wide * BLOCK) + place, (-1,))
         if p.group > 1:
-            self.caps, self.sighted = (
-                tf.tile(a, (1, p.group, 1)) for a in (self.caps, self.sighted)
-            )
+            self.allowed = tf.tile(self.allowed, (1, p.group, 1))
+        self.caps = tf.where(self.allowed, high, low)
 
     def read(self, x: Array) -> Array:
         """(H' * c, G * block, X) of (B, Hq, Tq, X)."""
         last = x.shape[-1]
-        found = tf.gather(tf.reshape(x, (-1, _BLOCK * last)), tf.reshape(self.rows, (-1,)))
-        found = tf.reshape(found, (-1, self.p.group * _BLOCK, last))
+        found = tf.gather(tf.reshape(x, (-1, BLOCK * last)), tf.reshape(self.rows, (-1,)))
+        found = tf.reshape(found, (-1, self.p.group * BLOCK, last))
         return tf.cast(found, DTYPES[self.p.accumulation]) if x.dtype.is_floating else found
 
     def read_keys(self, x: Array) -> Array:
@@ -174,9 +191,14 @@ class _Turn:
         hidden = tf.minimum(tf.reshape(z, (heads(self.p), -1)), tf.reshape(self.caps, (1, -1)))
         return tf.reshape(hidden, tf.shape(z))
 
-    def of_heads(self, x: Array) -> Array:
-        """An array over (c, ...) for all heads of the turn."""
-        return tf.tile(x, (heads(self.p), 1, 1))
+    def select(self, z: Array, instead: float) -> Array:
+        """`z` where the mask allows it, whatever it is elsewhere: five times the price."""
+        allowed = tf.tile(self.allowed, (heads(self.p), 1, 1))
+        return tf.where(allowed, z, tf.constant(instead, z.dtype))
+
+    def select_keys(self, x: Array) -> Array:
+        """(H' * c, n * block, X), 0 for keys that no row of their tile sees."""
+        return tf.where(tf.tile(self.seen, (heads(self.p), 1))[..., None], x, tf.zeros_like(x))
 
     def put(self, whole: Array, x: Array) -> Array:
         rows = tf.reshape(self.rows, (-1,))
@@ -191,14 +213,26 @@ class _Turn:
 
 def _turns(p: Problem, runs: Runs) -> tuple[Array, Array]:
     """(turns of some heads, turns in all)."""
-    rows = (p.q_len or 0) // _BLOCK
+    rows = (p.q_len or 0) // BLOCK
     turns = -(-rows // runs.together)
     return turns, turns * ((p.batch or 0) * p.kv_heads // heads(p))
 
 
+def _exact(tile: Callable[[bool], list[Array]]) -> list[Array]:
+    """What a tile gives, computed again with every select where its first result holds a NaN.
+
+    That takes a row without keys, whose shares are 0 / 0, or a NaN or an infinity in what is read.
+    Without one no select changes a bit.
+    """
+    fast = tile(False)
+    odd = tf.math.is_nan(tf.reduce_sum(fast[0]))
+    found: list[Array] = tf.cond(odd, lambda: tile(True), lambda: fast)
+    return found
+
+
 def _blank(p: Problem, last: int, dtype: Any) -> Array:
-    rows = (p.batch or 0) * p.heads * ((p.q_len or 0) // _BLOCK)
-    return written.blank(rows, _BLOCK * last, dtype)
+    rows = (p.batch or 0) * p.heads * ((p.q_len or 0) // BLOCK)
+    return written.blank(rows, BLOCK * last, dtype)
 
 
 def forward(p: Problem, x: Operands, runs: Runs) -> Rows:
@@ -208,31 +242,28 @@ def forward(p: Problem, x: Operands, runs: Runs) -> Rows:
 
     def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         now = _Turn(p, x, runs, turns, n)
-        q, k = now.read(x.query) * p.scale, now.read_keys(x.key)
-        z = now.hide(tf.matmul(q, k, transpose_b=True))
-        share = tf.nn.softmax(z)
-        acc = tf.matmul(share, now.read_keys(x.value))
+        q, k, v = now.read(x.query) * p.scale, now.read_keys(x.key), now.read_keys(x.value)
 
-        def living(z: Array) -> tuple[Array, Array]:
-            alive = tf.not_equal(tf.reduce_max(z, -1, keepdims=True), -np.inf)
-            alive = tf.cast(alive & now.of_heads(now.sighted), dtype)
-            return tf.math.multiply_no_nan(acc, alive), alive
+        def tile(exact: bool) -> list[Array]:
+            z = tf.matmul(q, k, transpose_b=True)
+            z = now.select(z, -np.inf) if exact else now.hide(z)
+            share = tf.nn.softmax(z)
+            acc = tf.matmul(share, v)
+            alive = tf.ones_like(acc[..., :1])
+            if exact:
+                top = tf.reduce_max(z, -1, keepdims=True)
+                alive = tf.cast(tf.not_equal(top, -np.inf), dtype)
+                acc = tf.math.multiply_no_nan(acc, alive)
+            found = [acc, alive]
+            if p.return_lse:
+                top, most = (tf.reduce_max(a, -1, keepdims=True) for a in (z, share))
+                # exp(m - m), which an infinite maximum makes NaN, over the largest share.
+                kept = (top, tf.exp(top - top) / most)
+                found += [tf.where(alive > 0, a, tf.zeros_like(a)) for a in kept]
+            return found
 
-        # A row of hidden keys alone has shares of 0 / 0.
-        out, alive = tf.cond(
-            tf.reduce_any(tf.math.is_nan(share[..., :1])),
-            lambda: living(now.hide(tf.matmul(q, k, transpose_b=True))),
-            lambda: (acc, tf.ones_like(acc[..., :1])),
-        )
-        kept = [alive]
-        if p.return_lse:
-            top, most = (tf.reduce_max(a, -1, keepdims=True) for a in (z, share))
-            kept += [
-                tf.where(alive > 0, top, tf.zeros_like(top)),
-                tf.where(alive > 0, tf.exp(top - top) / most, tf.zeros_like(top)),
-            ]
-        kept = [now.put(a, b) for a, b in zip(carry[1:], kept, strict=True)]
-        return (now.put(carry[0], out), *kept)
+        found = _exact(tile)
+        return tuple(now.put(a, b) for a, b in zip(carry, found, strict=True))
 
     start = [_blank(p, p.v_width, DTYPES[p.dtype]), _blank(p, 1, dtype)]
     start += [_blank(p, 1, dtype) for _ in range(2 * p.return_lse)]
@@ -254,37 +285,43 @@ def backward(
 
     def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         now = _Turn(p, x, runs, turns, n)
-        alive = now.read(living)
-        pulled = tf.math.multiply_no_nan(now.read(d_out), alive)
-        delta = tf.reduce_sum(pulled * now.read(rows.out), -1, keepdims=True)
-        if moved is not None:
-            delta -= now.read(moved)
-        q = tf.math.multiply_no_nan(now.read(x.query), alive * p.scale)
+        query, pulled_all, out = now.read(x.query), now.read(d_out), now.read(rows.out)
         k, v = now.read_keys(x.key), now.read_keys(x.value)
-        share = tf.nn.softmax(now.hide(tf.matmul(q, k, transpose_b=True)))
-        whole = share
-        share = tf.cond(
-            tf.reduce_min(alive) > 0,
-            lambda: whole,
-            lambda: tf.math.multiply_no_nan(whole, alive),
-        )
-        slope = tf.matmul(pulled, v, transpose_b=True) - delta
-        slope = tf.math.multiply_no_nan(slope, share)
-        if d_lse is None:
-            lone, all_of = tf.equal(tf.reduce_max(share, -1, keepdims=True), 1), slope
-            slope = tf.cond(
-                tf.reduce_any(lone), lambda: settled(all_of, share, lone), lambda: all_of
-            )
-        return (
-            now.put(carry[0], tf.matmul(slope, k) * p.scale),
-            now.add(carry[1], tf.matmul(slope, q, transpose_a=True)),
-            now.add(carry[2], tf.matmul(share, pulled, transpose_a=True)),
-        )
 
-    columns = (p.batch or 0) * p.kv_heads * ((p.k_len or 0) // _BLOCK)
+        def tile(exact: bool) -> list[Array]:
+            q, pulled, alive = query * p.scale, pulled_all, now.read(living) if exact else None
+            if alive is not None:
+                q = tf.math.multiply_no_nan(query, alive * p.scale)
+                pulled = tf.math.multiply_no_nan(pulled, alive)
+            delta = tf.reduce_sum(pulled * out, -1, keepdims=True)
+            if moved is not None:
+                delta -= now.read(moved)
+            z = tf.matmul(q, k, transpose_b=True)
+            share = tf.nn.softmax(now.select(z, -np.inf) if exact else now.hide(z))
+            if alive is not None:
+                share = now.select(tf.math.multiply_no_nan(share, alive), 0)
+            slope = share * (tf.matmul(pulled, v, transpose_b=True) - delta)
+            if alive is not None:
+                slope = now.select(tf.where(alive > 0, slope, tf.zeros_like(slope)), 0)
+            if d_lse is None:
+                lone, all_of = tf.equal(tf.reduce_max(share, -1, keepdims=True), 1), slope
+                slope = tf.cond(
+                    tf.reduce_any(lone), lambda: settled(all_of, share, lone), lambda: all_of
+                )
+            dq = tf.matmul(slope, k) * p.scale
+            dk, dv = (tf.matmul(a, b, transpose_a=True) for a, b in ((slope, q), (share, pulled)))
+            if alive is not None:
+                dq = tf.math.multiply_no_nan(dq, alive)
+                dk, dv = now.select_keys(dk), now.select_keys(dv)
+            return [dq, dk, dv]
+
+        dq, dk, dv = _exact(tile)
+        return now.put(carry[0], dq), now.add(carry[1], dk), now.add(carry[2], dv)
+
+    columns = (p.batch or 0) * p.kv_heads * ((p.k_len or 0) // BLOCK)
     start = [_blank(p, p.width, DTYPES[p.dtype])]
     start += [
-        written.blank(columns, _BLOCK * last, dtype, zeros=True) for last in (p.width, p.v_width)
+        written.blank(columns, BLOCK * last, dtype, zeros=True) for last in (p.width, p.v_width)
     ]
     found = parts.loop(tf.constant(0), count, turn, start)
     given = (x.query, x.key, x.value)

@@ -8,6 +8,7 @@ import attn_core
 from attn_core import Dropout, masks, reference, scores
 from attn_core.backends import tf as backend
 from attn_core.backends.tf import chunked_runs
+from attn_core.registry import UnsupportedError
 
 HQ, HK, D, DV = 4, 2, 3, 5
 
@@ -27,7 +28,7 @@ def inputs(b, tq, tk, hq=HQ, dtype=np.float64):
 @pytest.fixture
 def taken(monkeypatch):
     """Blocks of 8, some at a time; every answer to whether runs pay, in order of the calls."""
-    monkeypatch.setattr(chunked_runs, "_BLOCK", 8)
+    monkeypatch.setattr(chunked_runs, "BLOCK", 8)
     monkeypatch.setattr(chunked_runs, "AT_ONCE", 2**14)
     asked, found = [], chunked_runs._found
 
@@ -102,7 +103,7 @@ def test_runs_answer_as_the_judge(name, lse, form, taken, monkeypatch):
     if form == "xla":
         # Compiled, it is the grid that answers: its graph has no place for what runs ask.
         monkeypatch.undo()
-        monkeypatch.setattr(chunked_runs, "_BLOCK", 8)
+        monkeypatch.setattr(chunked_runs, "BLOCK", 8)
     found = answers(call, form, lse)
     if form != "xla":
         assert taken == [True, True]
@@ -157,9 +158,133 @@ def test_poison_that_no_row_sees(lse, taken):
     assert taken == [True] * 4
 
 
+def test_gradients_asked_of_xla_after_a_forward_pass_outside_it(taken):
+    """Runs keep no sums of the rows, which tiles of the grid are computed again from."""
+    call = inputs(2, 64, 64)
+    up = tf.constant(draw(2, HQ, 64, DV, seed=4))
+    want = answers(call | {"mask": SHORT["causal"][0]}, lse=False)
+    arrays = {n: tf.constant(x) for n, x in call.items()}
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(arrays)
+        out = attn_core.attention(**arrays, mask=SHORT["causal"][0], impl="chunked")
+    found = tf.function(lambda: tape.gradient(out, arrays, up), jit_compile=True)()
+    assert taken == [True] * 3
+    for n, x in found.items():
+        np.testing.assert_allclose(x, want[n], rtol=1e-9, atol=1e-9, err_msg=n)
+
+
+@pytest.mark.parametrize("lse", [True, False])
+def test_poison_in_tiles_that_see_nothing(lse, taken):
+    """They are given the first keys, which here nobody sees."""
+    rows, keys = np.where(np.arange(64) < 44, UNEVEN, 8), np.where(np.arange(64) < 8, 9, UNEVEN)
+    call = inputs(1, 64, 64) | {"mask": masks.segments(rows, keys)}
+    up = draw(1, HQ, 64, DV, seed=4)
+    dead = ~(rows[:, None] == keys).any(1)
+    assert dead[48:].all()
+    spoilt = {n: x.copy() if isinstance(x, np.ndarray) else x for n, x in call.items()}
+    spoilt["key"][:, :, :8], spoilt["value"][:, :, :8] = np.nan, np.inf
+    spoilt["query"][:, :, dead] = np.inf
+    poison = up.copy()
+    poison[:, :, dead] = np.nan
+    want, found = answers(call, lse=lse, up=up), answers(spoilt, lse=lse, up=poison)
+    for n, x in want.items():
+        np.testing.assert_array_equal(found[n], x, err_msg=n)
+        assert n == "lse" or np.isfinite(x).all()
+    assert taken == [True] * 4
+
+
+@pytest.mark.parametrize("lse", [True, False])
+def test_rows_whose_logits_are_all_minus_infinity_or_not_a_number(lse, taken):
+    """Document by document: ordinary, overflowing to -inf, with a NaN, with +inf."""
+    ids = np.arange(64) // 16
+    call = inputs(1, 64, 64)
+    call["query"][..., 0] = 1
+    call["query"][:, :, 16:32], call["key"][:, :, 16:32] = 1e200, -1e200
+    call["key"][:, :, 33, 0], call["key"][:, :, 50, 0] = np.nan, np.inf
+    up = draw(1, HQ, 64, DV, seed=4)
+    found = answers(call | {"mask": masks.segments(ids)}, lse=lse, up=up)
+    assert taken == [True, True]
+    given = call | {"mask": np.broadcast_to(ids[:, None] == ids, (1, HQ, 64, 64))}
+    judged = reference.attention(**given)
+    pulled = {"d_out": up} | ({"d_lse": draw(1, HQ, 64, seed=5)} if lse else {})
+    wanted = {"out": judged.out, "lse": judged.lse} | reference.gradients(**given, **pulled)
+    for n, x in found.items():
+        np.testing.assert_allclose(x, wanted[n], rtol=1e-9, atol=1e-9, err_msg=n)
+        assert n == "lse" or not x[:, :, 16:32].any()
+        assert np.isfinite(x[:, :, :16]).all()
+        assert np.isnan(x[:, :, 32:]).any()
+
+
+@pytest.mark.parametrize("poison", ["value", "up"])
+def test_no_weight_beside_an_infinite_gradient_is_data(poison, taken):
+    """0 times it is NaN where the key may be seen, and nothing where it may not."""
+    ids = np.arange(64) // 12
+    call, up = inputs(1, 64, 64), draw(1, HQ, 64, DV, seed=4)
+    call["query"][..., 0], call["key"][:, :, 14] = 1, [-1e5, 0, 0]
+    if poison == "value":
+        call["value"][:, :, 14, 1] = np.inf
+    else:
+        up[:, :, 15, 2] = np.inf
+    found = answers(call | {"mask": masks.segments(ids)}, lse=False, up=up)
+    assert taken == [True, True]
+    mask = np.broadcast_to(ids[:, None] == ids, (1, HQ, 64, 64))
+    wanted = reference.gradients(**call, mask=mask, d_out=up)
+    for n in ("query", "key", "value"):
+        np.testing.assert_array_equal(np.isnan(found["key"][:, :, 14]), True)
+        kept = np.isfinite(wanted[n])
+        assert not kept.all() or n == "value"
+        assert not np.isfinite(found[n][~kept]).any()
+        # Rows of the same tile may share it; those of others do not.
+        np.testing.assert_allclose(found[n][:, :, 24:], wanted[n][:, :, 24:], 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_narrow_dtypes_are_summed_in_float32(dtype, taken):
+    call = {n: tf.cast(x, dtype) for n, x in inputs(2, 64, 64).items()}
+    up = tf.cast(draw(2, HQ, 64, DV, seed=4), dtype)
+    given = call | {"mask": SHORT["causal"][0], "impl": "chunked"}
+    output, found = backend.vjp(given, {"out": up}, "function")
+    assert taken == [True, True]
+    wide = {n: tf.cast(x, tf.float64).numpy() for n, x in call.items()}
+    wide["mask"] = np.broadcast_to(dense("causal"), (2, HQ, 64, 64))
+    judged = reference.gradients(**wide, d_out=tf.cast(up, tf.float64).numpy())
+    step = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-19}[dtype]
+    judged["out"] = reference.attention(**wide).out
+    for n, x in (found | {"out": output.out}).items():
+        assert x.dtype == tf.as_dtype(dtype)
+        # One rounding of the result, and of the output that delta is summed from.
+        x = tf.cast(x, tf.float64).numpy()
+        np.testing.assert_allclose(x, judged[n], rtol=2 * step, atol=4 * step, err_msg=n)
+
+
+def test_what_a_graph_cannot_differentiate_is_refused_by_name(taken):
+    """As it is where the grid answers; nobody gets zeros."""
+    call = {n: tf.constant(x) for n, x in inputs(1, 64, 64).items()}
+    query, more = call.pop("query"), {"mask": SHORT["causal"][0], "impl": "chunked"}
+
+    @tf.function(autograph=False)
+    def second(query):
+        with tf.GradientTape() as outer:
+            outer.watch(query)
+            with tf.GradientTape() as inner:
+                inner.watch(query)
+                out = attn_core.attention(query, **call, **more)
+            slope = inner.gradient(out, query)
+        return outer.gradient(slope, query)
+
+    with pytest.raises(UnsupportedError, match='impl="reference"'):
+        second(query)
+
+    with (
+        pytest.raises(UnsupportedError, match='impl="reference"'),
+        tf.autodiff.ForwardAccumulator(query, tf.ones_like(query)) as forward,
+    ):
+        forward.jvp(attn_core.attention(query, **call, **more))
+
+
 def test_long_runs_are_left_to_the_grid(taken, monkeypatch):
     """Where a turn has no room for the longest run, or runs hold more than the grid's tiles do."""
-    monkeypatch.setattr(chunked_runs, "_SHORT", 1)
+    monkeypatch.setattr(chunked_runs, "SHORT", 1)
     one, apart = np.zeros(64, int), np.arange(64) // 8 % 4
     for ids, room, pay in ((one, 2**12, False), (one, 2**13, True), (apart, 2**14, False)):
         monkeypatch.setattr(chunked_runs, "AT_ONCE", room)
