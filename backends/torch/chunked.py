@@ -155,14 +155,25 @@ def _backward(
 
             return triton_backward.backward(ask, scale, x, Saved(*saved), up, wanted)
         w, rows = Work(ask, scale, x), Saved(*saved)
-        if ask.kernel and native_tiles.coarse(x, rows):
-            found_out, _, _, *statistics = forward(w)
-            rows = Saved(found_out, *statistics)
-        elif kernel and up.lse is None and up.out is not None:
-            found = native_tiles.backward(ask, scale, x, rows, up.out, wanted)
-            if found is not None:
+        coarse = native_tiles.coarse(x, rows) if ask.kernel else None
+        found = None
+        # Where a mask looks something up, as of packed documents, rows that are coarse leave the
+        # others as they are: no document's gradients tell what stands in another.
+        if coarse is None or (x.mask and not coarse.all()):
+            fine = rows if coarse is None else rows.only(~coarse)
+            if kernel and up.lse is None and up.out is not None:
+                found = native_tiles.backward(ask, scale, x, fine, up.out, wanted)
+            if found is not None and coarse is None:
                 return found
-        return backward(w, rows, up, wanted)
+        if coarse is not None:
+            found_out, _, _, *statistics = forward(w)
+            again = Saved(found_out, *statistics)
+            if found is not None:
+                rows = again.only(coarse)
+            else:
+                rows = rows.replaced(again, coarse, axis) if x.mask else again
+        more = backward(w, rows, up, wanted)
+        return more if found is None else [a + b for a, b in zip(found, more, strict=True)]
 
 
 def _beside(given: Sequence[Any]) -> list[Any]:

@@ -38,6 +38,18 @@ class Saved(NamedTuple):
     log_l: Array
     alive: Array
 
+    def only(self, rows: Array) -> Saved:
+        """Of these rows alone: to the gradients the others give nothing, as rows without keys."""
+        alive = self.alive & rows
+        m, log_l = self.m.masked_fill(~alive, 0.0), self.log_l.masked_fill(~alive, torch.inf)
+        return Saved(self.out, m, log_l, alive)
+
+    def replaced(self, other: Saved, rows: Array, axis: int) -> Saved:
+        """These rows as another has them; `axis` is that of the heads in out."""
+        out = torch.where(rows.movedim(1, axis)[..., None], other.out, self.out)
+        pairs = zip(other[1:], self[1:], strict=True)
+        return Saved(out, *(torch.where(rows, new, old) for new, old in pairs))
+
 
 class Upstream(NamedTuple):
     """Cotangents of out, lse and weights; None where there is none."""

@@ -206,19 +206,20 @@ def backward(
     return [g.to(dtype) for g, dtype in zip(found, types, strict=True)]
 
 
-def coarse(x: Operands, saved: Saved) -> bool:
-    """Whether some row's log-sum-exp is too large to rebuild its weights from: see `_ALLOWED`.
+def coarse(x: Operands, saved: Saved) -> Array | None:
+    """Rows whose log-sum-exp is too large to rebuild their weights from, if any: see `_ALLOWED`.
 
     Infinite ones are of rows without a sum, and NaN is data.
     """
     lse, dtype = saved.m, x.query.dtype
     if not lse.numel():
-        return False
+        return None
     most = _ALLOWED[dtype] * torch.finfo(dtype).eps / (torch.finfo(lse.dtype).eps / 2)
     low, high = torch.stack(torch.aminmax(lse)).tolist()
     if -most <= low and high <= most:
-        return False
-    return bool(((lse.abs() > most) & lse.isfinite()).any())
+        return None
+    found = (lse.abs() > most) & lse.isfinite()
+    return found if found.any() else None
 
 
 def _gradients(w: Work, arrays: Sequence[Array], saved: Saved, clean: _Clean) -> list[Array]:

@@ -672,13 +672,40 @@ def test_which_log_sum_exps_are_coarse(dtype: Any, most: float) -> None:
 
     def coarse(*lse: float) -> bool:
         m = torch.tensor(lse, dtype=wide).view(1, 1, -1)
-        return native_tiles.coarse(x, Saved(m, m, m, m))
+        return native_tiles.coarse(x, Saved(m, m, m, m)) is not None
 
     assert not coarse(0.0, most, -most)
     assert not coarse(torch.nan, torch.inf, -torch.inf, most)
     for big in (1.001 * most, -1.001 * most):
         assert coarse(0.0, big)
         assert coarse(torch.nan, big, torch.inf)
+
+
+@pytest.mark.parametrize("t", [512, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_logits_of_a_document_leave_the_others_as_they_are(dtype: Any, t: int) -> None:
+    """Bit for bit; those of the document itself are what chunked finds."""
+    ids = torch.repeat_interleave(torch.arange(4), torch.tensor([150, 106, 200, t - 456]))
+    mask = masks.segments(ids) & masks.causal()
+    given = [draw(1, heads, t, 16, dtype=torch.float32).to(dtype) for heads in (4, 2, 2, 4)]
+
+    def found(impl: str, *given: Any) -> list[Any]:
+        leaves = [x.clone().requires_grad_() for x in given[:3]]
+        out = attention(*leaves, mask=mask, impl=impl)
+        return [out.detach(), *torch.autograd.grad(out, leaves, given[3])]
+
+    before = found("native", *given)
+    changed = [x.clone() for x in given]
+    for x in changed:
+        x[:, :, ids == 1] *= 2.0**10 if dtype == torch.bfloat16 else 8.0
+    after = found("native", *changed)
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[:, :, ids != 1], b[:, :, ids != 1])
+        assert not torch.equal(a[:, :, ids == 1], b[:, :, ids == 1])
+    ours = found("chunked", *changed)
+    near = 2.0**-6 if dtype == torch.bfloat16 else 2e-5
+    for a, b in zip(after, ours, strict=True):
+        torch.testing.assert_close(a, b, rtol=near, atol=float(b.abs().max()) * near)
 
 
 def test_ordinary_logits_are_left_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
