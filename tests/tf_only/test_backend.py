@@ -29,24 +29,23 @@ from attn_core.spec import Facts, Problem
 # --- The formula. ---------------------------------------------------------------------------------
 
 
-# With sizes that the graph knows the conformance suite asks every option of the same judge, alone
-# and in pairs (its forms function and xla, which make test runs): under XLA, which takes long to
-# compile, these are asked that it has not. With sizes that are not known test_chunked.py asks
-# these, of more tiles than one, and the suite its sample.
+# With sizes that the graph knows the conformance suite asks every option of the same judge (form
+# function, which make test runs). With sizes that it does not know test_chunked.py asks these, of
+# more tiles than one, and the suite its sample.
 TILED = (
     *("plain", "bthd", "causal_start", "causal_end", "offsets", "segments", "dense4", "bias4"),
     *("bias_keys", "sinks", "lengths", "everything", "poison"),
 )
-UNDER_XLA = ("algebra", "clamped", "wide_ids", "graph", "everything")
-ASKED = {
-    "eager": tuple(CASES),
-    "dynamic": tuple(name for name in CASES if name not in TILED),
-    "xla": UNDER_XLA,
-}
 
 
 @pytest.mark.parametrize(
-    ("name", "form"), [(name, form) for form, names in ASKED.items() for name in names]
+    ("name", "form"),
+    [
+        (name, form)
+        for name in CASES
+        for form in backend.FORMS
+        if form != "function" and (form != "dynamic" or name not in TILED)
+    ],
 )
 def test_case(name, form):
     call, judge, cotangents = make(name)
