@@ -12,10 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import numpy as np
 
-from attn_core import api
-from attn_core.backends.jax import chunked_parts
 from attn_core.benchmarks.calls import Call, Refused, tiling
 from attn_core.benchmarks.cases import Case
 
@@ -33,6 +30,9 @@ def floor(case: Case, direction: str) -> Call:
 
 SHORT, BESIDE = 128, 32
 """Rows of a short line, and how many lines of all heads `chunked` takes side by side."""
+
+BACKWARD = 512, 256
+"""Rows and keys of its tiles in a backward pass of the lengths that are timed here."""
 
 
 def _forward(case: Case) -> Call:
@@ -77,31 +77,27 @@ def _forward(case: Case) -> Call:
 
 
 def _backward(case: Case) -> Call:
-    """By columns of tiles, each of the size that the backward pass gives it.
+    """By columns of tiles of all heads; of a window, one to every column.
 
     The two products that sum over rows have them turned around first, as there, where XLA's CPU
     would turn the logits instead.
     """
+    t, heads = tiling(case, "jax"), case.batch * case.heads
+    rows, keys = (min(size, case.length) for size in BACKWARD)
+    live = case.length // keys if t.span else t.live
     arrays = case.arrays()
-    names = ("query", "key", "value", "cotangent")
-    given = [jax.numpy.asarray(arrays[n]) for n in names]
-    asked = dict(zip(names[:3], given[:3], strict=True), mask=case.language(), impl="chunked")
-    _, problem, operands, _ = api.stated(asked)
-    cut = chunked_parts.cut_up(problem, operands, columns=True)
-    g = cut.geometry
-    live = g.columns if cut.status is None else int(np.count_nonzero(np.asarray(cut.status)))
-    heads = case.batch * case.heads
-    together = heads if g.level == 0 else case.heads if g.level == 1 else 1
-    flat = [x.reshape(heads, case.length, case.width) for x in given]
+    flat = [
+        jax.numpy.asarray(arrays[n]).reshape(heads, case.length, case.width)
+        for n in ("query", "key", "value", "cotangent")
+    ]
 
     def products(*flat: Any) -> Any:
         def tile(n: Any, totals: Any) -> Any:
             def taken(x: Any, size: int) -> Any:
                 at = (n * size) % (case.length - size + 1)
-                sizes = (together, size, case.width)
-                return jax.lax.dynamic_slice(x, (n % (heads // together), at, 0), sizes)
+                return jax.lax.dynamic_slice(x, (0, at, 0), (heads, size, case.width))
 
-            sizes = (g.block_q, g.block_k, g.block_k, g.block_q)
+            sizes = (rows, keys, keys, rows)
             q, k, v, d_out = (taken(x, size) for x, size in zip(flat, sizes, strict=True))
             d_q, d_k, d_v = totals
             logits = jax.numpy.einsum("hqd,hkd->hqk", q, k, **wide).astype(v.dtype)
@@ -114,9 +110,9 @@ def _backward(case: Case) -> Call:
             )
 
         wide = {"preferred_element_type": jax.numpy.float32}
-        shapes = ((g.block_q, case.width), *2 * ((case.width, g.block_k),))
-        start = tuple(jax.numpy.zeros((together, *s), jax.numpy.float32) for s in shapes)
-        return jax.lax.fori_loop(0, live * (heads // together), tile, start)
+        shapes = ((rows, case.width), *2 * ((case.width, keys),))
+        start = tuple(jax.numpy.zeros((heads, *s), jax.numpy.float32) for s in shapes)
+        return jax.lax.fori_loop(0, live, tile, start)
 
     compiled = jax.jit(products)
     return Call(lambda: jax.block_until_ready(compiled(*flat)), lambda arrays: {})

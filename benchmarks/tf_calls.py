@@ -18,7 +18,6 @@ import numpy as np
 import tensorflow as tf
 
 from attn_core import registry
-from attn_core.backends.tf import chunked_narrow, chunked_runs
 from attn_core.benchmarks import calls, memory
 from attn_core.benchmarks.calls import Attend, Call, Made, Refused, tiling
 from attn_core.benchmarks.cases import Case
@@ -37,6 +36,10 @@ def ours(impl: str, *, unknown: bool = False) -> Made:
     return made
 
 
+RUN, AT_ONCE = 128, 2**23
+"""Rows that see one run of keys, and bytes that the logits of a turn of `chunked` may take."""
+
+
 def floor(case: Case, direction: str) -> Call:
     """All live tiles, one after the other, at rows and keys that change; or turns of wide ones."""
     calls.forward_only("tf-floor", direction)
@@ -44,10 +47,10 @@ def floor(case: Case, direction: str) -> Call:
     heads = case.batch * case.heads
     arrays = case.arrays()
     if t.span:
-        return _turns(arrays, heads, case, (t.rows, t.keys), chunked_narrow.AT_ONCE)
-    run = (chunked_runs.BLOCK, case.reach)
+        return _turns(arrays, heads, case, (t.rows, t.keys), AT_ONCE)
+    run = (RUN, case.reach)
     if case.mask == "documents" and not (case.length % run[1] or run[1] % run[0]):
-        return _turns(arrays, heads, case, run, chunked_runs.AT_ONCE)
+        return _turns(arrays, heads, case, run, AT_ONCE)
 
     def tiles(name: str, size: int) -> Any:
         x = tf.reshape(tf.constant(arrays[name]), (heads, case.length // size, size, case.width))

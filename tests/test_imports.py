@@ -333,7 +333,13 @@ def benchmarks_objection(module, name, root, lazily):
     return "benchmarks reach a framework only in its own calls"
 
 
-CALLS = {"torch_calls": "torch", "gpu_calls": "torch", "jax_calls": "jax", "tf_calls": "tensorflow"}
+CALLS = {
+    "torch_calls": "torch",
+    "gpu_calls": "torch",
+    "tf_calls": "tensorflow",
+    "jax_calls": "jax",
+    "jax_floors": "jax",
+}
 
 
 def test_import_direction():
