@@ -7,6 +7,8 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
+import pytest
+
 if find_spec("triton") is None or find_spec("torch") is None:
     collect_ignore_glob = ["*"]
 else:
@@ -19,6 +21,13 @@ else:
 os.environ["ATTN_CORE_KERNEL_CONFIGS"] = os.devnull
 # Without it torch refuses cuBLAS' products where deterministic algorithms are asked for.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.fixture(autouse=True)
+def _drawn_anew(request: pytest.FixtureRequest) -> None:
+    from kernel_calls import begin
+
+    begin(request.node.name)
 
 
 FAILED = "== FAILED "
