@@ -160,8 +160,8 @@ def _backward(
         # Where a mask looks something up, as of packed documents, rows that are coarse leave the
         # others as they are: no document's gradients tell what stands in another.
         if coarse is None or (x.mask and not coarse.all()):
-            fine = rows if coarse is None else rows.only(~coarse)
             if kernel and up.lse is None and up.out is not None:
+                fine = rows if coarse is None else rows.only(~coarse)
                 found = native_tiles.backward(ask, scale, x, fine, up.out, wanted)
             if found is not None and coarse is None:
                 return found
