@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attn_core.backends.jax import chunked_spans
-from attn_core.benchmarks import jax_calls
+from attn_core.benchmarks import jax_floors
 from attn_core.benchmarks.calls import tiling
 from attn_core.benchmarks.cases import CASES, Case
 
@@ -32,4 +32,4 @@ def test_tiles_are_those_that_are_live(case: Case) -> None:
 
 
 def test_short_lines_are_those_of_the_backend() -> None:
-    assert (jax_calls.SHORT, jax_calls.BESIDE) == (chunked_spans._LINE, chunked_spans._PRODUCTS)
+    assert (jax_floors.SHORT, jax_floors.BESIDE) == (chunked_spans._LINE, chunked_spans._PRODUCTS)
