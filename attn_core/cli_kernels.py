@@ -246,6 +246,8 @@ def show(
         raise refused(RuntimeError(finding.error))
     texts = finding.texts or {}
     said = f"{finding.registers} registers, {finding.shared} bytes shared"
+    if finding.columns:
+        said += f", {finding.columns} columns of tensor memory"
     title = ", ".join([f"{kernel} for {target}", said, *finding.problems])
     if ttgir:
         _code(title, texts["ttgir"], "text")

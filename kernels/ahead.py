@@ -2,8 +2,9 @@
 
 What the compiler says of a kernel is read: registers, those that it spilled to memory, the shared
 memory it takes, and ptxas' word that tensor-core instructions wait for each other
-("wgmma ... serialized", C7510 to C7515). Any of the last three is a problem of a shipped
-configuration, and costs most of its speed.
+("wgmma ... serialized", C7510 to C7515); of Blackwell, the columns of tensor memory. Spilling and
+waiting cost most of a kernel's speed, and one that asks for more memory than there is cannot be
+launched: each is a problem of a shipped configuration.
 
     compiled(Job("forward", "sm_90", SAMPLES["causal"], 128, 128, "bfloat16")) -> Finding
 
@@ -55,6 +56,9 @@ SHARED = {
     "gfx950": 163_840,
 }
 """Bytes of shared memory that one program may have."""
+
+_COLUMNS = 512
+"""Columns of tensor memory that one program may have, on the GPUs that have any (Blackwell)."""
 
 _LEAST = 16
 """Registers below which there is no kernel, whatever the compiler says: it gave up in silence."""
@@ -109,6 +113,7 @@ class Finding(NamedTuple):
         registers: of a thread; None where it does not say.
         spills: bytes (of an AMD GPU: registers) that did not fit.
         shared: bytes of shared memory.
+        columns: of tensor memory, which holds the sums of Blackwell's products.
         serialized: ptxas' warnings, by their numbers.
         wgmma: Hopper's products, and those of them that read their first operand from registers.
         error: why there is no kernel, or "".
@@ -122,6 +127,7 @@ class Finding(NamedTuple):
     registers: int | None = None
     spills: int = 0
     shared: int = 0
+    columns: int = 0
     serialized: tuple[str, ...] = ()
     wgmma: tuple[int, int] = (0, 0)
     error: str = ""
@@ -143,6 +149,8 @@ class Finding(NamedTuple):
         most = SHARED.get(self.job.target)
         if most is not None and self.shared > most:
             found.append(f"{self.shared} bytes of shared memory of {most}")
+        if self.columns > _COLUMNS:
+            found.append(f"{self.columns} columns of tensor memory of {_COLUMNS}")
         return found
 
 
@@ -286,6 +294,7 @@ def compiled(job: Job, texts: bool = False, known: Finding | None = None) -> Fin
         seconds,
         *said_of[:2],
         found.metadata.shared,
+        getattr(found.metadata, "tmem_size", None) or 0,
         said_of[2],
         _products(kept.get("ptx", "")),
         digest=of,

@@ -87,4 +87,6 @@ def _finding(row: Mapping[str, Any]) -> Finding:
 
 
 _OF_JOB = ("kernel", "target", "width", "v_width", "dtype")
-_OF_FINDING = ("registers", "spills", "shared", "serialized", "wgmma", "error", "digest")
+_OF_FINDING = (
+    *("registers", "spills", "shared", "columns", "serialized", "wgmma", "error", "digest"),
+)

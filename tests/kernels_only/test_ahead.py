@@ -57,16 +57,20 @@ def test_what_does_not_fit_is_told() -> None:
             causal._replace(config=Config(128, 128, 4, 2)),
             causal._replace(target="gfx942", config=Config(128, 128, 8, 2)),
             causal._replace(config=Config(48, 128, 4, 2)),
+            causal._replace(target="sm_100", config=Config(256, 64, 8, 1)),
         ],
         processes=2,
     )
-    spilled, large, none = found
+    spilled, large, none, wide = found
     assert spilled.spills > 0
     assert any("spilled" in reason for reason in spilled.problems)
     assert large.shared > ahead.SHARED["gfx942"] or large.error
     assert large.problems
     assert none.error
     assert none.problems == [none.error]
+    # 256 rows of 256 columns of sums, and their logits.
+    assert f"{wide.columns} columns of tensor memory of 512" in wide.problems
+    assert spilled.columns == large.columns == 0
 
 
 def test_a_target_that_no_compiler_here_knows_is_told() -> None:
@@ -93,11 +97,12 @@ def test_what_ptxas_says_is_read() -> None:
     )
     assert ahead._of_ptxas(log) == (255, 24, ("C7511",))
     job = Job("forward", "sm_90", SAMPLES["plain"], 128, 128, "bfloat16")
-    finding = Finding(job, Config(64, 64, 4, 2), 1.0, 255, 24, 300_000, ("C7511",))
+    finding = Finding(job, Config(64, 64, 4, 2), 1.0, 255, 24, 300_000, 513, ("C7511",))
     assert finding.problems == [
         "24 bytes spilled",
         "wgmma serialized (C7511)",
         "300000 bytes of shared memory of 232448",
+        "513 columns of tensor memory of 512",
     ]
     ptx = (
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1,%f2}, %rd1, %rd2, 1, 1, 1;\n"

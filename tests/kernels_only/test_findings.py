@@ -42,8 +42,8 @@ def rewrite(path: Path, changed: list[dict[str, Any]]) -> None:
 def test_a_finding_comes_back_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "found.json"
     kept = Finding(
-        CAUSAL, Config(64, 32, 4, 2, True, registers=200), 1.25, 255, 24, 4096, ("C7510",), (4, 2),
-        digest="0123456789abcdef",
+        CAUSAL, Config(64, 32, 4, 2, True, registers=200), 1.25, 255, 24, 4096, 128, ("C7510",),
+        (4, 2), digest="0123456789abcdef",
     )  # fmt: skip
     other = Finding(CAUSAL._replace(even=False), Config(16, 16, 4, 1), 0.5, digest="ab")
     none = Finding(
