@@ -15,7 +15,7 @@ import pytest
 from gpu_machine import Machine, small
 from typer.testing import CliRunner
 
-from attn_core.benchmarks import check, gpu, gpu_apart, gpu_cases, gpu_page, judge, tune
+from attn_core.benchmarks import check, gpu, gpu_apart, gpu_cases, gpu_page, gpu_stages, judge, tune
 from attn_core.benchmarks.gpu_cases import (
     COPY,
     CUDNN,
@@ -57,7 +57,7 @@ def test_a_run_is_checked_timed_and_written(tmp_path: Path) -> None:
     assert whole["stages"]["conformance"] == {"status": "passed", "said": "all passed"}
     assert "doctor" in asked[0]
     assert "tests/kernels_only" in asked[1]
-    assert gpu.SUBJECT in asked[2]
+    assert gpu_stages.SUBJECT in asked[2]
     assert "tiles.toml" in " ".join(asked[3])
     assert list(whole["stages"]) == list(gpu.STAGES)
     found = gpu.measured_of(json.loads(where.read_text("utf-8")))
@@ -182,13 +182,13 @@ def test_who_takes_too_long_is_interrupted(tmp_path: Path) -> None:
         "except KeyboardInterrupt: print('what there is')"
     )
     began = time.monotonic()
-    status, said = gpu.called([sys.executable, "-c", code], 1.0, tmp_path / "said.txt")
+    status, said = gpu_stages.called([sys.executable, "-c", code], 1.0, tmp_path / "said.txt")
     assert status == 130
     assert "begun" in said
     assert time.monotonic() - began < 30
     assert (tmp_path / "said.txt").read_text("utf-8") == "begun\nwhat there is\n"
     command = [sys.executable, "-c", "print(1); raise SystemExit(4)"]
-    assert gpu.called(command, 60, tmp_path / "other.txt") == (4, "1")
+    assert gpu_stages.called(command, 60, tmp_path / "other.txt") == (4, "1")
 
 
 def test_a_failed_test_is_written_as_it_happens(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_a_failed_test_is_written_as_it_happens(tmp_path: Path) -> None:
         assert seconds <= 28 / 63 * 600
         (failures,) = (word.split("=")[1] for word in command if "--failures-into" in word)
         with open(failures, "a", encoding="utf-8") as file:
-            file.write(f"{gpu.FAILED}call of a.py::b\nassert 1 == 2\n\n" * 2)
+            file.write(f"{gpu_stages.FAILED}call of a.py::b\nassert 1 == 2\n\n" * 2)
         return 130, "interrupted"
 
     whole, _ = gpu.run(
