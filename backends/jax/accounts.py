@@ -76,10 +76,17 @@ def _pass(p: Problem, batch: int, g: Geometry) -> tuple[int, int]:
     # On a CPU 16 bits are cut as words, which are copies; what is laid out anew is one already.
     sixteen = narrow < wide and p.device == "cpu"
     as_words = (q + kv) * narrow * parts if sixteen and not moved else 0
-    forward = 5 * tile // 2 + out * narrow + taken + as_words
+    # Each product has keys or values of its own: all that there is, where rows are few.
+    beside = n * g.block_k * (p.width + p.v_width) * narrow
+    # One part is written where the result stands; others, and what is cut to size, are put there.
+    apart = parts if moved else 1 if parts > 1 else 0
+    kept = apart * out * narrow
+    if p.return_weights:
+        kept += apart * n * p.group * g.q_size * g.k_size * narrow
+    forward = 5 * tile // 2 + beside + kept + taken + as_words
     turned = 2 * (q + out) * narrow if sixteen and p.group == 1 else 0
-    grads = q * wide + (kv * narrow + out * narrow if parts > 1 else 0)
-    backward = 4 * tile + grads + taken + as_words + turned
+    grads = q * wide + (kv * narrow if parts > 1 else 0)
+    backward = 4 * tile + 3 * beside // 2 + grads + kept + taken + as_words + turned
     return forward, backward
 
 

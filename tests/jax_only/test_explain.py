@@ -144,28 +144,35 @@ def test_symbolic_sizes_are_known_when_it_runs() -> None:
         {"mask": masks.causal(), "layout": "BTHD"},
         {"mask": masks.causal(), "batch": 4, "heads": 16, "kv_heads": 4},
         {"mask": masks.causal(), "impl": "reference", "heads": 1},
+        {"mask": masks.causal(), "query_offset": "end", "rows": 1, "keys": 8192, "batch": 4},
+        {"mask": masks.causal(), "rows": 16384, "keys": 16384},
+        {"mask": masks.causal(), "rows": 2047, "keys": 2049, "query_offset": 2},
+        {"return_weights": True, "heads": 2},
+        {"return_weights": True, "heads": 2, "keys": 2047, "score": scores.softcap(9.0)},
     ],
 )
 def test_estimates_are_near_what_xla_plans(more: dict[str, Any]) -> None:
     given: dict[str, Any] = {"impl": "chunked", **more}
+    rows, keys = given.pop("rows", 2048), given.pop("keys", 2048)
     dtype, heads = given.pop("dtype", jnp.float32), given.pop("heads", 4)
     kv_heads, batch = given.pop("kv_heads", heads), given.pop("batch", 1)
     swapped = given.get("layout") == "BTHD"
 
-    def like(count: int) -> Any:
-        middle = (2048, count) if swapped else (count, 2048)
+    def like(count: int, length: int) -> Any:
+        middle = (length, count) if swapped else (count, length)
         return jax.ShapeDtypeStruct((batch, *middle, 64), dtype)
 
-    arrays = (like(heads), like(kv_heads), like(kv_heads))
+    arrays = (like(heads, rows), like(kv_heads, keys), like(kv_heads, keys))
     found = []
 
     def forward(q: Any, k: Any, v: Any) -> Any:
         found.append(explain(q, k, v, **given))
-        return attention(q, k, v, **given)
+        answer = attention(q, k, v, **given)
+        return (answer.out, answer.weights) if given.get("return_weights") else (answer, None)
 
     def backward(q: Any, k: Any, v: Any, upstream: Any) -> Any:
-        out, pull = jax.vjp(forward, q, k, v)
-        return out, pull(upstream)
+        out, pull, weights = jax.vjp(forward, q, k, v, has_aux=True)
+        return out, weights, pull(upstream)
 
     def planned(call: Any, *arrays: Any) -> int:
         plan = jax.jit(call).lower(*arrays).compile().memory_analysis()
