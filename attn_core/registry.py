@@ -209,8 +209,8 @@ def _refusal(backend: Any, problem: Problem, asked: str, refused: list[Any]) -> 
     if asked != "auto":
         for name in backend.IMPLEMENTATIONS:
             if name != asked:
-                reasons = backend.refusals(problem, name)
-                lines.append(f"  {name}: " + ("; ".join(reasons) or "would answer"))
+                reasons = backend.refusals(problem, name) or ["would answer"]
+                lines += [f"  {name}: {reason}" for reason in reasons]
     return "\n".join(lines)
 
 
