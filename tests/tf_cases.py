@@ -272,9 +272,21 @@ def tensors(call):
 
 def answer(call, cotangents, form):
     """Outputs and gradients under one flat set of names, in NumPy."""
+    return traced(call, cotangents, form)(call, cotangents)
+
+
+def traced(call, cotangents, form):
+    """`answer` as a function of arrays in the place of these, in one trace."""
+    run = backend.pullback(*_given(call, cotangents), form)
+    return lambda call, cotangents: _named(*run(*_given(call, cotangents)))
+
+
+def _given(call, cotangents):
     call = tensors(call) | {"return_lse": True, "return_weights": True}
-    pulled = {name: backend.from_numpy(g) for name, g in cotangents.items()}
-    output, gradients = backend.vjp(call, pulled, form)
+    return call, {name: backend.from_numpy(g) for name, g in cotangents.items()}
+
+
+def _named(output, gradients):
     found = output._asdict() | gradients
     for i, g in enumerate(found.pop("score", ())):
         if g is not None:

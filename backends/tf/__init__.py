@@ -145,13 +145,21 @@ def vjp(
     of a score's operands as a tuple under "score". `form` is one of FORMS: eager, tf.function,
     tf.function with sizes unknown wherever that is legal, or tf.function(jit_compile=True).
     """
-    leaves = dict(arguments)
-    score = leaves.get("score")
-    if score is not None:
-        wide = "float64" if leaves["query"].dtype == tf.float64 else "float32"
-        arrays = [a.numpy(wide) if isinstance(a, Table) else a for a in score.arrays]
-        arrays = [from_numpy(a) if isinstance(a, np.ndarray) else a for a in arrays]
-        leaves["score"] = Score(score.tree, tuple(arrays))
+    return pullback(arguments, cotangents, form, function)(arguments, cotangents)
+
+
+def pullback(
+    arguments: dict[str, Any],
+    cotangents: dict[str, Any],
+    form: str = "eager",
+    function: Callable[..., Any] = attention,
+) -> Callable[[dict[str, Any], dict[str, Any]], tuple[AttentionOutput, dict[str, Any]]]:
+    """`vjp` as a function of arguments and cotangents, traced once: from these.
+
+    What it is called with may differ from these in the values of tensors, and in whichever sizes
+    the form does not know.
+    """
+    leaves = _leaves(arguments)
     flat = tf.nest.flatten(leaves)
     moving = [i for i, x in enumerate(flat) if isinstance(x, tf.Tensor)]
 
@@ -168,7 +176,6 @@ def vjp(
         zero = tf.UnconnectedGradients.ZERO
         return output, tape.gradient(results, inputs, pulled, unconnected_gradients=zero)
 
-    given = ([flat[i] for i in moving], list(cotangents.values()))
     run: Any = call
     if form == "dynamic":
         names = tf.nest.flatten(
@@ -186,13 +193,21 @@ def vjp(
         run = tf.function(call, autograph=False, jit_compile=form == "xla")
     if form != "eager":
         # Called by itself, a concrete function is not suspected of being retraced in a loop.
-        run = run.get_concrete_function(*given)
-    output, found = run(*given)
-    by_name = dict(zip(_differentiable(leaves), found, strict=True))
-    gradients = {name: g for name, g in by_name.items() if isinstance(name, str)}
-    if score is not None:
-        gradients["score"] = tuple([by_name.get(i) for i in range(len(score.arrays))])
-    return output, gradients
+        run = run.get_concrete_function([flat[i] for i in moving], list(cotangents.values()))
+
+    def answer(
+        arguments: dict[str, Any], cotangents: dict[str, Any]
+    ) -> tuple[AttentionOutput, dict[str, Any]]:
+        given = tf.nest.flatten(_leaves(arguments))
+        output, found = run([given[i] for i in moving], list(cotangents.values()))
+        by_name = dict(zip(_differentiable(leaves), found, strict=True))
+        gradients = {name: g for name, g in by_name.items() if isinstance(name, str)}
+        if leaves.get("score") is not None:
+            tables = range(len(leaves["score"].arrays))
+            gradients["score"] = tuple([by_name.get(i) for i in tables])
+        return output, gradients
+
+    return answer
 
 
 def from_numpy(x: Any) -> Any:
@@ -212,6 +227,17 @@ def known(x: Any) -> bool:
 def take(x: Any, index: Sequence[int], axis: int) -> Any:
     """Entries of an axis, by host ints."""
     return tf.gather(x, tf.constant(index, tf.int32), axis=axis)
+
+
+def _leaves(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, with the arrays of a score as tensors."""
+    score = arguments.get("score")
+    if score is None:
+        return dict(arguments)
+    wide = "float64" if arguments["query"].dtype == tf.float64 else "float32"
+    arrays = [a.numpy(wide) if isinstance(a, Table) else a for a in score.arrays]
+    arrays = [from_numpy(a) if isinstance(a, np.ndarray) else a for a in arrays]
+    return arguments | {"score": Score(score.tree, tuple(arrays))}
 
 
 def _differentiable(arguments: dict[str, Any]) -> dict[Any, Any]:

@@ -126,5 +126,5 @@ def sizes(x: Array) -> tuple[Any, ...]:
     """The size of each axis: an int where it is known, else an int32 scalar."""
     if x.shape.is_fully_defined():
         return tuple(x.shape)
-    now = tf.shape(x)
-    return tuple([now[i] if size is None else size for i, size in enumerate(x.shape)])
+    now = zip(x.shape, tf.unstack(tf.shape(x)), strict=True)
+    return tuple([then if size is None else size for size, then in now])

@@ -38,7 +38,8 @@ class _Pulled(NamedTuple):
     Attributes:
         out: dO in the problem's layout.
         alive: boolean (parts * rows, B', Hk', G * block_q, 1), the row may see a key.
-        base: (delta - dlse) / l, m, 1 / l: as `alive`, accumulation dtype.
+        base: (delta - dlse) / l, None until delta is known; m, 1 / l: as `alive`, accumulation
+            dtype.
         weights: dW, or None.
         lone: boolean, as `alive`: the row gives all its weight to one key, as far as its sum shows.
             None where a gradient of lse moves the logit of that key all the same.
@@ -46,7 +47,7 @@ class _Pulled(NamedTuple):
 
     out: Array
     alive: Array
-    base: Array
+    base: Array | None
     m: Array
     inverse: Array
     weights: Tiled | None
@@ -69,15 +70,15 @@ def backward(
 
     x = parts.lay_out(p, asked, g)
     todo = plan(p, x, g, asked)
-    inverse = inverted(rows.total)
+    total = cut(rows.total)
     pulled = _Pulled(
         parts.filled(d_out),
         cut(rows.alive),
-        cut(tf.zeros_like(rows.m)),
+        None,
         cut(rows.m),
-        cut(inverse),
+        inverted(total),
         None if d_weights is None else parts.spread(d_weights, p, g),
-        cut(tf.equal(rows.total, 1)) if d_lse is None else None,
+        tf.equal(total, 1) if d_lse is None else None,
     )
     t = _deltas(p, x, g, pulled, parts.filled(rows.out))
     if pulled.weights is not None:
@@ -91,7 +92,7 @@ def backward(
         size = (sizes(rows.m)[0], sizes(rows.m)[2])
         t = parts.join(t, g, (g.rows, g.block_q), p.group, size, "BHTD")[..., 0]
         sinks = tf.cast(asked.sinks, dtype)[:, None]
-        share = tf.exp(sinks - rows.m) * inverse
+        share = tf.exp(sinks - rows.m) * inverted(rows.total)
         moved = tf.where(tf.equal(sinks, -np.inf), tf.zeros_like(share), -share * t)
         d_sinks = tf.cast(tf.reduce_sum(moved, (0, 2)), asked.sinks.dtype)
     found = _columns(p, x, g, todo, pulled)
@@ -393,7 +394,7 @@ def _folded(x: Array, g: Geometry) -> Array:
 
 
 def _rows(g: Geometry, part: Part, i: Array) -> Array:
-    return (part.batch * g.parts[1] + part.head) * g.rows + i
+    return part.number * g.rows + i
 
 
 def _flat(sums: _Sums) -> tuple[Any, ...]:

@@ -152,7 +152,7 @@ def _sink_rows(p: Problem, g: Geometry, part: Part, sinks: Array, i: Array) -> A
     """The sink of each folded row of tile i; padded rows have none."""
     sink = tf.gather(sinks, part.h)
     if part.q_lengths is not None:
-        row = tf.reshape(tf.range(g.block_q) + i * g.block_q, (1, 1, 1, g.block_q, 1))
+        row = tf.reshape(tf.range(g.block_q) + i * g.block_q, (1, 1, 1, -1, 1))
         sink = tf.where(row < part.q_lengths, sink, _low(sink.dtype))
     return parts.fold(tf.broadcast_to(sink, (*g.outer(p), 1)), g, p.group)
 

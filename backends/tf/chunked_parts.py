@@ -119,15 +119,19 @@ class Part(NamedTuple):
     """The batches and key heads that the outer loop has come to.
 
     Attributes:
+        number: of the part.
         batch, head: numbers of the part along batches and along key heads.
         b, h: int32 (B', 1, 1, 1, 1) and (1, Hk', G, 1, 1), the batches and query heads.
+        key_h: int32 (1, Hk', 1, 1, 1), the key heads.
         offset, kv_lengths, q_lengths: int32 (B' or 1, 1, 1, 1, 1); lengths may be None.
     """
 
+    number: Array
     batch: Array
     head: Array
     b: Array
     h: Array
+    key_h: Array
     offset: Array
     kv_lengths: Array | None
     q_lengths: Array | None
@@ -152,66 +156,57 @@ def rows_at(
 ) -> Array:
     """Tile `at`, (B', Hk', heads * block, X), of an array in the problem's layout.
 
-    What fills up the last tile is zeros in layout "BHTD", and the last row again in "BTHD".
+    What fills up the last tile is the last row again.
     """
     count, block = blocks
-    last, heads_in = sizes(x)[-1], g.heads * heads
-    batch, head = part.batch * g.batches, part.head * heads_in
-    if p.layout == "BHTD":
-        whole = isinstance(count, int) and count * block == x.shape[2]
-        size = [g.batches, heads_in, block, last]
+    last = sizes(x)[-1]
+    if p.layout == "BHTD" and isinstance(count, int) and count * block == x.shape[2]:
+        heads_in = g.heads * heads
+        batch, head = part.batch * g.batches, part.head * heads_in
         alone = isinstance(g.batches, int) and isinstance(heads_in, int)
-        if whole and alone and g.batches == heads_in == 1:
+        if alone and g.batches == heads_in == 1:
             # The rows lie one after the other: such a slice of whole rows is no copy.
             _, across, length, _ = sizes(x)
             first = (batch * across + head) * length + at * block
             found = tf.slice(tf.reshape(x, (-1, last)), [first, 0], [block, last])
         else:
-            found = _window(x, [batch, head, at * block, 0], size, {2: whole})
+            size = [g.batches, heads_in, block, last]
+            found = tf.slice(x, [batch, head, at * block, 0], size)
     else:
-        # One by one, in the order in which they are wanted: a slice would have to be turned over.
-        b, t, h = (
-            tf.reshape(tf.range(n) + first, shape)
-            for n, first, shape in (
-                (g.batches, batch, (-1, 1, 1)),
-                (block, at * block, (1, 1, -1)),
-                (heads_in, head, (1, -1, 1)),
-            )
-        )
-        batches, rows, across, _ = sizes(x)
-        place = (b * rows + tf.minimum(t, rows - 1)) * across + h
-        found = tf.gather(tf.reshape(x, (batches * rows * across, last)), place)
+        # One by one, in the order in which they are wanted: a slice that may reach beyond the end
+        # would have to be moved, and one of the other layout to be turned over.
+        axis = 2 if p.layout == "BHTD" else 1
+        rows, across, b = sizes(x)[axis], p.kv_heads * heads, part.b
+        t = tf.reshape(tf.minimum(tf.range(block) + at * block, rows - 1), (-1, 1))
+        h = part.key_h if heads == 1 else part.h
+        place = (b * across + h) * rows + t if axis == 2 else (b * rows + t) * across + h
+        found = tf.gather(tf.reshape(x, (-1, last)), place)
     return tf.reshape(found, (g.batches, g.heads, heads * block, last))
 
 
-def _window(x: Array, begin: list[Any], size: list[Any], whole: dict[int, bool]) -> Array:
+def _window(x: Array, begin: list[Any], size: list[Any], fits: tuple[bool, bool]) -> Array:
     """A slice of an array of rank 4, with zeros where it reaches beyond the end.
 
-    `whole` has the axes along which tiles are taken, and whether they cut the axis without a rest.
+    `fits` is whether tiles cut the last two axes without a rest.
     """
-    first = list(begin)
-    for axis, fits in whole.items():
-        if not fits:
+    if all(fits):
+        return tf.slice(x, begin, size)
+    first, beyond = list(begin), [0, 0, 0, 0]
+    for axis in (2, 3):
+        if not fits[axis - 2]:
             # Always a slice of one size, which XLA needs: the last one starts earlier.
             first[axis] = tf.minimum(begin[axis], sizes(x)[axis] - size[axis])
+            beyond[axis] = begin[axis] - first[axis]
     found = tf.slice(x, first, size)
-    for axis, fits in whole.items():
-        if not fits:
-            found = _shifted(found, begin[axis] - first[axis], axis, size[axis])
-            found.set_shape(static(size))
-    return found
-
-
-def _shifted(x: Array, by: Array, axis: int, size: Any) -> Array:
-    """`x` without its first `by` entries along the axis, and with zeros behind."""
 
     def moved() -> Array:
-        shape = [1, 1, 1, 1]
-        shape[axis] = size
-        real = tf.reshape(tf.range(size) < size - by, shape)
-        return tf.where(real, tf.roll(x, -by, axis), tf.zeros_like(x))
+        behind = [(0, 0), (0, 0)]
+        behind += [(0, 0 if fit else n) for fit, n in zip(fits, size[2:], strict=True)]
+        return tf.slice(tf.pad(found, behind), beyond, size)
 
-    return tf.cond(by > 0, moved, lambda: x)
+    found = tf.cond(beyond[2] + beyond[3] > 0, moved, lambda: found)
+    found.set_shape(static(size))
+    return found
 
 
 def join(
@@ -275,7 +270,7 @@ def tile_of(x: Tiled, part: Part, i: Array, j: Array) -> Array:
     begin = [n * size for n, size in zip(at, x.inner, strict=True)]
     rest = zip(x.counts[2:], x.inner[2:], x.array.shape[2:], strict=True)
     fits = [isinstance(count, int) and count * size == length for count, size, length in rest]
-    found = _window(x.array, begin, list(x.inner), dict(zip((2, 3), fits, strict=True)))
+    found = _window(x.array, begin, list(x.inner), (fits[0], fits[1]))
     return tf.reshape(found, x.size)
 
 
@@ -328,7 +323,7 @@ def lay_out(p: Problem, x: Operands, g: Geometry) -> Inputs:
 def part_of(p: Problem, x: Inputs, g: Geometry, number: Array) -> Part:
     batch, head = number // g.parts[1], number % g.parts[1]
     b = tf.range(g.batches) + batch * g.batches
-    h = tf.range(g.heads * p.group) + head * (g.heads * p.group)
+    h = tf.range(g.heads) + head * g.heads
 
     def of_batch(given: Array | None) -> Array | None:
         if given is None:
@@ -336,11 +331,15 @@ def part_of(p: Problem, x: Inputs, g: Geometry, number: Array) -> Part:
         found = given if given.shape[0] == 1 else tf.gather(given, b)
         return tf.reshape(found, (-1, 1, 1, 1, 1))
 
+    key_h = tf.reshape(h, (1, -1, 1, 1, 1))
+    among = tf.reshape(tf.range(p.group), (-1, 1, 1))
     return Part(
+        number,
         batch,
         head,
-        tf.reshape(b, (g.batches, 1, 1, 1, 1)),
-        tf.reshape(h, (1, g.heads, p.group, 1, 1)),
+        tf.reshape(b, (-1, 1, 1, 1, 1)),
+        key_h if p.group == 1 else key_h * p.group + among,
+        key_h,
         of_batch(x.offset),
         of_batch(x.kv_lengths),
         of_batch(x.q_lengths),

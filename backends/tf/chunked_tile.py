@@ -38,8 +38,8 @@ class Logits(NamedTuple):
 
 
 def indices(g: Geometry, part: Part, i: Array, j: Array) -> dict[str, Array]:
-    row = tf.reshape(tf.range(g.block_q) + i * g.block_q, (1, 1, 1, g.block_q, 1))
-    k = tf.reshape(tf.range(g.block_k) + j * g.block_k, (1, 1, 1, 1, g.block_k))
+    row = tf.reshape(tf.range(g.block_q) + i * g.block_q, (1, 1, 1, -1, 1))
+    k = tf.reshape(tf.range(g.block_k) + j * g.block_k, (1, 1, 1, 1, -1))
     return {"b": part.b, "h": part.h, "q": row + part.offset, "k": k, "row": row}
 
 

@@ -45,7 +45,8 @@ def keep_at(
     blocks = (count + 3) // 4
     b, h, q = [tf.cast(tf.cast(x, tf.int64) & _M, tf.uint64) for x in place]
     k = tf.cast(tf.range(blocks) + first // 4, tf.uint64)
-    x = philox([tf.broadcast_to(c, (*outer, blocks)) for c in (k, q, h, b)], low, high)
+    # Four rounds, and each word is a number of every place.
+    x = philox([k, q, h, b], low, high)
     drawn = tf.reshape(tf.stack(x, -1), (*outer, blocks * 4))
     return drawn[..., :count] >= threshold
 
@@ -55,23 +56,21 @@ def words(seed: Any) -> tuple[Array, Array]:
     if isinstance(seed, tf.Tensor) and seed.shape.rank == 0:
         if seed.dtype != tf.uint64:
             seed = tf.bitcast(tf.cast(seed, tf.int64), tf.uint64)
-        return seed & _M, tf.bitwise.right_shift(seed, _upper())
+        return seed & _M, tf.bitwise.right_shift(seed, tf.constant(32, tf.uint64))
     return tf.cast(seed[0], tf.uint64), tf.cast(seed[1], tf.uint64)
 
 
 def philox(x: list[Array], low: Array, high: Array) -> list[Array]:
     """Ten rounds over four 32-bit words held in uint64."""
-    for i in range(10):
-        if i:
-            low = (low + 0x9E3779B9) & _M
-            high = (high + 0xBB67AE85) & _M
-        a = x[0] * 0xD2511F53
-        b = x[2] * 0xCD9E8D57
-        upper_a = tf.bitwise.right_shift(a, _upper())
-        upper_b = tf.bitwise.right_shift(b, _upper())
-        x = [upper_b ^ x[1] ^ low, b & _M, upper_a ^ x[3] ^ high, a & _M]
+    # A constant is an operation too, and there are ten rounds: each is made once.
+    times = [tf.constant(n, tf.uint64) for n in (0xD2511F53, 0xCD9E8D57)]
+    mask, upper = tf.constant(_M, tf.uint64), tf.constant(32, tf.uint64)
+    keys = (
+        tf.unstack((word + tf.constant([i * step for i in range(10)], tf.uint64)) & mask)
+        for word, step in ((low, 0x9E3779B9), (high, 0xBB67AE85))
+    )
+    for low, high in zip(*keys, strict=True):
+        a, b = x[0] * times[0], x[2] * times[1]
+        above = [tf.bitwise.right_shift(n, upper) for n in (a, b)]
+        x = [above[1] ^ x[1] ^ low, b & mask, above[0] ^ x[3] ^ high, a & mask]
     return x
-
-
-def _upper() -> Array:
-    return tf.constant(32, tf.uint64)

@@ -3,26 +3,13 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from tf_tiles import DV, HQ, answers, draw, inputs, traced
 
 import attn_core
 from attn_core import Dropout, masks, reference, scores
 from attn_core.backends import tf as backend
 from attn_core.backends.tf import chunked_runs
 from attn_core.registry import UnsupportedError
-
-HQ, HK, D, DV = 4, 2, 3, 5
-
-
-def draw(*shape, seed=0, dtype=np.float64):
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
-
-
-def inputs(b, tq, tk, hq=HQ, dtype=np.float64):
-    return {
-        "query": draw(b, hq, tq, D, seed=1, dtype=dtype),
-        "key": draw(b, HK, tk, D, seed=2, dtype=dtype),
-        "value": draw(b, HK, tk, DV, seed=3, dtype=dtype),
-    }
 
 
 @pytest.fixture
@@ -41,20 +28,6 @@ def taken(monkeypatch):
     backend.chunked._compiled.cache_clear()
     yield asked
     backend.chunked._compiled.cache_clear()
-
-
-def answers(call, form="function", lse=True, up=None):
-    """Outputs and gradients by name, as NumPy."""
-    b, hq, tq, _ = call["query"].shape
-    arguments = {n: tf.constant(x) if isinstance(x, np.ndarray) else x for n, x in call.items()}
-    pulled = {"out": draw(b, hq, tq, DV, seed=4) if up is None else up}
-    if lse:
-        pulled["lse"] = draw(b, hq, tq, seed=5)
-    pulled = {n: tf.constant(x, call["query"].dtype) for n, x in pulled.items()}
-    arguments = {"impl": "chunked", "return_lse": lse} | arguments
-    output, found = backend.vjp(arguments, pulled, form)
-    found.pop("score", None)
-    return {n: x.numpy() for n, x in (found | output._asdict()).items() if x is not None}
 
 
 UNEVEN = np.repeat(np.arange(6), [5, 16, 1, 7, 30, 5])
@@ -122,16 +95,16 @@ def test_runs_answer_as_the_judge(name, lse, form, taken, monkeypatch):
 
 def test_one_document_moves_no_other_and_runs_are_one_bit_for_bit(taken):
     call = inputs(2, 64, 64, dtype=np.float32) | {"mask": SHORT["causal"][0]}
-    first = answers(call)
+    first, run = answers(call), traced(call)
     for _ in range(5):
-        for n, x in answers(call).items():
+        for n, x in run(call).items():
             np.testing.assert_array_equal(x, first[n])
     place = UNEVEN == 4
     moved = dict(call)
     for n in ("query", "key", "value"):
         moved[n] = call[n].copy()
         moved[n][:, :, place] += 1
-    for n, x in answers(moved).items():
+    for n, x in run(moved).items():
         np.testing.assert_array_equal(x[:, :, ~place], first[n][:, :, ~place])
         assert (x[:, :, place] != first[n][:, :, place]).any()
     assert all(taken)
@@ -149,7 +122,8 @@ def test_poison_that_no_row_sees(lse, taken):
     spoilt["value"][:, :, 53:] = np.nan
     poison = up.copy()
     poison[:, :, 50:] = np.nan
-    want, found = answers(call, lse=lse, up=up), answers(spoilt, lse=lse, up=poison)
+    run = traced(call, lse=lse)
+    want, found = run(call, up), run(spoilt, poison)
     for n, x in want.items():
         # The lse of a row without keys is -inf.
         assert n == "lse" or np.isfinite(x).all()
@@ -186,7 +160,8 @@ def test_poison_in_tiles_that_see_nothing(lse, taken):
     spoilt["query"][:, :, dead] = np.inf
     poison = up.copy()
     poison[:, :, dead] = np.nan
-    want, found = answers(call, lse=lse, up=up), answers(spoilt, lse=lse, up=poison)
+    run = traced(call, lse=lse)
+    want, found = run(call, up), run(spoilt, poison)
     for n, x in want.items():
         np.testing.assert_array_equal(found[n], x, err_msg=n)
         assert n == "lse" or np.isfinite(x).all()
@@ -215,18 +190,21 @@ def test_rows_whose_logits_are_all_minus_infinity_or_not_a_number(lse, taken):
         assert np.isnan(x[:, :, 32:]).any()
 
 
-@pytest.mark.parametrize("poison", ["value", "up"])
-def test_no_weight_beside_an_infinite_gradient_is_data(poison, taken):
+def test_no_weight_beside_an_infinite_gradient_is_data(taken):
     """0 times it is NaN where the key may be seen, and nothing where it may not."""
     ids = np.arange(64) // 12
     call, up = inputs(1, 64, 64), draw(1, HQ, 64, DV, seed=4)
     call["query"][..., 0], call["key"][:, :, 14] = 1, [-1e5, 0, 0]
-    if poison == "value":
-        call["value"][:, :, 14, 1] = np.inf
-    else:
-        up[:, :, 15, 2] = np.inf
-    found = answers(call | {"mask": masks.segments(ids)}, lse=False, up=up)
-    assert taken == [True, True]
+    run = traced(call | {"mask": masks.segments(ids)}, lse=False)
+    spoilt, poison = call | {"value": call["value"].copy()}, up.copy()
+    spoilt["value"][:, :, 14, 1] = poison[:, :, 15, 2] = np.inf
+    for given, pulled in ((spoilt, up), (call, poison)):
+        _poisoned(run, ids, given, pulled)
+    assert taken == [True] * 4
+
+
+def _poisoned(run, ids, call, up):
+    found = run(call | {"mask": masks.segments(ids)}, up)
     mask = np.broadcast_to(ids[:, None] == ids, (1, HQ, 64, 64))
     wanted = reference.gradients(**call, mask=mask, d_out=up)
     for n in ("query", "key", "value"):

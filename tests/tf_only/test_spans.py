@@ -3,26 +3,14 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from tf_tiles import DV, HK, HQ, answers, draw, inputs, traced
 
 import attn_core
 from attn_core import Dropout, masks, reference, scores
 from attn_core.backends import tf as backend
 from attn_core.backends.tf import chunked_grid, chunked_narrow, chunked_slots
 
-HQ, HK, D, DV = 4, 2, 3, 5
 WINDOW = masks.causal() & masks.window(left=9)
-
-
-def draw(*shape, seed=0, dtype=np.float64):
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
-
-
-def inputs(b, tq, tk, hq=HQ, dtype=np.float64):
-    return {
-        "query": draw(b, hq, tq, D, seed=1, dtype=dtype),
-        "key": draw(b, HK, tk, D, seed=2, dtype=dtype),
-        "value": draw(b, HK, tk, DV, seed=3, dtype=dtype),
-    }
 
 
 @pytest.fixture
@@ -42,21 +30,6 @@ def taken(monkeypatch):
     backend.chunked._compiled.cache_clear()
     yield asked
     backend.chunked._compiled.cache_clear()
-
-
-def answers(call, form="function", **changes):
-    """Outputs and gradients by name, as NumPy."""
-    b, hq, tq, _ = call["query"].shape
-    arguments = {n: tf.constant(x) if isinstance(x, np.ndarray) else x for n, x in call.items()}
-    pulled = {"out": draw(b, hq, tq, DV, seed=4)}
-    lse = changes.pop("lse", True)
-    if lse:
-        pulled["lse"] = draw(b, hq, tq, seed=5)
-    pulled = {n: tf.constant(x, call["query"].dtype) for n, x in pulled.items()}
-    arguments |= {"impl": "chunked", "return_lse": lse} | changes
-    output, found = backend.vjp(arguments, pulled, form)
-    found.pop("score", None)
-    return {n: x.numpy() for n, x in (found | output._asdict()).items() if x is not None}
 
 
 def window(q, k):
@@ -204,20 +177,13 @@ def test_poison_that_no_row_sees(taken, monkeypatch):
             spoilt[n][:, :, sight] = np.nan
         spoilt["query"] = call["query"].copy()
         spoilt["query"][:, :, dead] = np.nan
-        pulled = {"out": draw(1, HQ, tq, DV, seed=4)}
-        poison = {"out": pulled["out"].copy()}
-        poison["out"][:, :, dead] = np.inf
-        results = []
-        for given, up in ((call, pulled), (spoilt, poison)):
-            given = {
-                n: tf.constant(x) if isinstance(x, np.ndarray) else x for n, x in given.items()
-            }
-            up = {n: tf.constant(x) for n, x in up.items()}
-            output, found = backend.vjp(given | {"impl": "chunked"}, up, "function")
-            results.append({"out": output.out} | found)
-        for n, x in results[0].items():
+        poison = draw(1, HQ, tq, DV, seed=4)
+        poison[:, :, dead] = np.inf
+        run = traced(call, lse=False)
+        found = run(spoilt, poison)
+        for n, x in run(call).items():
             assert np.isfinite(x).all()
-            np.testing.assert_array_equal(results[1][n], x, err_msg=n)
+            np.testing.assert_array_equal(found[n], x, err_msg=n)
     assert all(s is not None for _, s in taken)
 
 
@@ -277,9 +243,9 @@ def test_patterns_are_few_or_there_are_no_spans(taken, monkeypatch):
 def test_runs_are_one_bit_for_bit(taken, monkeypatch):
     small_tiles(monkeypatch)
     call = inputs(2, 128, 128, dtype=np.float32) | {"mask": WINDOW}
-    first = answers(call)
+    first, run = answers(call), traced(call)
     for _ in range(5):
-        for n, x in answers(call).items():
+        for n, x in run(call).items():
             np.testing.assert_array_equal(x, first[n])
 
 
