@@ -66,7 +66,7 @@ demo: $(STAMP)
 
 # The tests of one framework run in processes that import no other; conformance starts its own.
 test: $(STAMP) $(PLAIN)
-	$(PYTEST) --doctest-glob='*.md' tests docs
+	PLAIN_CODE="$(PLAIN_CODE)" $(PYTEST) --doctest-glob='*.md' tests docs
 	@set -e; for name in $(FRAMEWORKS) $(patsubst torch,kernels,$(filter torch,$(FRAMEWORKS))); do \
 		echo "== tests/$${name}_only"; \
 		if [ ! -d tests/$${name}_only ]; then echo "none there"; continue; fi; \

@@ -316,9 +316,9 @@ def test_floors_stand_beside_what_they_are_the_floor_of() -> None:
 def test_a_floor_is_timed_and_never_checked(name: str) -> None:
     if find_spec("tensorflow" if name == "tf" else name) is None:
         pytest.skip(f"{name} is not installed")
-    for case in (c.small() for c in CASES if f"{name}-floor" in c.subjects):
-        question = {"subject": f"{name}-floor", "case": case.as_dict()}
-        with rooms.Worker(1) as room:
+    with rooms.Worker(1) as room:
+        for case in (c.small() for c in CASES if f"{name}-floor" in c.subjects):
+            question = {"subject": f"{name}-floor", "case": case.as_dict()}
             command = {"do": "prepare", **question, "least": 0.001}
             got = room.ask({**command, "direction": case.directions[0]}, 300)
             if name == "torch" and case.mask in ("full", "causal"):

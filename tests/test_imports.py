@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,14 +34,18 @@ LAYERS = {
 # What is loaded: subprocesses ------------------------------------------------------------------
 
 
-def loaded_by(code):
-    """The root modules in memory after `code` has run in a fresh process."""
+@cache
+def loaded_after(*steps):
+    """The root modules in memory after each step of code, in a fresh process. Asked once."""
     report = "import json, sys; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
-    run = subprocess.run(
-        [sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=False
-    )
+    code = "\n".join(f"{step}\n{report}" for step in steps)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    return set(json.loads(run.stdout.splitlines()[-1]))
+    return [frozenset(json.loads(line)) for line in run.stdout.splitlines()[-len(steps) :]]
+
+
+def loaded_by(code):
+    return loaded_after(code)[0]
 
 
 def installed(backend):
@@ -128,23 +133,18 @@ attn_core.backends
 
 @each_backend
 def test_a_backend_loads_no_more_than_its_framework(backend):
+    """Imported, or used: then triton is left out, which torch itself loads, late, where it is."""
     alone = loaded_by(f"import {MODULE[backend]}") & FRAMEWORKS
-    ours = loaded_by(f"import attn_core.backends.{backend}") & FRAMEWORKS
-    assert not ours - alone
-
-
-@each_backend
-def test_using_a_backend_loads_no_other_framework(backend):
-    """Triton is left out: torch itself loads it, late, where it is installed."""
-    alone = loaded_by(f"import {MODULE[backend]}") & FRAMEWORKS
-    ours = loaded_by(
+    imported, used = loaded_after(
+        f"import attn_core.backends.{backend}",
         "import numpy as np, attn_core\n"
         "x = np.ones((1, 2, 3, 4), 'float32')\n"
         f"with attn_core.use(backend={backend!r}):\n"
-        "    attn_core.attention(x, x, x, mask=attn_core.masks.causal())"
+        "    attn_core.attention(x, x, x, mask=attn_core.masks.causal())",
     )
-    assert not (ours & FRAMEWORKS) - alone - {"triton"}
-    assert MODULE[backend] in ours
+    assert not (imported & FRAMEWORKS) - alone
+    assert not (used & FRAMEWORKS) - alone - {"triton"}
+    assert MODULE[backend] in used
 
 
 @installed("jax")

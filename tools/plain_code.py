@@ -1,10 +1,12 @@
 """Print XLA's flags for code that is compiled quickly and runs slowly, those that XLA knows here.
 
 A test compiles hundreds of small problems and runs each once, so the time goes to the compiler. The
-flags leave out optimisations and the generator of code for fused loops (a third of the work of a
-compilation with it), and nothing that decides what is computed. XLA ends a process in which it
-meets a flag that it does not know, and flags come and go with its versions, which JAX and
-TensorFlow have each their own of: so each flag is tried with each of them, in a process of its own.
+flags leave out optimisations, the generator of code for fused loops (a third of the work of a
+compilation with it) and the cutting up of a program into parts for as many threads (a sixth of what
+is left, where each core has a test of its own), and nothing that decides what is computed. XLA ends
+a process in which it meets a flag that it does not know, and flags come and go with its versions,
+which JAX and TensorFlow have each their own of: so each flag is tried with each of them, in a
+process of its own.
 
     XLA_FLAGS="$(python tools/plain_code.py)" pytest tests/jax_only
 """
@@ -18,6 +20,7 @@ FLAGS = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
 )
 COMPILES = {
     "jax": "import jax; jax.jit(lambda x: x + 1)(1.0)",

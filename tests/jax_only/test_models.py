@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -46,17 +47,22 @@ def arrays(case: Case) -> dict[str, Any]:
     return {n: jnp.asarray(x) if n != "seed" else x for n, x in case.call.items()}
 
 
+@partial(jax.jit, static_argnums=(0, 4))
+def compiled(definition: Any, state: Any, inputs: list[Any], options: Any, fixed: Any) -> Any:
+    """One program for all models of one configuration that are asked alike."""
+    return nnx.merge(definition, state)(*inputs, **options, **dict(fixed))
+
+
 def call(model: Any, case: Case, inputs: list[Any], **more: Any) -> Any:
     """Compiled: a model is many small operations. A seed is traced, where 32 bits hold it."""
     definition, state = nnx.split(model)
-    options = arrays(case)
+    options = {**arrays(case), **{n: x for n, x in more.items() if not isinstance(x, int)}}
+    fixed = {n: x for n, x in more.items() if isinstance(x, int)}
     if "seed" in options:
         seed = options.pop("seed")
-        (options if seed < 2**32 else more)["seed"] = jnp.uint32(seed) if seed < 2**32 else seed
-    run = jax.jit(
-        lambda state, inputs, options: nnx.merge(definition, state)(*inputs, **options, **more)
-    )
-    return run(state, [jnp.asarray(x) for x in inputs], options)
+        (options if seed < 2**32 else fixed)["seed"] = jnp.uint32(seed) if seed < 2**32 else seed
+    inputs = [jnp.asarray(x) for x in inputs]
+    return compiled(definition, state, inputs, options, tuple(sorted(fixed.items())))
 
 
 def flat(state: Any) -> dict[str, Any]:
