@@ -6,7 +6,7 @@ score go in.
     tile.py        one tile: who may be seen, score, bias, dropout
     forward.py     rows of queries along their live tiles of keys
     backward.py    the gradients, a kernel for each
-    interpreter.py what Triton's interpreter lacks, and what it does too often
+    interpreter.py what Triton's interpreter lacks; interpreter_once.py: what it does too often
     configs.py     how large a tile is, by what is static
     ahead.py       compiled ahead of time, without a GPU
     hazards.py     known faults of the compilers below Triton

@@ -14,11 +14,14 @@ from kernel_cases import CASES, HK, HQ, TK, TQ, B, D
 from triton.language import core
 from triton.runtime import interpreter
 
-from attn_core.kernels.interpreter import ONCE, PLAIN
+import attn_core.kernels.interpreter
 
-pytestmark = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason="kernels are compiled here"
-)
+if not (triton.knobs.runtime.interpret and triton.__version__.startswith("3.6.")):
+    pytest.skip("nothing of Triton is replaced here", allow_module_level=True)
+
+from attn_core.kernels.interpreter_once import ONCE, PLAIN
+
+assert attn_core.kernels.interpreter  # imported for what it does
 
 SCALARS = (tl.int1, tl.int8, tl.uint8, tl.int32, tl.uint32, tl.int64, tl.uint64)
 SCALARS += (tl.float16, tl.bfloat16, tl.float32, tl.float64)
