@@ -96,17 +96,15 @@ def cut_up(p: Problem, batch: Any, q_len: Any, k_len: Any, reads: tuple[bool, bo
     if isinstance(block_q, int) and block_q < least:
         wide = min(_LONGEST, area // block_q // 8 * 8)
     block_k, columns = _blocks(k_len, wide)
-    known = isinstance(block_q, int) and isinstance(block_k, int)
-    single = known and rows == columns == 1
-    of_head: Any = p.group * (block_q * block_k if known or whole else tall * wide) * 4
+    # In one tile nothing is skipped, whatever the map tells apart.
+    one = rows * columns == 1 if isinstance(rows * columns, int) else tf.equal(rows * columns, 1)
+    of_head = p.group * block_q * block_k * 4
     reads_b, reads_h = reads
-    heads: Any = 1 if reads_h and not single else _most(p.kv_heads, AT_ONCE // of_head)
-    batches: Any = 1
-    if not isinstance(heads, int):
-        room = tf.where(tf.equal(heads, p.kv_heads), AT_ONCE // (heads * of_head), 1)
-        batches = _most_of(batch, room)
-    elif heads == p.kv_heads and (single or not reads_b):
-        batches = _most_of(batch, AT_ONCE // (heads * of_head))
+    heads = _most(p.kv_heads, AT_ONCE // of_head)
+    heads = _either(one, heads, 1) if reads_h else heads
+    every = heads == p.kv_heads if isinstance(heads, int) else tf.equal(heads, p.kv_heads)
+    batches = _most_of(batch, _either(every, AT_ONCE // (heads * of_head), 1))
+    batches = _either(one, batches, 1) if reads_b else batches
     return Geometry(
         batch,
         q_len,
@@ -153,6 +151,13 @@ def _most_of(count: Any, room: Any) -> Any:
     if isinstance(count, int):
         return _most(count, room)
     return tf.where(count <= room, count, 1)
+
+
+def _either(condition: Any, x: Any, instead: Any) -> Any:
+    """Chosen now where the condition is known now, else in the graph."""
+    if isinstance(condition, bool):
+        return x if condition else instead
+    return tf.where(condition, x, instead)
 
 
 def _reads(p: Problem, x: Operands) -> tuple[bool, bool]:

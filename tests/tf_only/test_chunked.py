@@ -905,3 +905,26 @@ def test_jacobians():
             out = attn_core.attention(**call, impl=impl)
         found.append(tape.jacobian(out, q).numpy())
     np.testing.assert_allclose(*found, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+def test_short_rows_of_unknown_length_share_a_turn(lengths, monkeypatch):
+    """As they do where the length is known: a turn for each batch took 150 times as long."""
+    parts, made = [], chunked_grid.cut_up
+
+    def cut_up(*given):
+        g = made(*given)
+        parts.append(tf.reduce_prod(g.parts))
+        return g
+
+    monkeypatch.setattr(chunked_grid, "cut_up", cut_up)
+    unknown = tf.TensorSpec((None, 1, None, 4), tf.float32)
+
+    @tf.function(autograph=False, input_signature=[unknown, tf.TensorSpec((None,), tf.int32)])
+    def counted(q, n):
+        given = {"kv_lengths": n} if lengths else {"mask": masks.causal()}
+        out = attn_core.attention(q, q, q, query_offset=0, impl="chunked", **given)
+        return out, tf.stack(parts)
+
+    _, found = counted(tf.ones((2000, 1, 8, 4)), tf.fill((2000,), 5))
+    assert (found.numpy() == 1).all()
