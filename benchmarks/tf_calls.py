@@ -36,8 +36,12 @@ def ours(impl: str, *, unknown: bool = False) -> Made:
     return made
 
 
-RUN, AT_ONCE = 128, 2**23
-"""Rows that see one run of keys, and bytes that the logits of a turn of `chunked` may take."""
+RUN, AT_ONCE = 128, (2**23, 1)
+"""Rows that see one run of keys; bytes that the logits of a turn of `chunked` may take, and how
+many turns are under way.
+"""
+SPAN_AT_ONCE = (2**22, 2)
+"""The same of a turn of spans."""
 
 
 def floor(case: Case, direction: str) -> Call:
@@ -47,7 +51,7 @@ def floor(case: Case, direction: str) -> Call:
     heads = case.batch * case.heads
     arrays = case.arrays()
     if t.span:
-        return _turns(arrays, heads, case, (t.rows, t.keys), AT_ONCE)
+        return _turns(arrays, heads, case, (t.rows, t.keys), SPAN_AT_ONCE)
     run = (RUN, case.reach)
     if case.mask == "documents" and not (case.length % run[1] or run[1] % run[0]):
         return _turns(arrays, heads, case, run, AT_ONCE)
@@ -69,12 +73,14 @@ def floor(case: Case, direction: str) -> Call:
     return _looped(products, given)
 
 
-def _turns(arrays: Any, heads: int, case: Case, tile: tuple[int, int], room: int) -> Call:
+def _turns(
+    arrays: Any, heads: int, case: Case, tile: tuple[int, int], at_once: tuple[int, int]
+) -> Call:
     """One tile to every `rows` queries, of all the keys that they see, side by side.
 
     Each turn is one product of a batch of them, whose logits have room in so many bytes.
     """
-    rows, keys = tile
+    (rows, keys), (room, together) = tile, at_once
     count = heads * (case.length // rows)
     fits = room // (rows * keys * 4)
     height = max(n for n in range(1, count + 1) if count % n == 0 and (n <= fits or n == 1))
@@ -98,7 +104,9 @@ def _turns(arrays: Any, heads: int, case: Case, tile: tuple[int, int], room: int
 
         start = (tf.constant(0), tf.zeros(q.shape[1:], q.dtype))
         count = q.shape[0]
-        return tf.while_loop(lambda n, total: n < count, turn, start, parallel_iterations=1)[1]
+        return tf.while_loop(lambda n, total: n < count, turn, start, parallel_iterations=together)[
+            1
+        ]
 
     return _looped(products, given)
 

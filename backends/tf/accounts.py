@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from attn_core.backends.tf import chunked_runs
 from attn_core.backends.tf.chunked_grid import cut_up
-from attn_core.backends.tf.chunked_narrow import Spans, spans
+from attn_core.backends.tf.chunked_narrow import SIDE_BY_SIDE, Spans, spans
 from attn_core.footprint import differs, reading, sizes
 from attn_core.language.duals import differentiate
 from attn_core.spec import WIDTH, Account, Problem
@@ -95,19 +95,20 @@ def _runs(p: Problem, sizes: tuple[int, int]) -> tuple[int, int]:
 def _spans(
     p: Problem, s: Spans, sizes: tuple[int, int], numbers: tuple[str, tuple[str, str] | None]
 ) -> Account:
-    _, wide = sizes
-    turns, height = s.starts.shape
+    narrow, wide = sizes
+    height = s.starts.shape[1]
     rows, keys = height * p.group * s.block, height * s.keys
     tile, width = rows * s.keys * wide, (p.width + p.v_width) * wide
     batch = p.batch or 0
     queries = batch * p.heads * (p.q_len or 0)
     saved = queries * (2 * wide + 1)
     # The patterns of the mask as numbers, and those of a turn.
-    hidden = s.patterns.size * (1 + wide) + tile + (rows + keys) * width
-    forward = 2 * tile + hidden + 2 * saved
-    backward = 4 * tile + hidden + 4 * saved + (rows + keys) * width
-    # Gradients of a key head, turn by turn, and put together.
-    backward += 2 * turns * s.reach * s.block * width
+    hidden = s.patterns.size * (1 + wide) + tile
+    forward = SIDE_BY_SIDE * (2 * tile + (rows + keys) * width) + hidden + 2 * saved
+    backward = SIDE_BY_SIDE * (4 * tile + 2 * (rows + keys) * width) + hidden + 4 * saved
+    if narrow < wide:
+        # Sums beside the gradients that they are rounded to.
+        backward += batch * p.kv_heads * (p.k_len or 0) * width
     return Account((s.block, s.block), forward, backward, *numbers, s.keys // s.block)
 
 

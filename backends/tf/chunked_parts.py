@@ -358,8 +358,14 @@ def blank(count: Any, shape: Sequence[Any], dtype: Any) -> Any:
     return loop(0, count, lambda n, carry: (carry[0].write(n, zeros),), (fresh,))[0]
 
 
-def loop(start: Any, stop: Any, body: Any, carry: Sequence[Any]) -> tuple[Any, ...]:
-    """`carry = body(t, carry)` for t = start, ..., stop - 1."""
+def loop(
+    start: Any, stop: Any, body: Any, carry: Sequence[Any], together: int = 1
+) -> tuple[Any, ...]:
+    """`carry = body(t, carry)` for t = start, ..., stop - 1.
+
+    Args:
+        together: how many turns may be under way. One, as a rule: each holds tiles of its own.
+    """
     if isinstance(start, int) and isinstance(stop, int) and stop - start == 1:
         return tuple(body(start, tuple(carry)))
 
@@ -370,12 +376,11 @@ def loop(start: Any, stop: Any, body: Any, carry: Sequence[Any]) -> tuple[Any, .
                 x.set_shape(before.shape)
         return (t + 1, *new)
 
-    # One turn at a time: turns side by side would each hold tiles of their own.
     found = tf.while_loop(
         lambda t, *_: t < stop,
         step,
         (tf.constant(start) if isinstance(start, int) else start, *carry),
-        parallel_iterations=1,
+        parallel_iterations=together,
     )
     return tuple(found[1:])
 

@@ -70,6 +70,25 @@ def put(out: Array, place: Array, rows: Array, real: Any = None) -> Array:
     return found
 
 
+def add(out: Array, place: Array, rows: Array) -> Array:
+    """`out`, from `blank` with zeros, with `rows` added at `place`; the argument is used up.
+
+    Args:
+        place: int32 (n,), numbers of rows of `out`, each once.
+        rows: (n, X).
+    """
+
+    def written() -> Array:
+        return tf.raw_ops.InplaceAdd(x=out, i=place, v=rows)
+
+    def scattered() -> Array:
+        return tf.tensor_scatter_nd_add(out, place[:, None], rows)
+
+    found = tf.__internal__.execute_fn_for_device({"CPU": written}, scattered)
+    found.set_shape(out.shape)
+    return found
+
+
 def start(p: Problem, g: Geometry) -> Array:
     """`out` before a tile is written."""
     _, length, unit = _units(p, g)

@@ -272,3 +272,40 @@ def test_explain_tells_the_slots():
     assert said.forward < 32e6
     wide = attn_core.explain(x, x, x, mask=masks.causal(), impl="chunked")
     assert (wide.tiles, wide.together) == ((256, 512), 1)
+
+
+def test_what_a_weight_of_0_is_held_against_shows_where_it_may_be_seen(taken, monkeypatch):
+    """A key that is seen is data, also one that gets no weight: where the judge has NaN, NaN is.
+
+    Once it is a key's doing that it gets none, and once its row's, whose sink takes all of it.
+    """
+    small_tiles(monkeypatch)
+    call = inputs(1, 64, 64, hq=HK)
+    call["query"][..., 0], call["key"][:, :, 20] = 1.0, (-1e6, 0, 0)
+    mask = np.broadcast_to(dense("window"), (1, HK, 64, 64))
+    up = draw(1, HK, 64, DV, seed=4)
+    for place, more in ((20, {}), (30, {"sinks": np.full(HK, 1e6)})):
+        given = call | {"value": call["value"].copy()} | more
+        given["value"][:, :, place] = np.nan
+        found = answers(given | {"mask": WINDOW}, lse=False)
+        judged = reference.gradients(**given, mask=mask, d_out=up)
+        judged["out"] = reference.attention(**given, mask=mask).out
+        assert np.isnan(judged["out"]).any()
+        assert np.isnan(judged["key"][:, :, place]).all()
+        for key in ("out", "query", "key", "value"):
+            assert np.isnan(found[key][np.isnan(judged[key])]).all(), key
+            fine = ~np.isnan(found[key])
+            np.testing.assert_allclose(found[key][fine], judged[key][fine], rtol=1e-9, atol=1e-9)
+    assert all(s is not None for _, s in taken)
+
+
+def test_a_key_with_all_the_weight_is_settled_among_others(taken, monkeypatch):
+    """By what the shares come to, where more than one key is seen: exactly no gradient."""
+    small_tiles(monkeypatch)
+    call = inputs(1, 64, 64, hq=HK, dtype=np.float32)
+    call["query"][..., 0], call["key"][:, :, 20] = 1.0, (1e6, 0, 0)
+    found = answers(call | {"mask": WINDOW}, lse=False)
+    assert all(s is not None for _, s in taken)
+    assert not found["query"][:, :, 20:30].any()
+    assert found["query"][:, :, 30:].all()
+    assert found["query"][:, :, 1:20].all()
