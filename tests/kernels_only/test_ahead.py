@@ -60,13 +60,13 @@ def test_what_is_tried_at_width_256_compiles_clean() -> None:
 def test_what_does_not_fit_is_told() -> None:
     """Too many registers, too much memory, and a kernel that is none."""
     causal = Job("forward", "sm_90", SAMPLES["causal"], 64, 64, "bfloat16")
-    wide = causal._replace(target="gfx942", width=256, v_width=256)
+    broad = causal._replace(width=256, v_width=256)
     found = ahead.run(
         [
             causal._replace(config=Config(128, 128, 4, 2)),
-            wide._replace(config=Config(16, 128, 4, 2)),
+            broad._replace(target="gfx942", config=Config(16, 128, 4, 2)),
             causal._replace(config=Config(48, 128, 4, 2)),
-            causal._replace(target="sm_100", config=Config(256, 64, 8, 1)),
+            broad._replace(target="sm_100", config=Config(256, 64, 8, 1)),
         ],
         processes=2,
     )

@@ -138,7 +138,15 @@ def test_what_a_file_holds_is_kept_until_it_is_stale(tmp_path: Path) -> None:
 
 def test_a_run_that_is_cut_off_goes_on(tmp_path: Path) -> None:
     path, program = tmp_path / "found.json", tmp_path / "program.py"
-    program.write_text("from attn_core.cli import app\nif __name__ == '__main__': app()\n", "utf-8")
+    # Who is started in the background hears no Ctrl-C, and neither do those that it starts.
+    program.write_text(
+        "import signal\n"
+        "from attn_core.cli import app\n"
+        "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "    app()\n",
+        "utf-8",
+    )
     words = ["kernels", "compile", "--target", "sm_80", "--kernel", "delta", "--kernel", "combine"]
     words += ["--jobs", "1", "--json", str(path)]
     run = subprocess.Popen(
