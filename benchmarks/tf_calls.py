@@ -36,12 +36,12 @@ def ours(impl: str, *, unknown: bool = False) -> Made:
     return made
 
 
-RUN, AT_ONCE = 128, (2**23, 1)
-"""Rows that see one run of keys; bytes that the logits of a turn of `chunked` may take, and how
-many turns are under way.
+RUN = 128
+"""Rows that see one run of keys."""
+AT_ONCE = (2**22, 2)
+"""Bytes that the logits of a turn of `chunked` may take, in spans and in runs, and how many turns
+are under way.
 """
-SPAN_AT_ONCE = (2**22, 2)
-"""The same of a turn of spans."""
 
 
 def floor(case: Case, direction: str) -> Call:
@@ -51,7 +51,7 @@ def floor(case: Case, direction: str) -> Call:
     heads = case.batch * case.heads
     arrays = case.arrays()
     if t.span:
-        return _turns(arrays, heads, case, (t.rows, t.keys), SPAN_AT_ONCE)
+        return _turns(arrays, heads, case, (t.rows, t.keys), AT_ONCE)
     run = (RUN, case.reach)
     if case.mask == "documents" and not (case.length % run[1] or run[1] % run[0]):
         return _turns(arrays, heads, case, run, AT_ONCE)

@@ -73,7 +73,7 @@ def _chunked(p: Problem, numbers: tuple[str, tuple[str, str] | None]) -> Account
 
 
 def _runs(p: Problem, sizes: tuple[int, int]) -> tuple[int, int]:
-    """Bytes of a forward pass in runs, and of both, where a turn is as large as it may be."""
+    """Bytes of a forward pass in runs, and of both, where turns are of several rows."""
     narrow, wide = sizes
     batch, q_len, k_len = p.batch or 0, p.q_len or 0, p.k_len or 0
     heads, block, short = chunked_runs.heads(p), chunked_runs.BLOCK, chunked_runs.SHORT
@@ -84,8 +84,9 @@ def _runs(p: Problem, sizes: tuple[int, int]) -> tuple[int, int]:
     # What the mask says, and as numbers, which all heads of a turn share.
     hidden = reading(p.mask, tiled, wide) + p.group * block * (keys // heads) * (1 + wide)
     kept = batch * p.heads * q_len * wide * (1 + 2 * p.return_lse)
-    forward = 2 * tile + hidden + kept + (rows + keys) * width
-    backward = 3 * tile + hidden + 2 * kept + 2 * (rows + keys) * width
+    turns = chunked_runs.SIDE_BY_SIDE
+    forward = turns * (2 * tile + hidden + (rows + keys) * width) + kept
+    backward = turns * (3 * tile + hidden + 2 * (rows + keys) * width) + 2 * kept
     if narrow < wide:
         # Sums beside the gradients that they are rounded to.
         backward += batch * p.kv_heads * k_len * width

@@ -17,6 +17,7 @@ def taken(monkeypatch):
     """Blocks of 8, some at a time; every answer to whether runs pay, in order of the calls."""
     monkeypatch.setattr(chunked_runs, "BLOCK", 8)
     monkeypatch.setattr(chunked_runs, "AT_ONCE", 2**14)
+    monkeypatch.setattr(chunked_runs, "ALONE", 2**14)
     asked, found = [], chunked_runs._found
 
     def spied(*given):
@@ -265,7 +266,9 @@ def test_long_runs_are_left_to_the_grid(taken, monkeypatch):
     monkeypatch.setattr(chunked_runs, "SHORT", 1)
     one, apart = np.zeros(64, int), np.arange(64) // 8 % 4
     for ids, room, pay in ((one, 2**12, False), (one, 2**13, True), (apart, 2**14, False)):
-        monkeypatch.setattr(chunked_runs, "AT_ONCE", room)
+        # A row of tiles by itself may take more than a turn of several.
+        monkeypatch.setattr(chunked_runs, "AT_ONCE", room // 2)
+        monkeypatch.setattr(chunked_runs, "ALONE", room)
         call = inputs(1, 64, 64) | {"mask": masks.segments(ids)}
         found = answers(call)
         assert taken[-2:] == [pay, pay]
