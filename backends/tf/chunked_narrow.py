@@ -36,15 +36,12 @@ Measured, two of 4 MB take 0.9 of the time of one of 8 MB, and two of 8 MB as lo
 """
 _LEAST = 8
 """The part of that which they must take, or the loop would cost more than half empty tiles do."""
-_KEPT = 2**21
+_KEPT = 2**20
 """Entries that the patterns of a mask may have."""
 _TOGETHER = 16
 """Tiles whose patterns are found at a time."""
-_WORTH = 1.0
-"""Entries of spans at most, as a share of those of the tiles that they stand in for.
-
-As many in spans take 0.7 of the time that they take in tiles, measured under a window of 1024.
-"""
+_WORTH = 0.8
+"""Entries of spans at most, as a share of those of the tiles that they stand in for."""
 
 
 class Spans(NamedTuple):
