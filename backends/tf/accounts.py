@@ -12,7 +12,8 @@ import tensorflow as tf
 
 from attn_core.backends.tf import chunked_runs
 from attn_core.backends.tf.chunked_grid import cut_up
-from attn_core.backends.tf.chunked_narrow import SIDE_BY_SIDE, Spans, spans
+from attn_core.backends.tf.chunked_narrow import Spans, spans
+from attn_core.backends.tf.chunked_parts import SIDE_BY_SIDE
 from attn_core.footprint import differs, reading, sizes
 from attn_core.language.duals import differentiate
 from attn_core.spec import WIDTH, Account, Problem
@@ -84,9 +85,8 @@ def _runs(p: Problem, sizes: tuple[int, int]) -> tuple[int, int]:
     # What the mask says, and as numbers, which all heads of a turn share.
     hidden = reading(p.mask, tiled, wide) + p.group * block * (keys // heads) * (1 + wide)
     kept = batch * p.heads * q_len * wide * (1 + 2 * p.return_lse)
-    turns = chunked_runs.SIDE_BY_SIDE
-    forward = turns * (2 * tile + hidden + (rows + keys) * width) + kept
-    backward = turns * (3 * tile + hidden + 2 * (rows + keys) * width) + 2 * kept
+    forward = SIDE_BY_SIDE * (2 * tile + hidden + (rows + keys) * width) + kept
+    backward = SIDE_BY_SIDE * (3 * tile + hidden + 2 * (rows + keys) * width) + 2 * kept
     if narrow < wide:
         # Sums beside the gradients that they are rounded to.
         backward += batch * p.kv_heads * k_len * width

@@ -29,11 +29,6 @@ _BLOCK = 64
 """Rows of a tile, and the grain of a span: half of what a window of 128 sees is seen."""
 AT_ONCE = 2**22
 """Bytes that the logits of one turn may take: the fewer turns, the less waits for the next one."""
-SIDE_BY_SIDE = 2
-"""Turns that may be under way: what one of them leaves to a single core, the next one fills up.
-
-Measured, two of 4 MB take 0.9 of the time of one of 8 MB, and two of 8 MB as long as that.
-"""
 _LEAST = 8
 """The part of that which they must take, or the loop would cost more than half empty tiles do."""
 _KEPT = 2**20

@@ -25,7 +25,7 @@ from attn_core.backends.tf import chunked_written as written
 from attn_core.backends.tf.arrays import DTYPES
 from attn_core.backends.tf.chunked_backward import settled
 from attn_core.backends.tf.chunked_forward import Rows, inverted
-from attn_core.backends.tf.chunked_narrow import SIDE_BY_SIDE, Spans
+from attn_core.backends.tf.chunked_narrow import Spans
 from attn_core.backends.tf.chunked_slots import Sums
 from attn_core.spec import Operands, Problem
 
@@ -76,7 +76,7 @@ class _Cut:
         def outer(t: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             now = self.turn(t)
             inner = partial(turn, now, t)
-            return parts.loop(0, heads, inner, carry, SIDE_BY_SIDE)
+            return parts.loop(0, heads, inner, carry, parts.SIDE_BY_SIDE)
 
         def turn(now: _Turn, t: Array, at: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             found: tuple[Any, ...] = body(now, at * self.turns + t, carry)
