@@ -134,7 +134,10 @@ class ArrayReading:
 
     def safe(self, x: Array, fill: float = 0.0) -> Array:
         """`x` where the guard allows it, `fill` elsewhere."""
-        return x if self.guard is None else self.where(self.guard, x, 0 * self.zeros_like(x) + fill)
+        if self.guard is None:
+            return x
+        other = self.zeros_like(x)
+        return self.where(self.guard, x, other + fill if fill else other)
 
     def cast(self, x: Array, source: str, kind: str) -> Array:
         if source == "float" and kind == "int":

@@ -39,8 +39,8 @@ class Reading(ArrayReading):
     def read(
         self, tree: Tree, indices: Mapping[str, Array], operands: Sequence[Array]
     ) -> list[Array]:
-        cast = {name: x if name == "s" else self.as_int(x) for name, x in indices.items()}
-        return super().read(tree, cast, operands)
+        cast = {name: self.as_int(x) for name, x in indices.items() if tree.reads(name)}
+        return super().read(tree, cast | {"s": indices.get("s")}, operands)
 
     def const(self, kind: str, value: Any) -> Array:
         dtypes = {"bool": tf.bool, "int": self.int_dtype, "float": self.float_dtype}
@@ -53,10 +53,7 @@ class Reading(ArrayReading):
             table = self.as_int(table)
         if not index:
             return table
-        shape = sizes(table)
-        place = tf.zeros((), tf.int64)
-        for i, size in zip(clamp(shape, index), shape, strict=True):
-            place = place * tf.cast(size, tf.int64) + i
+        place = entry(sizes(table), index)
         flat = tf.reshape(table, (-1,))
         if not table.shape.num_elements():
             # Empty, or it may turn out to be, where the tile of indices is not: one zero to read.
@@ -114,12 +111,17 @@ class Reading(ArrayReading):
         return tf.cast(x, self.float_dtype)
 
 
-def clamp(shape: Sequence[Any], index: Sequence[Array]) -> tuple[Array, ...]:
-    """Look-up indices held within [0, size - 1] of each axis; 0 where an axis is empty."""
-    return tuple(
-        tf.maximum(tf.minimum(tf.cast(i, tf.int64), tf.cast(size, tf.int64) - 1), 0)
-        for i, size in zip(index, shape, strict=True)
-    )
+def entry(shape: Sequence[Any], index: Sequence[Array]) -> Array:
+    """The number of what is looked up, int64, among the entries of an array of this shape.
+
+    Indices are held within [0, size - 1] of each axis; they are 0 where an axis is empty.
+    """
+    place: Array | None = None
+    for i, size in zip(index, shape, strict=True):
+        wide = size if isinstance(size, int) else tf.cast(size, tf.int64)
+        within = tf.maximum(tf.minimum(tf.cast(i, tf.int64), wide - 1), 0)
+        place = within if place is None else place * wide + within
+    return place
 
 
 def sizes(x: Array) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ import tensorflow as tf
 
 from attn_core.backends.tf import chunked_parts as parts
 from attn_core.backends.tf import chunked_tile as tiles
-from attn_core.backends.tf.arrays import DTYPES, clamp, sizes
+from attn_core.backends.tf.arrays import DTYPES, entry, sizes
 from attn_core.backends.tf.chunked_forward import Rows, inverted, line, over_tiles
 from attn_core.backends.tf.chunked_grid import Plan, plan, schedule
 from attn_core.backends.tf.chunked_parts import Geometry, Inputs, Part, Tiled
@@ -66,7 +66,7 @@ def backward(
     d_out, d_lse, d_weights = cotangents
 
     def cut(a: Array) -> Array:
-        return parts.cut(a[..., None], g, (g.rows, g.block_q), p.group)
+        return parts.cut(tf.expand_dims(a, -1), g, (g.rows, g.block_q), p.group)
 
     x = parts.lay_out(p, asked, g)
     todo = plan(p, x, g, asked)
@@ -90,7 +90,7 @@ def backward(
     d_sinks = None
     if asked.sinks is not None:
         size = (sizes(rows.m)[0], sizes(rows.m)[2])
-        t = parts.join(t, g, (g.rows, g.block_q), p.group, size, "BHTD")[..., 0]
+        t = tf.squeeze(parts.join(t, g, (g.rows, g.block_q), p.group, size, "BHTD"), -1)
         sinks = tf.cast(asked.sinks, dtype)[:, None]
         share = tf.exp(sinks - rows.m) * inverted(rows.total)
         moved = tf.where(tf.equal(sinks, -np.inf), tf.zeros_like(share), -share * t)
@@ -105,19 +105,20 @@ def _deltas(p: Problem, x: Inputs, g: Geometry, pulled: _Pulled, out: Array) -> 
     count, outer = g.parts[0] * g.parts[1] * g.rows, (g.batches, g.heads, p.group * g.block_q, 1)
 
     def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        part, i = parts.part_of(p, x, g, n // g.rows), n % g.rows
+        number, i = parts.divided(n, g.rows)
+        part = parts.part_of(p, x, g, number)
         moved = _selected(p, g, pulled, part, i, pulled.out)
         moved *= _selected(p, g, pulled, part, i, out)
         return (carry[0].write(n, tf.reduce_sum(moved, -1, keepdims=True)),)
 
-    start = tf.TensorArray(dtype, count, element_shape=parts.static(outer))
+    start = parts.fresh(count, outer, dtype)
     return parts.loop(0, count, turn, (start,))[0].stack()
 
 
 def _selected(p: Problem, g: Geometry, pulled: _Pulled, part: Part, i: Array, x: Array) -> Array:
     """Tile i of rows in the accumulation dtype, 0 in rows that may see no key."""
     found = parts.rows_at(x, p, g, part, i, (g.rows, g.block_q), p.group)
-    alive = tf.gather(pulled.alive, _rows(g, part, i))
+    alive = parts.nth(pulled.alive, _rows(g, part, i))
     return tf.cast(tf.where(alive, found, tf.zeros_like(found)), DTYPES[p.accumulation])
 
 
@@ -142,24 +143,22 @@ def _columns(p: Problem, x: Inputs, g: Geometry, todo: Plan, pulled: _Pulled) ->
     derivative = None if p.score is None else differentiate(p.score)
     count, by_columns = g.parts[0] * g.parts[1] * g.columns, schedule(todo, columns=True)
 
-    def fresh(shape: tuple[Any, ...]) -> Any:
-        return tf.TensorArray(dtype, count, element_shape=parts.static(shape))
-
     start = _Sums(
         parts.blank(
             g.parts[0] * g.parts[1] * g.rows,
             (g.batches, g.heads, p.group * g.block_q, p.width),
             dtype,
         ),
-        fresh((g.batches, g.heads, g.block_k, p.width)),
-        fresh((g.batches, g.heads, g.block_k, p.v_width)),
+        parts.fresh(count, (g.batches, g.heads, g.block_k, p.width), dtype),
+        parts.fresh(count, (g.batches, g.heads, g.block_k, p.v_width), dtype),
         None if x.bias is None else parts.blank(x.bias.count, x.bias.inner, dtype),
         # One entry more, for an operand that turns out to be empty.
         tuple([tf.zeros((_entries(x.score[n]) + 1,), dtype) for n in _moving(derivative)]),
     )
 
     def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        part, j = parts.part_of(p, x, g, n // g.columns), n % g.columns
+        number, j = parts.divided(n, g.columns)
+        part = parts.part_of(p, x, g, number)
         k, v = (tiles.keys_of(p, a, g, part, j) for a in (x.key, x.value))
         now = _packed(carry, start)
         dk, dv = (
@@ -195,7 +194,7 @@ def _tile(
             sums = _packed(carry, like)
             n = _rows(g, part, i)
             q = _queries(p, x, g, pulled, part, i)
-            d_out = _selected(p, g, pulled, part, i, pulled.out) * tf.gather(pulled.inverse, n)
+            d_out = _selected(p, g, pulled, part, i, pulled.out) * parts.nth(pulled.inverse, n)
             found = tiles.logits(p, x, g, part, (i, j), q, k_all, masked, derivative)
             k = k_all
             if found.allowed is not None:
@@ -238,7 +237,7 @@ def _slopes(
     """(e after dropout, gradient of the logits), both over the tile."""
     n, zero = _rows(g, part, at[0]), tf.zeros((), DTYPES[p.accumulation])
     shape = (*g.outer(p), 1)
-    m, base = (tf.reshape(tf.gather(a, n), shape) for a in (pulled.m, pulled.base))
+    m, base = (tf.reshape(parts.nth(a, n), shape) for a in (pulled.m, pulled.base))
     e = tf.exp(found.z - m)
     if found.allowed is not None:
         e = tf.where(found.allowed, e, zero)
@@ -249,7 +248,7 @@ def _slopes(
         keep = tiles.kept(p, x, g, part, *at)
         kept, dp = (tf.where(keep, a * (1 / (1 - p.rate)), zero) for a in (e, dp))
     if pulled.weights is not None:
-        inverse = tf.reshape(tf.gather(pulled.inverse, n), shape)
+        inverse = tf.reshape(parts.nth(pulled.inverse, n), shape)
         dp = dp + tf.cast(parts.tile_of(pulled.weights, part, *at), dp.dtype) * inverse
     slope = e * (dp - base)
     if found.allowed is not None:
@@ -257,7 +256,7 @@ def _slopes(
         # and not by e = 0: a key that may be seen and has no weight is data, as it is elsewhere.
         slope = tf.where(found.allowed, slope, zero)
     if pulled.lone is not None:
-        moved, lone = slope, tf.reshape(tf.gather(pulled.lone, n), shape)
+        moved, lone = slope, tf.reshape(parts.nth(pulled.lone, n), shape)
         slope = tf.cond(tf.reduce_any(lone), lambda: settled(moved, e, lone), lambda: moved)
     return kept, slope
 
@@ -283,9 +282,10 @@ def _weighed(
     count, by_rows = g.parts[0] * g.parts[1] * g.rows, schedule(todo)
 
     def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        part, i = parts.part_of(p, x, g, n // g.rows), n % g.rows
+        number, i = parts.divided(n, g.rows)
+        part = parts.part_of(p, x, g, number)
         q = _queries(p, x, g, pulled, part, i)
-        m = tf.reshape(tf.gather(pulled.m, n), (*g.outer(p), 1))
+        m = tf.reshape(parts.nth(pulled.m, n), (*g.outer(p), 1))
 
         def body(masked: bool) -> Any:
             def step(j: Array, now: tuple[Array]) -> tuple[Array]:
@@ -301,9 +301,9 @@ def _weighed(
 
         at = line(g, todo, part, g.rows, i)
         (total,) = over_tiles(todo, by_rows, at, body, (tf.zeros(outer, dtype),))
-        return (carry[0].write(n, total * tf.gather(pulled.inverse, n)),)
+        return (carry[0].write(n, total * parts.nth(pulled.inverse, n)),)
 
-    start = tf.TensorArray(dtype, count, element_shape=parts.static(outer))
+    start = parts.fresh(count, outer, dtype)
     return parts.loop(0, count, turn, (start,))[0].stack()
 
 
@@ -325,9 +325,7 @@ def _tables(
         alike = [a for a in range(5) if all(len(i.shape) == 0 or i.shape[a] == 1 for i in index)]
         moved = tf.reduce_sum(moved, alike, keepdims=True)
         shape = sizes(x.score[site.operand])
-        place = tf.zeros((1, 1, 1, 1, 1), tf.int64)
-        for at, size in zip(clamp(shape, index), shape, strict=True):
-            place = place * tf.cast(size, tf.int64) + at
+        place = entry(shape, index) if index else tf.zeros((1, 1, 1, 1, 1), tf.int64)
         # In an operand that turns out to be empty there is but the entry beyond.
         place = tf.minimum(place, _entries(x.score[site.operand]))
         place = tf.reshape(tf.broadcast_to(place, tf.shape(moved)), (-1, 1))

@@ -16,7 +16,7 @@ import tensorflow as tf
 from attn_core.backends.tf import chunked_parts as parts
 from attn_core.backends.tf import chunked_tile as tiles
 from attn_core.backends.tf import chunked_written as written
-from attn_core.backends.tf.arrays import DTYPES
+from attn_core.backends.tf.arrays import DTYPES, sizes
 from attn_core.backends.tf.chunked_grid import Plan, schedule
 from attn_core.backends.tf.chunked_parts import Geometry, Inputs, Part
 from attn_core.schedule import Schedule
@@ -51,10 +51,7 @@ def forward(
     outer = (g.batches, g.heads, p.group * g.block_q)
     dtype = DTYPES[p.accumulation]
     shapes = [(DTYPES[p.dtype], p.v_width), (dtype, 1), (dtype, 1), (tf.bool, 1)]
-    arrays: list[Any] = [
-        tf.TensorArray(kind, count, element_shape=parts.static((*outer, last)))
-        for kind, last in shapes
-    ]
+    arrays: list[Any] = [parts.fresh(count, (*outer, last), kind) for kind, last in shapes]
     # One tile is all there is, and need not be put into its place.
     several = not isinstance(count, int) or count > 1
     if several:
@@ -66,7 +63,8 @@ def forward(
         arrays.append(parts.blank(like.count, like.inner, DTYPES[p.dtype]))
 
     def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        part, i = parts.part_of(p, x, g, n // g.rows), n % g.rows
+        number, i = parts.divided(n, g.rows)
+        part = parts.part_of(p, x, g, number)
         found = _row(p, x, g, todo, by_rows, part, i, sinks)
         out, *kept = carry
         out = written.tile(out, p, g, part, i, found[0]) if several else out.write(n, found[0])
@@ -81,7 +79,7 @@ def forward(
 
     out, *kept = parts.loop(0, count, turn, arrays)
     out = written.done(out, p, g, size[:2]) if several else joined(out, p.layout)
-    m, total, alive = (joined(a, "BHTD")[..., 0] for a in kept[:3])
+    m, total, alive = (tf.squeeze(joined(a, "BHTD"), -1) for a in kept[:3])
     weights = None if like is None else parts.gather_up(kept[3].stack(), like)
     return Rows(out, m, total, alive, weights)
 
@@ -152,7 +150,7 @@ def _sink_rows(p: Problem, g: Geometry, part: Part, sinks: Array, i: Array) -> A
     """The sink of each folded row of tile i; padded rows have none."""
     sink = tf.gather(sinks, part.h)
     if part.q_lengths is not None:
-        row = tf.reshape(tf.range(g.block_q) + i * g.block_q, (1, 1, 1, -1, 1))
+        row = parts.along(parts.span(g.block_q, i * g.block_q), (1, 1, 1, -1, 1))
         sink = tf.where(row < part.q_lengths, sink, _low(sink.dtype))
     return parts.fold(tf.broadcast_to(sink, (*g.outer(p), 1)), g, p.group)
 
@@ -191,8 +189,7 @@ def _weights(
 
 def inverted(total: Array) -> Array:
     """1 / l, and 0 for a row without a sum."""
-    none = tf.equal(total, 0)
-    return tf.where(none, tf.zeros_like(total), 1 / tf.where(none, tf.ones_like(total), total))
+    return tf.math.reciprocal_no_nan(total)
 
 
 def line(g: Geometry, todo: Plan, part: Part, count: Any, at: Array) -> Array:
@@ -213,7 +210,7 @@ def over_tiles(
         return tuple(body(todo.some_partial)(0, carry))
     full, live = (tf.gather(tf.reshape(n, (-1,)), at) for n in lines[1:])
     order = tf.reshape(lines.order, (-1,))
-    wide = tf.shape(lines.order)[-1]
+    wide = sizes(lines.order)[-1]
 
     def step(masked: bool) -> Any:
         run = body(masked)

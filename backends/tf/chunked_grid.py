@@ -22,6 +22,7 @@ from attn_core.backends.tf.tiles import Tiles
 from attn_core.blocks import FULL, PARTIAL, block_map
 from attn_core.footprint import differs
 from attn_core.language.intervals import Intervals
+from attn_core.language.rules import HOST
 from attn_core.schedule import Schedule, of_status
 from attn_core.spec import Operands, Problem
 from attn_core.whole import CAUSAL
@@ -53,7 +54,8 @@ class Plan(NamedTuple):
     """The tiles to compute.
 
     Attributes:
-        status: int64 (parts of the map, rows, columns), of every tile.
+        status: integers (parts of the map, rows, columns), of every tile; NumPy's where they are
+            known.
         parts: how many parts the map tells apart, along batches and along key heads.
         some_full, some_partial: whether there may be such tiles.
         single: there is one tile, and it is live.
@@ -181,7 +183,6 @@ def plan(p: Problem, x: Inputs, g: Geometry, asked: Operands) -> Plan:
         host, reads_b, reads_h = host[:1, :1], False, False
     if host is not None:
         some_full, some_partial = bool((host == FULL).any()), bool((host == PARTIAL).any())
-    status = _traced(p, x, g, (reads_b, reads_h)) if host is None else tf.constant(host, tf.int64)
     # (parts, B', parts, Hk' * G, rows, columns), with 1 for what the map does not tell apart.
     inside = g.heads * p.group
     apart = (reads_b, reads_h)
@@ -189,16 +190,26 @@ def plan(p: Problem, x: Inputs, g: Geometry, asked: Operands) -> Plan:
         ((count, size) if reads else (1, 1))
         for reads, count, size in zip(apart, g.parts, (g.batches, inside), strict=True)
     )
-    status = tf.reshape(status, (batches, b, heads, h, g.rows, g.columns))
-    least, most = (f(status, (1, 3)) for f in (tf.reduce_min, tf.reduce_max))
-    status = tf.where(least >= FULL, least, tf.minimum(most, PARTIAL))
-    status = tf.reshape(status, (batches * heads, g.rows, g.columns))
+    shape = (batches, b, heads, h, g.rows, g.columns)
+    if host is not None:
+        status = host.reshape(shape)
+        least, most = status.min((1, 3)), status.max((1, 3))
+        status = np.where(least >= FULL, least, np.minimum(most, PARTIAL))
+        status = status.reshape(-1, g.rows, g.columns)
+    else:
+        status = tf.reshape(_traced(p, x, g, apart), shape)
+        least, most = (f(status, (1, 3)) for f in (tf.reduce_min, tf.reduce_max))
+        status = tf.where(least >= FULL, least, tf.minimum(most, PARTIAL))
+        status = tf.reshape(status, (batches * heads, g.rows, g.columns))
     single = alone and (some_full or some_partial)
     return Plan(status, apart, some_full, some_partial, single)
 
 
 def schedule(todo: Plan, columns: bool = False) -> Schedule:
     """Of every row, or every column, of tiles: (parts, lines, width) and twice (parts, lines)."""
+    if isinstance(todo.status, np.ndarray):
+        found = of_status(HOST, todo.status.swapaxes(1, 2) if columns else todo.status)
+        return found if todo.single else Schedule(*[tf.constant(a, tf.int32) for a in found])
     status = tf.transpose(todo.status, (0, 2, 1)) if columns else todo.status
     order, full, live = (tf.cast(x, tf.int32) for x in of_status(Tiles(), status))
     return Schedule(order, full, live)

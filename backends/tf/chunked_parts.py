@@ -13,7 +13,10 @@ of the results, and hand nothing back, since `alive` is False there. Numbers tha
 such as their maxima, are small, and are cut into tiles (parts * rows, B', Hk', G * block_q, 1)
 before the loops, with zeros behind.
 
-Sizes are ints where they are known when the call is traced, and int32 scalars elsewhere.
+Sizes are ints where they are known when the call is traced, and int32 scalars elsewhere. So are the
+numbers of tiles: where there is one, its positions are known too, as NumPy's arrays, it is read
+without being cut out, and it is put together by being there. Tracing takes its time by operations,
+constants among them, and most calls of short lengths are one tile.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from attn_core.backends.tf import reference
@@ -146,6 +150,8 @@ def cut(x: Array, g: Geometry, blocks: tuple[Any, Any], heads: int) -> Array:
     last = sizes(x)[-1]
     x = pad(x, {0: g.batch, 2: count * block})
     (batches, parts), heads_in = (g.parts, g.heads * heads)
+    if _all_one(batches, parts, count):
+        return tf.reshape(x, (1, g.batches, g.heads, heads * block, last))
     x = tf.reshape(x, (batches, g.batches, parts, heads_in, count, block, last))
     x = tf.transpose(x, (0, 2, 4, 1, 3, 5, 6))
     return tf.reshape(x, (batches * parts * count, g.batches, g.heads, heads * block, last))
@@ -160,8 +166,12 @@ def rows_at(
     """
     count, block = blocks
     last = sizes(x)[-1]
+    heads_in = g.heads * heads
+    shape = (g.batches, g.heads, heads * block, last)
+    tall = (heads_in, block) if p.layout == "BHTD" else (block, heads_in)
+    if isinstance(at, int) and isinstance(part.number, int) and x.shape == (g.batches, *tall, last):
+        return shaped(x if p.layout == "BHTD" else tf.transpose(x, (0, 2, 1, 3)), shape)
     if p.layout == "BHTD" and isinstance(count, int) and count * block == x.shape[2]:
-        heads_in = g.heads * heads
         batch, head = part.batch * g.batches, part.head * heads_in
         alone = isinstance(g.batches, int) and isinstance(heads_in, int)
         if alone and g.batches == heads_in == 1:
@@ -177,11 +187,11 @@ def rows_at(
         # would have to be moved, and one of the other layout to be turned over.
         axis = 2 if p.layout == "BHTD" else 1
         rows, across, b = sizes(x)[axis], p.kv_heads * heads, part.b
-        t = tf.reshape(tf.minimum(tf.range(block) + at * block, rows - 1), (-1, 1))
+        t = tf.reshape(tf.minimum(span(block, at * block), rows - 1), (-1, 1))
         h = part.key_h if heads == 1 else part.h
         place = (b * across + h) * rows + t if axis == 2 else (b * rows + t) * across + h
         found = tf.gather(tf.reshape(x, (-1, last)), place)
-    return tf.reshape(found, (g.batches, g.heads, heads * block, last))
+    return shaped(found, shape)
 
 
 def _window(x: Array, begin: list[Any], size: list[Any], fits: tuple[bool, bool]) -> Array:
@@ -190,7 +200,8 @@ def _window(x: Array, begin: list[Any], size: list[Any], fits: tuple[bool, bool]
     `fits` is whether tiles cut the last two axes without a rest.
     """
     if all(fits):
-        return tf.slice(x, begin, size)
+        here = all(isinstance(n, int) for n in (*begin, *size))
+        return x if here and x.shape == size else tf.slice(x, begin, size)
     first, beyond = list(begin), [0, 0, 0, 0]
     for axis in (2, 3):
         if not fits[axis - 2]:
@@ -221,6 +232,11 @@ def join(
     count, block = blocks
     last = sizes(tiles)[-1]
     (batches, parts), heads_in = g.parts, g.heads * heads
+    if _all_one(batches, parts, count):
+        x = tf.reshape(tiles, (g.batches, heads_in, block, last))
+        if layout == "BHTD":
+            return first(x, (size[0], heads_in, size[1], last))
+        return first(tf.transpose(x, (0, 2, 1, 3)), (*size, heads_in, last))
     tiles = tf.reshape(tiles, (batches, parts, count, g.batches, heads_in, block, last))
     if layout == "BHTD":
         order, along = (0, 3, 1, 4, 2, 5, 6), 2
@@ -230,7 +246,40 @@ def join(
         shape = [g.batch, count * block, parts * heads_in, last]
     x = tf.reshape(tf.transpose(tiles, order), shape)
     shape[0], shape[along] = size
-    return tf.slice(x, [0] * 4, shape)
+    return first(x, shape)
+
+
+def first(x: Array, shape: Sequence[Any]) -> Array:
+    """What of an array has this shape: itself, where that is known."""
+    if x.shape.is_fully_defined() and tuple(x.shape) == tuple(shape):
+        return x
+    return tf.slice(x, [0] * len(shape), shape)
+
+
+def shaped(x: Array, shape: Sequence[Any]) -> Array:
+    """`tf.reshape`, of an array of another shape."""
+    if x.shape.is_fully_defined() and tuple(x.shape) == tuple(shape):
+        return x
+    return tf.reshape(x, shape)
+
+
+def nth(x: Array, n: Array) -> Array:
+    """x[n]."""
+    if isinstance(n, int) and x.shape[0] == 1:
+        return tf.squeeze(x, 0)
+    return tf.gather(x, n)
+
+
+def span(count: Any, start: Any) -> Array:
+    """int32 (count,): start, start + 1 and so on. NumPy's where both are known."""
+    if isinstance(count, int) and isinstance(start, int):
+        return np.arange(start, start + count, dtype=np.int32)
+    return tf.range(count) + start
+
+
+def along(x: Array, shape: Sequence[int]) -> Array:
+    """An array of positions with these axes; NumPy's stays NumPy's."""
+    return x.reshape(shape) if isinstance(x, np.ndarray) else tf.reshape(x, shape)
 
 
 def fold(x: Array, g: Geometry, group: int) -> Array:
@@ -257,10 +306,12 @@ def like(shape: tuple[Any, ...], p: Problem, g: Geometry) -> Tiled:
 
 def gather_up(tiles: Array, like: Tiled) -> Array:
     """The array whose tiles these are, of the shape that `like` was made from."""
+    if _all_one(*like.counts):
+        return first(tf.reshape(tiles, like.inner), like.shape)
     x = tf.reshape(tiles, (*like.counts, *like.inner))
     x = tf.transpose(x, (0, 4, 1, 5, 2, 6, 3, 7))
     x = tf.reshape(x, [n * m for n, m in zip(like.counts, like.inner, strict=True)])
-    return tf.slice(x, [0] * 4, like.shape)
+    return first(x, like.shape)
 
 
 def tile_of(x: Tiled, part: Part, i: Array, j: Array) -> Array:
@@ -271,7 +322,7 @@ def tile_of(x: Tiled, part: Part, i: Array, j: Array) -> Array:
     rest = zip(x.counts[2:], x.inner[2:], x.array.shape[2:], strict=True)
     fits = [isinstance(count, int) and count * size == length for count, size, length in rest]
     found = _window(x.array, begin, list(x.inner), (fits[0], fits[1]))
-    return tf.reshape(found, x.size)
+    return shaped(found, x.size)
 
 
 def pad(x: Array, to: dict[int, Any], value: Any = 0) -> Array:
@@ -298,6 +349,8 @@ def lay_out(p: Problem, x: Operands, g: Geometry) -> Inputs:
     def per_batch(given: Array | None) -> Array | None:
         if given is None or given.shape[0] == 1:
             return given
+        if isinstance(p.batch, int) and given.shape[0] == p.batch:
+            return pad(given, {0: g.batch})
         return pad(tf.broadcast_to(given, (_real(p.batch, x.query),)), {0: g.batch})
 
     axis = 2 if p.layout == "BHTD" else 1
@@ -306,12 +359,15 @@ def lay_out(p: Problem, x: Operands, g: Geometry) -> Inputs:
         None if given is None else reference.lengths(given, most)
         for given, most in ((x.kv_lengths, k_len), (x.q_lengths, q_len))
     )
+    offset = np.zeros(1, np.int32)
+    if p.offset != "zero":
+        offset = tf.reshape(reference.offset(p, x, q_len, k_len), (-1,))
     return Inputs(
         filled(x.query),
         filled(x.key),
         filled(x.value),
         None if x.bias is None else spread(x.bias, p, g),
-        per_batch(tf.reshape(reference.offset(p, x, q_len, k_len), (-1,))),
+        per_batch(offset),
         per_batch(kv_lengths),
         per_batch(q_lengths),
         x.seed,
@@ -321,23 +377,23 @@ def lay_out(p: Problem, x: Operands, g: Geometry) -> Inputs:
 
 
 def part_of(p: Problem, x: Inputs, g: Geometry, number: Array) -> Part:
-    batch, head = number // g.parts[1], number % g.parts[1]
-    b = tf.range(g.batches) + batch * g.batches
-    h = tf.range(g.heads) + head * g.heads
+    batch, head = divided(number, g.parts[1])
+    b, h = span(g.batches, batch * g.batches), span(g.heads, head * g.heads)
 
     def of_batch(given: Array | None) -> Array | None:
         if given is None:
             return None
-        found = given if given.shape[0] == 1 else tf.gather(given, b)
-        return tf.reshape(found, (-1, 1, 1, 1, 1))
+        every = isinstance(number, int) and given.shape[0] == g.batches
+        found = given if given.shape[0] == 1 or every else tf.gather(given, b)
+        return along(found, (-1, 1, 1, 1, 1))
 
-    key_h = tf.reshape(h, (1, -1, 1, 1, 1))
-    among = tf.reshape(tf.range(p.group), (-1, 1, 1))
+    key_h = along(h, (1, -1, 1, 1, 1))
+    among = np.arange(p.group, dtype=np.int32).reshape(-1, 1, 1)
     return Part(
         number,
         batch,
         head,
-        tf.reshape(b, (-1, 1, 1, 1, 1)),
+        along(b, (-1, 1, 1, 1, 1)),
         key_h if p.group == 1 else key_h * p.group + among,
         key_h,
         of_batch(x.offset),
@@ -346,16 +402,47 @@ def part_of(p: Problem, x: Inputs, g: Geometry, number: Array) -> Part:
     )
 
 
+def divided(number: Array, count: Any) -> tuple[Array, Array]:
+    """(number // count, number % count)."""
+    if isinstance(count, int) and count == 1:
+        return number, 0
+    return number // count, number % count
+
+
 def static(shape: Sequence[Any]) -> tf.TensorShape:
     """What is known of a shape when the call is traced."""
     return tf.TensorShape([n if isinstance(n, int) else None for n in shape])
 
 
+class Single(NamedTuple):
+    """One tile, with the words of a TensorArray."""
+
+    tile: Array
+
+    def write(self, _: Array, tile: Array) -> Single:
+        return Single(tile)
+
+    def read(self, _: Array) -> Array:
+        return self.tile
+
+    def stack(self) -> Array:
+        return tf.stack([self.tile])
+
+
+def fresh(count: Any, shape: Sequence[Any], dtype: Any) -> Any:
+    """A TensorArray of tiles, each to be written before it is read."""
+    if _alone(count):
+        return Single(None)
+    return tf.TensorArray(dtype, count, element_shape=static(shape))
+
+
 def blank(count: Any, shape: Sequence[Any], dtype: Any) -> Any:
     """A TensorArray of zeros, to be added to. They are one tile until something else is written."""
     zeros = tf.zeros(shape, dtype)
-    fresh = tf.TensorArray(dtype, count, element_shape=static(shape))
-    return loop(0, count, lambda n, carry: (carry[0].write(n, zeros),), (fresh,))[0]
+    if _alone(count):
+        return Single(zeros)
+    empty = fresh(count, shape, dtype)
+    return loop(0, count, lambda n, carry: (carry[0].write(n, zeros),), (empty,))[0]
 
 
 SIDE_BY_SIDE = 2
@@ -379,7 +466,7 @@ def loop(
 
     def step(t: Array, *now: Any) -> tuple[Any, ...]:
         new = body(t, now)
-        for x, before in zip(new, now, strict=True):
+        for x, before in zip(tf.nest.flatten(new), tf.nest.flatten(now), strict=True):
             if isinstance(x, tf.Tensor):
                 x.set_shape(before.shape)
         return (t + 1, *new)
@@ -410,6 +497,10 @@ def _choose(one: Any, size: Any) -> Any:
 
 def _alone(count: Any) -> bool:
     return isinstance(count, int) and count == 1
+
+
+def _all_one(*counts: Any) -> bool:
+    return all(_alone(count) for count in counts)
 
 
 def _within(at: Array, count: Any) -> Array:

@@ -12,7 +12,15 @@ import numpy as np
 import tensorflow as tf
 
 from attn_core.backends.tf.arrays import DTYPES, Reading
-from attn_core.backends.tf.chunked_parts import Geometry, Inputs, Part, rows_at, tile_of
+from attn_core.backends.tf.chunked_parts import (
+    Geometry,
+    Inputs,
+    Part,
+    along,
+    rows_at,
+    span,
+    tile_of,
+)
 from attn_core.backends.tf.philox import keep_at
 from attn_core.language.duals import Derivative
 from attn_core.language.values import drop_threshold
@@ -38,8 +46,8 @@ class Logits(NamedTuple):
 
 
 def indices(g: Geometry, part: Part, i: Array, j: Array) -> dict[str, Array]:
-    row = tf.reshape(tf.range(g.block_q) + i * g.block_q, (1, 1, 1, -1, 1))
-    k = tf.reshape(tf.range(g.block_k) + j * g.block_k, (1, 1, 1, 1, -1))
+    row = along(span(g.block_q, i * g.block_q), (1, 1, 1, -1, 1))
+    k = along(span(g.block_k, j * g.block_k), (1, 1, 1, 1, -1))
     return {"b": part.b, "h": part.h, "q": row + part.offset, "k": k, "row": row}
 
 
@@ -56,9 +64,9 @@ def structure(p: Problem, x: Inputs, g: Geometry, part: Part, index: dict[str, A
         found = _and(found, index["row"] < g.q_len)
     if p.mask is not None:
         found = _and(found, Reading(p.accumulation, x.mask).read(p.mask, index, x.mask)[0])
-    if found is None or found.shape.rank != 5:
+    if found is None or len(found.shape) != 5:
         found = _and(found, tf.ones((1, 1, 1, 1, 1), tf.bool))
-    return found
+    return tf.convert_to_tensor(found)
 
 
 def logits(
@@ -135,8 +143,8 @@ def kept(p: Problem, x: Inputs, g: Geometry, part: Part, i: Array, j: Array) -> 
 def seen(allowed: Array) -> Array:
     """(B', Hk', block_k, 1): some row of the tile may see the key."""
     # TensorFlow looks for the greatest float in half the time in which it looks for any True.
-    return tf.reduce_max(tf.cast(allowed, tf.float32), (2, 3))[..., None] > 0
+    return tf.expand_dims(tf.reduce_max(tf.cast(allowed, tf.float32), (2, 3)), -1) > 0
 
 
 def _and(found: Array | None, more: Array) -> Array:
-    return more if found is None else found & more
+    return more if found is None else tf.logical_and(found, more)

@@ -102,8 +102,8 @@ def start(p: Problem, g: Geometry) -> Array:
 def tile(out: Array, p: Problem, g: Geometry, part: Part, i: Array, found: Array) -> Array:
     """`out` with row i of tiles, (B', Hk', G * block_q, Dv), of a part; `out` is used up."""
     block, length, unit = _units(p, g)
-    b = tf.range(g.batches) + part.batch * g.batches
-    t = tf.range(block // unit) + i * (block // unit)
+    b = parts.span(g.batches, part.batch * g.batches)
+    t = parts.span(block // unit, i * (block // unit))
     found = tf.reshape(found, (g.batches, g.heads * p.group, block, p.v_width))
     if p.layout == "BHTD":
         h = tf.reshape(part.h, (1, -1, 1))

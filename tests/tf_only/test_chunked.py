@@ -928,3 +928,28 @@ def test_short_rows_of_unknown_length_share_a_turn(lengths, monkeypatch):
 
     _, found = counted(tf.ones((2000, 1, 8, 4)), tf.fill((2000,), 5))
     assert (found.numpy() == 1).all()
+
+
+@pytest.mark.parametrize("layout", ["BHTD", "BTHD"])
+def test_one_tile_is_not_cut_out(layout):
+    """No loop, list, slice or sort: what one tile needs none of is not traced, either way."""
+    call = inputs(2, 5, 7)
+    if layout == "BTHD":
+        call = {name: tf.transpose(x, (0, 2, 1, 3)) for name, x in call.items()}
+    mask = masks.causal() & masks.window(left=3)
+
+    @tf.function(autograph=False)
+    def step(query, key, value):
+        given = {"query": query, "key": key, "value": value}
+        with tf.GradientTape() as tape:
+            tape.watch(list(given.values()))
+            out = attn_core.attention(
+                **given, mask=mask, query_offset="end", layout=layout, impl="chunked"
+            )
+        return tape.gradient(out, list(given.values()))
+
+    made = [op.type for op in step.get_concrete_function(**call).graph.get_operations()]
+    assert "BatchMatMulV2" in made
+    needless = ("While", "TensorList", "Slice", "Gather", "TopK", "Range")
+    assert not [kind for kind in made if any(word in kind for word in needless)]
+    assert len(made) < 300
