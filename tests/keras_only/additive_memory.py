@@ -1,6 +1,6 @@
 """Run by itself: how many MiB one training step of additive attention holds at most.
 
-It prints a line for each form that Keras' backend has. All pairs of the step are 576 MiB. What the
+It prints a line for each form that Keras' backend has. All pairs of the step are 256 MiB. What the
 process once held hides nothing: TensorFlow's pool and XLA are asked, and of torch's step the kernel
 keeps a mark of its own, as attn_core.benchmarks.memory says, whose `ALLOCATOR` must be set.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from attn_core.backends.keras import AdditiveAttention
 from attn_core.benchmarks import memory
 
-ROWS = 1536
+ROWS = 1024
 LAYER = AdditiveAttention(width=64)
 
 
