@@ -175,7 +175,10 @@ def _worker(
     stop: Event,
 ) -> tuple[bool, str]:
     """Whether the worker started, and what ended it, if anything did."""
-    environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ}
+    # Problems are small and workers share the cores: threads of OpenMP that wait for more to do by
+    # spinning would take ten times what torch computes in.
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**quiet, **os.environ}
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(

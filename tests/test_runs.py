@@ -64,6 +64,19 @@ def test_a_case_that_hangs_is_ended_and_the_run_goes_on(
     assert by_name["width-1"].shares["out"] > 1
 
 
+@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
+def test_threads_of_a_worker_wait_without_spinning_unless_they_are_told_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chosen: str | None
+) -> None:
+    stranger(tmp_path, "raise ValueError(os.environ['OMP_WAIT_POLICY'])")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", chosen)
+    (verdict,) = run(["stranger:slow"], cases=["width-1"])
+    assert verdict.problem == f"ValueError: {chosen or 'PASSIVE'}"
+
+
 @pytest.mark.parametrize("end", ["os._exit(3)", "os.kill(os.getpid(), 11)", "raise SystemExit(2)"])
 def test_a_subject_that_takes_its_process_down_costs_its_case(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: str
