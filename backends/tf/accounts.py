@@ -12,8 +12,8 @@ import tensorflow as tf
 
 from attn_core.backends.tf import chunked_runs
 from attn_core.backends.tf.chunked_grid import cut_up
+from attn_core.backends.tf.chunked_loops import SIDE_BY_SIDE
 from attn_core.backends.tf.chunked_narrow import Spans, spans
-from attn_core.backends.tf.chunked_parts import SIDE_BY_SIDE
 from attn_core.footprint import differs, reading, sizes
 from attn_core.language.duals import differentiate
 from attn_core.spec import WIDTH, Account, Problem

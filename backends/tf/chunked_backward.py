@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from attn_core.backends.tf import chunked_loops as loops
 from attn_core.backends.tf import chunked_parts as parts
 from attn_core.backends.tf import chunked_tile as tiles
 from attn_core.backends.tf.arrays import DTYPES, entry, sizes
@@ -111,8 +112,8 @@ def _deltas(p: Problem, x: Inputs, g: Geometry, pulled: _Pulled, out: Array) -> 
         moved *= _selected(p, g, pulled, part, i, out)
         return (carry[0].write(n, tf.reduce_sum(moved, -1, keepdims=True)),)
 
-    start = parts.fresh(count, outer, dtype)
-    return parts.loop(0, count, turn, (start,))[0].stack()
+    start = loops.fresh(count, outer, dtype)
+    return loops.loop(0, count, turn, (start,))[0].stack()
 
 
 def _selected(p: Problem, g: Geometry, pulled: _Pulled, part: Part, i: Array, x: Array) -> Array:
@@ -144,14 +145,14 @@ def _columns(p: Problem, x: Inputs, g: Geometry, todo: Plan, pulled: _Pulled) ->
     count, by_columns = g.parts[0] * g.parts[1] * g.columns, schedule(todo, columns=True)
 
     start = _Sums(
-        parts.blank(
+        loops.blank(
             g.parts[0] * g.parts[1] * g.rows,
             (g.batches, g.heads, p.group * g.block_q, p.width),
             dtype,
         ),
-        parts.fresh(count, (g.batches, g.heads, g.block_k, p.width), dtype),
-        parts.fresh(count, (g.batches, g.heads, g.block_k, p.v_width), dtype),
-        None if x.bias is None else parts.blank(x.bias.count, x.bias.inner, dtype),
+        loops.fresh(count, (g.batches, g.heads, g.block_k, p.width), dtype),
+        loops.fresh(count, (g.batches, g.heads, g.block_k, p.v_width), dtype),
+        None if x.bias is None else loops.blank(x.bias.count, x.bias.inner, dtype),
         # One entry more, for an operand that turns out to be empty.
         tuple([tf.zeros((_entries(x.score[n]) + 1,), dtype) for n in _moving(derivative)]),
     )
@@ -173,7 +174,7 @@ def _columns(p: Problem, x: Inputs, g: Geometry, todo: Plan, pulled: _Pulled) ->
         written = (now.key.write(n, dk), now.value.write(n, dv))
         return _flat(new._replace(key=written[0], value=written[1]))
 
-    return _packed(parts.loop(0, count, turn, _flat(start)), start)
+    return _packed(loops.loop(0, count, turn, _flat(start)), start)
 
 
 def _tile(
@@ -303,8 +304,8 @@ def _weighed(
         (total,) = over_tiles(todo, by_rows, at, body, (tf.zeros(outer, dtype),))
         return (carry[0].write(n, total * parts.nth(pulled.inverse, n)),)
 
-    start = parts.fresh(count, outer, dtype)
-    return parts.loop(0, count, turn, (start,))[0].stack()
+    start = loops.fresh(count, outer, dtype)
+    return loops.loop(0, count, turn, (start,))[0].stack()
 
 
 def _tables(

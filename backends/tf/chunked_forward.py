@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from attn_core.backends.tf import chunked_loops as loops
 from attn_core.backends.tf import chunked_parts as parts
 from attn_core.backends.tf import chunked_tile as tiles
 from attn_core.backends.tf import chunked_written as written
@@ -51,7 +52,7 @@ def forward(
     outer = (g.batches, g.heads, p.group * g.block_q)
     dtype = DTYPES[p.accumulation]
     shapes = [(DTYPES[p.dtype], p.v_width), (dtype, 1), (dtype, 1), (tf.bool, 1)]
-    arrays: list[Any] = [parts.fresh(count, (*outer, last), kind) for kind, last in shapes]
+    arrays: list[Any] = [loops.fresh(count, (*outer, last), kind) for kind, last in shapes]
     # One tile is all there is, and need not be put into its place.
     several = not isinstance(count, int) or count > 1
     if several:
@@ -60,7 +61,7 @@ def forward(
     if p.return_weights:
         full = (size[0], p.heads, size[1], size[2])
         like = parts.like(full, p, g)
-        arrays.append(parts.blank(like.count, like.inner, DTYPES[p.dtype]))
+        arrays.append(loops.blank(like.count, like.inner, DTYPES[p.dtype]))
 
     def turn(n: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         number, i = parts.divided(n, g.rows)
@@ -77,7 +78,7 @@ def forward(
         blocks = (g.rows, g.block_q)
         return parts.join(tiles.stack(), g, blocks, p.group, size[:2], layout)
 
-    out, *kept = parts.loop(0, count, turn, arrays)
+    out, *kept = loops.loop(0, count, turn, arrays)
     out = written.done(out, p, g, size[:2]) if several else joined(out, p.layout)
     m, total, alive = (tf.squeeze(joined(a, "BHTD"), -1) for a in kept[:3])
     weights = None if like is None else parts.gather_up(kept[3].stack(), like)
@@ -217,9 +218,9 @@ def over_tiles(
         return lambda t, now: run(tf.gather(order, at * wide + t), now)
 
     if todo.some_full:
-        carry = parts.loop(tf.constant(0), full, step(False), carry)
+        carry = loops.loop(tf.constant(0), full, step(False), carry)
     if todo.some_partial:
-        carry = parts.loop(full, live, step(True), carry)
+        carry = loops.loop(full, live, step(True), carry)
     return carry
 
 

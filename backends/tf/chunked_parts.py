@@ -29,6 +29,7 @@ import tensorflow as tf
 
 from attn_core.backends.tf import reference
 from attn_core.backends.tf.arrays import DTYPES, sizes
+from attn_core.backends.tf.chunked_loops import alone, static
 from attn_core.spec import Operands, Problem
 
 Array = Any
@@ -115,7 +116,7 @@ class Tiled(NamedTuple):
     def number(self, part: Part, i: Array, j: Array) -> Array:
         at: Any = 0
         for place, count in zip((part.batch, part.head, i, j), self.counts, strict=True):
-            at = at * count + (0 if _alone(count) else _within(place, count))
+            at = at * count + (0 if alone(count) else _within(place, count))
         return at
 
 
@@ -317,7 +318,7 @@ def gather_up(tiles: Array, like: Tiled) -> Array:
 def tile_of(x: Tiled, part: Part, i: Array, j: Array) -> Array:
     """The tile at (i, j), five axes of which some may be 1."""
     numbers = zip((part.batch, part.head, i, j), x.counts, strict=True)
-    at = [0 if _alone(count) else _within(n, count) for n, count in numbers]
+    at = [0 if alone(count) else _within(n, count) for n, count in numbers]
     begin = [n * size for n, size in zip(at, x.inner, strict=True)]
     rest = zip(x.counts[2:], x.inner[2:], x.array.shape[2:], strict=True)
     fits = [isinstance(count, int) and count * size == length for count, size, length in rest]
@@ -409,77 +410,6 @@ def divided(number: Array, count: Any) -> tuple[Array, Array]:
     return number // count, number % count
 
 
-def static(shape: Sequence[Any]) -> tf.TensorShape:
-    """What is known of a shape when the call is traced."""
-    return tf.TensorShape([n if isinstance(n, int) else None for n in shape])
-
-
-class Single(NamedTuple):
-    """One tile, with the words of a TensorArray."""
-
-    tile: Array
-
-    def write(self, _: Array, tile: Array) -> Single:
-        return Single(tile)
-
-    def read(self, _: Array) -> Array:
-        return self.tile
-
-    def stack(self) -> Array:
-        return tf.stack([self.tile])
-
-
-def fresh(count: Any, shape: Sequence[Any], dtype: Any) -> Any:
-    """A TensorArray of tiles, each to be written before it is read."""
-    if _alone(count):
-        return Single(None)
-    return tf.TensorArray(dtype, count, element_shape=static(shape))
-
-
-def blank(count: Any, shape: Sequence[Any], dtype: Any) -> Any:
-    """A TensorArray of zeros, to be added to. They are one tile until something else is written."""
-    zeros = tf.zeros(shape, dtype)
-    if _alone(count):
-        return Single(zeros)
-    empty = fresh(count, shape, dtype)
-    return loop(0, count, lambda n, carry: (carry[0].write(n, zeros),), (empty,))[0]
-
-
-SIDE_BY_SIDE = 2
-"""Turns of spans and of runs under way: what one leaves to a single core, the next one fills up.
-
-Measured, two of 4 MB of logits take 0.8 to 0.9 of the time of one of 8 MB; two of 8 MB are no
-faster than two of 4 where there is a backward pass.
-"""
-
-
-def loop(
-    start: Any, stop: Any, body: Any, carry: Sequence[Any], together: int = 1
-) -> tuple[Any, ...]:
-    """`carry = body(t, carry)` for t = start, ..., stop - 1.
-
-    Args:
-        together: how many turns may be under way. One, as a rule: each holds tiles of its own.
-    """
-    if isinstance(start, int) and isinstance(stop, int) and stop - start == 1:
-        return tuple(body(start, tuple(carry)))
-
-    def step(t: Array, *now: Any) -> tuple[Any, ...]:
-        new = body(t, now)
-        for x, before in zip(tf.nest.flatten(new), tf.nest.flatten(now), strict=True):
-            if isinstance(x, tf.Tensor):
-                x.set_shape(before.shape)
-        return (t + 1, *new)
-
-    found = tf.while_loop(
-        lambda t, *_: t < stop,
-        step,
-        (tf.constant(start) if isinstance(start, int) else start, *carry),
-        parallel_iterations=together,
-    )
-    return tuple(found[1:])
-
-
 def _real(size: int | None, x: Array) -> Any:
     return tf.shape(x)[0] if size is None else size
 
@@ -495,12 +425,8 @@ def _choose(one: Any, size: Any) -> Any:
     return tf.where(one, 1, size)
 
 
-def _alone(count: Any) -> bool:
-    return isinstance(count, int) and count == 1
-
-
 def _all_one(*counts: Any) -> bool:
-    return all(_alone(count) for count in counts)
+    return all(alone(count) for count in counts)
 
 
 def _within(at: Array, count: Any) -> Array:

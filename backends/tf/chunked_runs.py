@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from attn_core.backends.tf import chunked_parts as parts
+from attn_core.backends.tf import chunked_loops as loops
 from attn_core.backends.tf import chunked_written as written
 from attn_core.backends.tf.arrays import DTYPES, Reading
 from attn_core.backends.tf.chunked_backward import settled
@@ -269,7 +269,7 @@ def forward(p: Problem, x: Operands, runs: Runs) -> Rows:
 
     start = [_blank(p, p.v_width, DTYPES[p.dtype]), _blank(p, 1, dtype)]
     start += [_blank(p, 1, dtype) for _ in range(2 * p.return_lse)]
-    out, *kept = parts.loop(tf.constant(0), count, turn, start, parts.SIDE_BY_SIDE)
+    out, *kept = loops.loop(tf.constant(0), count, turn, start, loops.SIDE_BY_SIDE)
     shape = (p.batch, p.heads, p.q_len)
     alive, *rest = (tf.reshape(a, shape) for a in kept)
     m, total = rest or (tf.zeros_like(alive), tf.zeros_like(alive))
@@ -325,7 +325,7 @@ def backward(
     start += [
         written.blank(columns, BLOCK * last, dtype, zeros=True) for last in (p.width, p.v_width)
     ]
-    found = parts.loop(tf.constant(0), count, turn, start, parts.SIDE_BY_SIDE)
+    found = loops.loop(tf.constant(0), count, turn, start, loops.SIDE_BY_SIDE)
     given = (x.query, x.key, x.value)
     made = [tf.cast(tf.reshape(a, b.shape), b.dtype) for a, b in zip(found, given, strict=True)]
     return Operands(*made)

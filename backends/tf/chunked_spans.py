@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from attn_core.backends.tf import chunked_parts as parts
+from attn_core.backends.tf import chunked_loops as loops
 from attn_core.backends.tf import chunked_written as written
 from attn_core.backends.tf.arrays import DTYPES
 from attn_core.backends.tf.chunked_backward import settled
@@ -76,13 +76,13 @@ class _Cut:
         def outer(t: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             now = self.turn(t)
             inner = partial(turn, now, t)
-            return parts.loop(0, heads, inner, carry, parts.SIDE_BY_SIDE)
+            return loops.loop(0, heads, inner, carry, loops.SIDE_BY_SIDE)
 
         def turn(now: _Turn, t: Array, at: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             found: tuple[Any, ...] = body(now, at * self.turns + t, carry)
             return found
 
-        return parts.loop(0, self.turns, outer, carry)
+        return loops.loop(0, self.turns, outer, carry)
 
     def head(self, n: Array) -> tuple[Array, Array]:
         """(number of the key head through all batches, turn within it)."""

@@ -21,6 +21,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from attn_core.backends.tf import chunked_loops as loops
 from attn_core.backends.tf import chunked_parts as parts
 from attn_core.backends.tf.arrays import DTYPES
 from attn_core.backends.tf.chunked_parts import Geometry, Part
@@ -36,7 +37,7 @@ def blank(rows: Any, width: Any, dtype: Any, zeros: bool = False) -> Array:
         zeros: it holds zeros, and may be read and added to.
     """
     found = tf.raw_ops.Empty(shape=[rows, width], dtype=dtype, init=zeros)
-    found.set_shape(parts.static((rows, width)))
+    found.set_shape(loops.static((rows, width)))
     return found
 
 
