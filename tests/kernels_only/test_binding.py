@@ -192,6 +192,30 @@ def test_compiled_whole() -> None:
         assert other.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("count", [3, 0])
+def test_as_many_keys_as_a_selection_leaves(count: int) -> None:
+    """How many is known as a compiled call runs; of none no kernel has anything to read."""
+
+    def loss(q: Any, k: Any, keep: Any) -> Any:
+        some = k[:, :, keep.nonzero()[:, 0]]
+        torch._check(some.shape[2] < 100)
+        out, lse, _ = call(q, some, some, query_offset=0, return_lse=True)
+        return out.square().sum() + torch.where(lse > -torch.inf, lse, 0.0).sum()
+
+    torch._dynamo.reset()
+    keep = torch.arange(TK, device=DEVICE) < count
+    given = [QUERY.clone().requires_grad_(), KEY.clone().requires_grad_()]
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        found = torch.compile(loss, fullgraph=True, backend="aot_eager")(*given, keep)
+    some = given[1][:, :, :count]
+    out, lse, _ = attention(given[0], some, some, query_offset=0, impl="reference", return_lse=True)
+    want = out.square().sum() + torch.where(lse > -torch.inf, lse, 0.0).sum()
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    pairs = zip(torch.autograd.grad(found, given), torch.autograd.grad(want, given), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_vmap_and_per_sample_gradients() -> None:
     many = draw(3, B, HQ, TQ, D)
     f = lambda q: call(q, KEY, VALUE, mask=masks.causal(), query_offset="end")  # noqa: E731
@@ -478,6 +502,20 @@ def test_strides_of_every_kind() -> None:
         if given[0] is QUERY:
             want = call(QUERY, given[1].contiguous(), given[2].contiguous())
         alike(got, want)
+
+
+def test_what_memory_holds_the_negative_of() -> None:
+    """The imaginary part of a conjugate, forward and backward: as query, and from upstream."""
+    query, up = (torch.complex(draw(B, HQ, TQ, D), draw(B, HQ, TQ, D)).conj().imag for _ in "ab")
+    found = []
+    for q, g in ((query, up), (query.clone(), up.clone())):
+        leaf = q.detach().requires_grad_()
+        out = call(leaf, KEY, VALUE)
+        found.append((out, *torch.autograd.grad(out, leaf, g)))
+    assert query.is_neg()
+    assert not query.clone().is_neg()
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 @interpreted
