@@ -17,10 +17,12 @@ import attn_core
 from attn_core import Dropout, UnsupportedError, attention, explain, masks, registry, scores
 from attn_core.backends.torch import (
     chunked,
+    held,
     kept,
     triton_backward,
     triton_forward,
     triton_launch,
+    triton_schedule,
 )
 from attn_core.backends.torch.chunked_backward import Saved, Upstream
 from attn_core.backends.torch.chunked_parts import Ask, read
@@ -323,6 +325,44 @@ def test_an_error_of_the_framework_says_which_problem(
         f'attn_core: {which} of impl="triton": query (2, 4, 20, 8), key (2, 2, 23, 8), '
         f"value (2, 2, 23, 8), float32 in BHTD on {QUERY.device}; mask q >= k"
     )
+
+
+# --- On which device, and on which stream. --------------------------------------------------------
+
+
+def documents(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    """out and every gradient, by a mask that the host holds, so that all that is kept is read."""
+    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    mask = masks.segments(np.arange(TK) // 9) & masks.causal()
+    out = call(*leaves, mask=mask, query_offset="end")
+    return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs streams of a GPU")
+def test_on_a_stream_of_ones_own() -> None:
+    """Nothing is read elsewhere, before it is there: the stream is busy when the call is made."""
+    want = documents(2 * QUERY, KEY, VALUE)
+    triton_schedule._kept.clear()
+    held._kept.clear()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**7)
+        got = documents(2 * QUERY, KEY, VALUE)
+    torch.cuda.current_stream().wait_stream(stream)
+    for a, b in zip(got, want, strict=True):
+        alike(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_the_tensors_device_whichever_is_current() -> None:
+    want = documents(QUERY, KEY, VALUE)
+    there = torch.device("cuda", 1 - torch.cuda.current_device())
+    got = documents(*[x.to(there) for x in (QUERY, KEY, VALUE)])
+    assert torch.cuda.current_device() != there.index
+    for a, b in zip(got, want, strict=True):
+        assert a.device == there
+        alike(a.to(b.device), b)
 
 
 # --- Nothing waits for the device. ----------------------------------------------------------------
