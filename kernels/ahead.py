@@ -44,6 +44,7 @@ KERNELS = (*configs.KERNELS, *configs.PREPARING)
 WIDTHS = (64, 128, 256)
 
 SHARED = {
+    "sm_75": 65_536,
     "sm_80": 166_912,
     "sm_86": 101_376,
     "sm_87": 166_912,
