@@ -97,7 +97,7 @@ def gpu_page(
         to.write_text(pages.page(runs), "utf-8")
     except (ValueError, OSError) as error:
         raise refused(error) from error
-    Console().print(f"{to}: {len(runs)} GPUs", markup=False, soft_wrap=True)
+    Console().print(f"{to}: {len(runs)} GPU{'s' * (len(runs) != 1)}", markup=False, soft_wrap=True)
 
 
 def tune(

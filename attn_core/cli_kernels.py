@@ -221,7 +221,9 @@ def show(
     from attn_core.language.text import text
 
     if mask is None and not score:
-        raise refused(ValueError("`--mask` or `--score` must be given. Got neither."))
+        raise refused(
+            ValueError('`--mask` or `--score` must be given: --mask "causal()". Got neither.')
+        )
     if not _triton():
         raise refused(ImportError("Triton must be installed (pip install 'attn-core[triton]')."))
     try:
@@ -309,8 +311,15 @@ def show_configs(
     dtype: Annotated[str, typer.Option(help="Of query, key and value.")] = "bfloat16",
 ) -> None:
     """The configurations in force: yours first, then the shipped ones; or one GPU's choices."""
-    from attn_core.kernels import configs
+    from attn_core.kernels import ahead, configs
 
+    if target is not None:
+        try:
+            if not any(target in entry.on for entry in configs.all_entries()):
+                ahead.known_target(target)
+            ahead.known_width(width)
+        except ValueError as error:
+            raise refused(error) from error
     console = Console()
     place = configs.user_file()
     mine = len(configs.yours())

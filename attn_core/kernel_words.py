@@ -125,6 +125,10 @@ def _function(node: ast.expr, words: str, *first: str, **more: Any) -> Callable[
     for below in ast.walk(node):
         if isinstance(below, ast.Name) and below.id not in known:
             vocabulary = SCORES if first else MASKS
+            if below.id in vocabulary:
+                raise ValueError(
+                    f"{below.id!r} must be called, as in Python: {below.id}(). Got {words!r}."
+                )
             raise ValueError(
                 f"{words!r} must speak of {', '.join(sorted(known))} or of "
                 f"{', '.join(vocabulary)}. Got {below.id!r}."

@@ -44,6 +44,7 @@ KERNELS = (*configs.KERNELS, *configs.PREPARING)
 WIDTHS = (64, 128, 256)
 
 SHARED = {
+    "sm_75": 65_536,
     "sm_80": 166_912,
     "sm_86": 101_376,
     "sm_87": 166_912,
@@ -170,6 +171,8 @@ def jobs(
     Raises:
         ValueError: a name that nothing has.
     """
+    for width in widths:
+        known_width(width)
     known = {"kernel": KERNELS, "sample": tuple(SAMPLES), "dtype": configs.DTYPES}
     for what, names in (("kernel", kernels), ("sample", samples), ("dtype", dtypes)):
         for name in names:
@@ -179,9 +182,7 @@ def jobs(
                     f"Got {name!r}.{_nearest(name, known[what])}"
                 )
     for target in targets:
-        if _target(target) is None:
-            near = _nearest(target, tuple(SHARED))
-            raise ValueError(f"`target` must be sm_NN or gfxNNN. Got {target!r}.{near}")
+        known_target(target)
         for kernel in kernels or KERNELS:
             for name in samples or (FEW if few else SAMPLES):
                 sample = SAMPLES[name]
@@ -194,6 +195,23 @@ def jobs(
                         job = Job(kernel, target, sample, width, width, dtype)
                         if not job.refused:
                             yield from (job, job._replace(even=False))
+
+
+def known_target(name: str) -> None:
+    """Raises:
+    ValueError: it is spelled as no GPU is.
+    """
+    if _target(name) is None:
+        near = _nearest(name, tuple(SHARED))
+        raise ValueError(f"`target` must be sm_NN or gfxNNN. Got {name!r}.{near}")
+
+
+def known_width(n: int) -> None:
+    """Raises:
+    ValueError: no kernel takes heads of it.
+    """
+    if not 1 <= n <= max(WIDTHS):
+        raise ValueError(f"`width` must be from 1 to {max(WIDTHS)}. Got {n}.")
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -22,7 +22,9 @@ OF_TABLES = 1024
 """The same of `reduced`, each of whose entries has an address of its own."""
 
 
-@triton.jit
+# The compiler is told nothing of sizes: it would gain nothing, and a cache that grows would wait
+# for it whenever 16 divides another one of them.
+@triton.jit(do_not_specialize=["count", "q_len", "k_len", "start"])
 def facts(
     kv_lengths,  # integers, as they were given
     q_lengths,
@@ -97,7 +99,7 @@ def reduced(
     tl.store(most + pid, tl.max(high, 0).to(high.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["maps", "group", "lines", "width", "q_len", "k_len"])
 def schedule(
     order,  # int32 (Bm, Hm, lines, width), and twice (Bm, Hm, lines)
     full,

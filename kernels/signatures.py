@@ -322,7 +322,7 @@ def _schedule(c: _Call) -> _Made:
     for table in found.reduced:
         kind, rank = held[table.number]
         given += [_OPERANDS[kind], _OPERANDS[kind], *["i32"] * rank]
-    positional = (*(*c.schedule, tuple(given), c.lengths, c.length_strides, *[c.size] * 6),)
+    positional = (*(*c.schedule, tuple(given), c.lengths, c.length_strides, *["i32"] * 6),)
     constants = {
         "REACH": found.call,
         "M": tile[0],
@@ -339,7 +339,7 @@ def _schedule(c: _Call) -> _Made:
 
 
 def _facts(c: _Call) -> _Made:
-    positional = (*("*i32", "*i64", "*i32", "*i32"), (1, 1, 1), *[c.size] * 4)
+    positional = (*("*i32", "*i64", "*i32", "*i32"), (1, 1, 1), *["i32"] * 4)
     names = ("KV_LENGTHS", "Q_LENGTHS", "OFFSETS", "END")
     constants = {"FAR": 2**30, **dict.fromkeys(names, True), "COUNT": 128}
     return schedule.facts, positional, constants

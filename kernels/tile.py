@@ -187,6 +187,6 @@ def kept_of(seed, b, h, q, first, threshold, M: tl.constexpr, N: tl.constexpr):
     rows, heads = q.to(tl.uint32)[:, None] + zero, h.to(tl.uint32)[:, None] + zero
     w0, w1, w2, w3 = tl.philox(low | (high << 32), quads, rows, heads, b.to(tl.uint32) + zero)
     # Compared first: what moves between threads then is a byte and not a word.
-    least = threshold.to(tl.uint32)
+    least = tl.cast(threshold, tl.uint32)
     kept = tl.join(tl.join(w0 >= least, w2 >= least), tl.join(w1 >= least, w3 >= least))
     return tl.reshape(kept, (M, N))

@@ -22,6 +22,7 @@ from triton.runtime import driver
 
 from attn_core import Dropout, attention, masks, registry, scores
 from attn_core.backends.torch import triton_launch
+from attn_core.backends.torch.triton_schedule import Asked, schedule, told
 from attn_core.kernels import configs, signatures
 from attn_core.kernels.ahead import Job
 from attn_core.kernels.samples import SAMPLES
@@ -72,6 +73,8 @@ CASES: dict[str, dict[str, Any]] = {
         "sinks": torch.randn(4).requires_grad_(),
     },
 }
+# Of a threshold of 1 the compiler makes a constant, as of every argument that is 1.
+CASES["a least rate"] = {"sizes": (1, 1, 1, 1, 1, 16, 16), "dropout": Dropout(2.0**-32, 3)}
 CASES["fused"] = {**CASES["everything"], "fused": True}
 
 EVEN, ODD = (1, 16, 16, 4096, 4096, 64, 64), (2, 6, 3, 2999, 2999, 64, 64)
@@ -94,6 +97,7 @@ def compiling(case: str, sample: str = "") -> Any:
         grid: dict[str, Any] = {"grid": (programs,), "warmup": True}
         found = kernel.run(*args, **grid, **options, **shape.launch)
         said = {"case": case, "kernel": kernel.__name__, "shared": found.metadata.shared}
+        said["hash"] = found.hash
         if sample:
             said["differs"] = differs(found.src, kernel.__name__, sample, shape, case)
         print(json.dumps(said), flush=True)
@@ -131,6 +135,19 @@ def differs(launched: Any, kernel: str, sample: str, shape: Any, case: str) -> l
     return sorted(found)
 
 
+def scheduled() -> None:
+    """Of a cache that grows, and of more batches and heads: the schedules, which are one kernel."""
+    device = torch.device("cpu")
+    for batch, heads, k_len in ((4, 1, 65), (16, 8, 80), (8, 4, 127)):
+        lengths = torch.full((batch,), 7)
+        triton_launch.prepare = preparing("a cache that grows")
+        said = told(lengths, None, "end", 1, k_len, device)
+        asked = Asked(
+            masks.causal().tree, (batch, heads, 1, 1, k_len), (16, 64), (False, True), False
+        )
+        schedule(asked, (), said, device)
+
+
 def main(architecture: int) -> None:
     driver.set_active(Driver(GPUTarget("cuda", architecture, 32)))  # type: ignore[arg-type]
     # The tensors are on the CPU, and are taken for a GPU's.
@@ -154,6 +171,7 @@ def main(architecture: int) -> None:
         out = attention(*[x.requires_grad_() for x in leaves[:3]], impl="triton", **options)
         with configs.fusing(fused):
             torch.autograd.grad(out, leaves, torch.ones_like(out))
+    scheduled()
 
 
 if __name__ == "__main__":

@@ -196,6 +196,7 @@ def test_scores_as_words() -> None:
     ("words", "said"),
     [
         ("casual()", "Got 'casual'"),
+        ("causal", "'causal' must be called, as in Python: causal()"),
         ("causal() and window(3)", "by &, | and ~ alone"),
         ("(q < 3) and (k < 2)", "a & b"),
         ("window('a')", "the numbers it takes"),
@@ -223,8 +224,18 @@ def test_the_command_shows_configurations(place: Path) -> None:
         app, ["kernels", "configs", "--target", "sm_90"], env={"COLUMNS": "200"}
     )
     assert run.output.count("forward") == len(configs.CLASSES)
-    run = CliRunner().invoke(app, ["kernels", "configs", "--target", "sm_90", "--dtype", "half"])
-    assert run.exit_code == 2
+    for words, said in (
+        (["sm_90", "--dtype", "half"], "`dtype` must be one of"),
+        (["sm90"], "`target` must be sm_NN or gfxNNN. Got 'sm90'. Did you mean 'sm_90'?"),
+        (["sm_90", "--width", "300"], "`width` must be from 1 to 256. Got 300."),
+    ):
+        run = CliRunner().invoke(app, ["kernels", "configs", "--target", *words])
+        assert run.exit_code == 2
+        assert said in run.output
+    # Of a GPU that no entry names, and of what stands in for one.
+    for target in ("sm_75", "interpreter"):
+        run = CliRunner().invoke(app, ["kernels", "configs", "--target", target])
+        assert run.exit_code == 0, run.output
 
 
 triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is missing")

@@ -258,9 +258,11 @@ def _tensors(problem: Problem, operands: Operands, device: torch.device) -> Oper
             if tracing():  # they may be symbols
                 return torch.tensor(x, dtype=torch.int32, device=device)
             return constant(x, torch.int32, device)
-        if isinstance(x, Table):
+        if isinstance(x, Table) and tracing():  # which NumPy's arrays cannot be made in
             dtype = {"bool": torch.bool, "int": torch.int32, "float": DTYPES[problem.accumulation]}
             return torch.tensor(x.values, dtype=dtype[x.kind], device=device).reshape(x.shape)
+        if isinstance(x, Table):
+            x = x.numpy(problem.accumulation)
         if not isinstance(x, np.ndarray):
             return x
         if not tracing() and held.keeps(x, device):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from operator import index
 from typing import Any
 
@@ -121,7 +122,17 @@ def _backward_op(ask: str, scale: float, wanted: Sequence[bool], *given: Any) ->
     return [g.contiguous() for g in found]
 
 
+def _launched(ask: Ask, given: Sequence[Any]) -> Ask:
+    """As it is asked, but that no kernel is launched on arrays that hold nothing.
+
+    Where a compiler knows sizes only as it runs, nobody could refuse them before.
+    """
+    empty = ask.kernel and 0 in (*given[0].shape, *given[1].shape)
+    return replace(ask, kernel="") if empty else ask
+
+
 def _forward(ask: Ask, scale: float, given: Sequence[Any]) -> tuple[Array, ...]:
+    ask = _launched(ask, given)
     x = operands_of(ask, _beside(given))
     with _without_autocast(given[0]):
         if ask.kernel == "triton":
@@ -142,6 +153,7 @@ def _backward(
     saved: Sequence[Array],
     upstream: Sequence[Array | None],
 ) -> list[Array]:
+    ask = _launched(ask, given)
     out, lse, weights = upstream
     # A compiler may hand over zeros, of no shape, for what was never returned.
     up = Upstream(out, lse if ask.lse else None, weights if ask.weights else None)
@@ -404,7 +416,12 @@ def _spread(found: Sequence[Array], wanted: Sequence[bool], masks: int) -> list[
 
 
 def _real(tensors: Sequence[Any]) -> bool:
-    """Whether these hold numbers that a loop in Python may read, and no mode wants to see it."""
+    """Whether these hold numbers that a loop in Python may read, and no mode wants to see it.
+
+    Of an imaginary part of a conjugate memory holds the negative, which operators see to.
+    """
     if torch._C._len_torch_dispatch_stack():
         return False
-    return all(x is None or (type(x) in _PLAIN and not x.is_meta) for x in tensors)
+    return all(
+        x is None or (type(x) in _PLAIN and not x.is_meta and not x.is_neg()) for x in tensors
+    )

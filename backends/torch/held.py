@@ -1,10 +1,11 @@
 """What the host holds, kept on a device by its content.
 
-A mask over document ids is often NumPy's: known on the host, the same in every layer and in the
-backward pass. Copied anew for each call it would wait for the device, and everything worked out
-from it, a schedule of tiles above all, would be worked out again. Copies are `kept` by the bytes
-that they hold, so that a changed array is another one; nobody else has them, so that nobody writes
-there, and what follows from one may be kept beside it, under its number.
+A mask over document ids is often NumPy's, and the slopes of ALiBi are a list: known on the host,
+the same in every layer and in the backward pass. Copied anew for each call it would wait for the
+device, could stand in no CUDA graph, and everything worked out from it, a schedule of tiles above
+all, would be worked out again. Copies are `kept` by the bytes that they hold, so that a changed
+array is another one; nobody else has them, so that nobody writes there, and what follows from one
+may be kept beside it, under its number.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ _next = count()
 
 
 def keeps(x: np.ndarray, device: torch.device) -> bool:
-    """Whether it is held for later calls: booleans or integers, few, on a GPU."""
-    return device.type == "cuda" and x.dtype.kind in "iub" and x.nbytes <= MOST
+    """Whether it is held for later calls: few numbers, on a GPU."""
+    return device.type == "cuda" and x.dtype.kind in "iubf" and x.nbytes <= MOST
 
 
 def copy(x: np.ndarray, device: torch.device) -> Array:

@@ -74,17 +74,18 @@ def narrower(device: str, dtype: str, width: int) -> str:
     """Why kernels that can run on this kind of device cannot on such numbers; "" where they can.
 
     Of a width, all above half of it are taken to be alike, in either dtype of 16 bits: they have
-    the same kernels, whose tiles are of a power of two.
+    the same kernels, whose tiles are of a power of two. Those of float32 are others.
 
     Args:
         width: the wider of D and Dv.
     """
-    if device != "cuda" or dtype not in ("float16", "bfloat16"):
+    if device != "cuda" or dtype not in ("float16", "bfloat16", "float32"):
         return ""
     with _LOCK:
         found = finding().narrower
     for bad, most, wrong in found:
-        if (dtype == bad and most <= _PLAIN) or (most > _PLAIN and width > most // 2):
+        alike = dtype == bad or "float32" not in (dtype, bad)
+        if (dtype == bad and most <= _PLAIN) or (alike and most > _PLAIN and width > most // 2):
             return f"{wrong} It was {bad} of width {most}."
     return ""
 

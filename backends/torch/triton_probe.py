@@ -34,7 +34,10 @@ class Trial(NamedTuple):
 FIRST = Trial("float16", 64)
 """Where this fails, nothing is said to work."""
 
-_ALLOWED = {"float16": 2.0**-6, "bfloat16": 2.0**-3}
+_ROOM = 3 * 2**15
+"""Bytes of shared memory that the widest tiles of float32 have everywhere from Ampere on."""
+
+_ALLOWED = {"float16": 2.0**-6, "bfloat16": 2.0**-3, "float32": 2.0**-10}
 """Far above the dtype's rounding of a row, far below what a wrong product comes to."""
 
 
@@ -90,8 +93,11 @@ def trials(device: torch.device) -> list[Trial]:
     """What is tried after the first: numbers and widths whose kernels are other ones."""
     with torch.cuda.device(device):
         brain = torch.cuda.is_bf16_supported(including_emulation=False)
+        has = torch.cuda.get_device_properties(device)
     wide = "bfloat16" if brain else "float16"
-    return [Trial("bfloat16", 64)] * brain + [Trial(wide, 256)]
+    little = 0 < getattr(has, "shared_memory_per_block_optin", 0) < _ROOM
+    numbers = [Trial("bfloat16", 64)] * brain + [Trial(wide, 256)]
+    return numbers + [Trial("float32", 256)] * little
 
 
 def _wrong(name: str, device: torch.device, trial: Trial) -> str:

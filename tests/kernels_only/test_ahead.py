@@ -113,6 +113,8 @@ def test_what_ptxas_says_is_read() -> None:
         "300000 bytes of shared memory of 232448",
         "513 columns of tensor memory of 512",
     ]
+    turing = finding._replace(job=job._replace(target="sm_75"), shared=67_584)
+    assert "67584 bytes of shared memory of 65536" in turing.problems
     ptx = (
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1,%f2}, %rd1, %rd2, 1, 1, 1;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1,%f2}, {%r1,%r2}, %rd2, 1;\n"

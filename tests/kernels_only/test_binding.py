@@ -17,10 +17,12 @@ import attn_core
 from attn_core import Dropout, UnsupportedError, attention, explain, masks, registry, scores
 from attn_core.backends.torch import (
     chunked,
+    held,
     kept,
     triton_backward,
     triton_forward,
     triton_launch,
+    triton_schedule,
 )
 from attn_core.backends.torch.chunked_backward import Saved, Upstream
 from attn_core.backends.torch.chunked_parts import Ask, read
@@ -192,6 +194,30 @@ def test_compiled_whole() -> None:
         assert other.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("count", [3, 0])
+def test_as_many_keys_as_a_selection_leaves(count: int) -> None:
+    """How many is known as a compiled call runs; of none no kernel has anything to read."""
+
+    def loss(q: Any, k: Any, keep: Any) -> Any:
+        some = k[:, :, keep.nonzero()[:, 0]]
+        torch._check(some.shape[2] < 100)
+        out, lse, _ = call(q, some, some, query_offset=0, return_lse=True)
+        return out.square().sum() + torch.where(lse > -torch.inf, lse, 0.0).sum()
+
+    torch._dynamo.reset()
+    keep = torch.arange(TK, device=DEVICE) < count
+    given = [QUERY.clone().requires_grad_(), KEY.clone().requires_grad_()]
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        found = torch.compile(loss, fullgraph=True, backend="aot_eager")(*given, keep)
+    some = given[1][:, :, :count]
+    out, lse, _ = attention(given[0], some, some, query_offset=0, impl="reference", return_lse=True)
+    want = out.square().sum() + torch.where(lse > -torch.inf, lse, 0.0).sum()
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    pairs = zip(torch.autograd.grad(found, given), torch.autograd.grad(want, given), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_vmap_and_per_sample_gradients() -> None:
     many = draw(3, B, HQ, TQ, D)
     f = lambda q: call(q, KEY, VALUE, mask=masks.causal(), query_offset="end")  # noqa: E731
@@ -299,6 +325,44 @@ def test_an_error_of_the_framework_says_which_problem(
         f'attn_core: {which} of impl="triton": query (2, 4, 20, 8), key (2, 2, 23, 8), '
         f"value (2, 2, 23, 8), float32 in BHTD on {QUERY.device}; mask q >= k"
     )
+
+
+# --- On which device, and on which stream. --------------------------------------------------------
+
+
+def documents(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    """out and every gradient, by a mask that the host holds, so that all that is kept is read."""
+    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    mask = masks.segments(np.arange(TK) // 9) & masks.causal()
+    out = call(*leaves, mask=mask, query_offset="end")
+    return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs streams of a GPU")
+def test_on_a_stream_of_ones_own() -> None:
+    """Nothing is read elsewhere, before it is there: the stream is busy when the call is made."""
+    want = documents(2 * QUERY, KEY, VALUE)
+    triton_schedule._kept.clear()
+    held._kept.clear()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**7)
+        got = documents(2 * QUERY, KEY, VALUE)
+    torch.cuda.current_stream().wait_stream(stream)
+    for a, b in zip(got, want, strict=True):
+        alike(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_the_tensors_device_whichever_is_current() -> None:
+    want = documents(QUERY, KEY, VALUE)
+    there = torch.device("cuda", 1 - torch.cuda.current_device())
+    got = documents(*[x.to(there) for x in (QUERY, KEY, VALUE)])
+    assert torch.cuda.current_device() != there.index
+    for a, b in zip(got, want, strict=True):
+        assert a.device == there
+        alike(a.to(b.device), b)
 
 
 # --- Nothing waits for the device. ----------------------------------------------------------------
@@ -478,6 +542,20 @@ def test_strides_of_every_kind() -> None:
         if given[0] is QUERY:
             want = call(QUERY, given[1].contiguous(), given[2].contiguous())
         alike(got, want)
+
+
+def test_what_memory_holds_the_negative_of() -> None:
+    """The imaginary part of a conjugate, forward and backward: as query, and from upstream."""
+    query, up = (torch.complex(draw(B, HQ, TQ, D), draw(B, HQ, TQ, D)).conj().imag for _ in "ab")
+    found = []
+    for q, g in ((query, up), (query.clone(), up.clone())):
+        leaf = q.detach().requires_grad_()
+        out = call(leaf, KEY, VALUE)
+        found.append((out, *torch.autograd.grad(out, leaf, g)))
+    assert query.is_neg()
+    assert not query.clone().is_neg()
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 @interpreted

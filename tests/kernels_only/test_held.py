@@ -10,8 +10,8 @@ import torch
 from kernel_calls import DEVICE, alike, by_reference, draw
 
 import attn_core
-from attn_core import masks
-from attn_core.backends.torch import held, triton_schedule
+from attn_core import masks, scores
+from attn_core.backends.torch import held, triton_forward, triton_schedule
 
 THERE = torch.device(DEVICE)
 
@@ -55,7 +55,30 @@ def test_what_is_held() -> None:
     assert not held.keeps(few, torch.device("cpu"))
     assert held.keeps(few, gpu)
     assert not held.keeps(many, gpu)
-    assert not held.keeps(few.astype(np.float32), gpu)
+    assert held.keeps(few.astype(np.float32), gpu)
+
+
+def test_lists_and_arrays_of_the_host_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from the host would wait for the device in every call, and stand in no CUDA graph."""
+    monkeypatch.setattr(held, "keeps", lambda x, device: True)
+    seen: list[tuple[Any, ...]] = []
+    call = triton_forward.Call
+
+    def spy(ask: Any, scale: float, x: Any) -> Any:
+        seen.append((*x.mask, *x.score))
+        return call(ask, scale, x)
+
+    monkeypatch.setattr(triton_forward, "Call", spy)
+    q = draw(1, 4, 20, 16)
+    for slopes in ({"heads": 4}, {"slopes": np.float32([0.5, 0.25, 0.125, 0.0625])}):
+        seen.clear()
+        for _ in range(2):
+            mask, score = masks.prefix([7]), scores.alibi(**slopes)
+            found = attn_core.attention(q, q, q, mask=mask, score=score, impl="triton")
+        assert [x.dtype for x in seen[0]] == [torch.int32, torch.float32]
+        assert all(a is b for a, b in zip(*seen, strict=True))
+        want = by_reference(query=q, key=q, value=q, mask=mask, score=score).out
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_schedule_is_made_once_for_a_content(made: list[bool]) -> None:

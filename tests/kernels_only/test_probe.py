@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from attn_core.backends.torch.triton_probe import FIRST, Trial
 HERE = torch.device(DEVICE)
 
 
-@pytest.mark.parametrize("trial", [FIRST, Trial("float16", 256)])
+@pytest.mark.parametrize("trial", [FIRST, Trial("float16", 256), Trial("float32", 256)])
 def test_kernels_agree_with_the_formula(trial: Trial) -> None:
     assert triton_probe.error_on(HERE, trial) < triton_probe._ALLOWED[trial.dtype] / 2
 
@@ -39,6 +41,20 @@ def printed(
     monkeypatch.setattr(triton_probe, "error_on", error_on)
     triton_probe.main()
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize(("room", "asked"), [(65_536, True), (101_376, False), (None, False)])
+def test_float32_is_tried_where_there_is_little_room(
+    room: int | None, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turing has too little for the widest tiles; of a GPU that says nothing nothing is known."""
+    has = SimpleNamespace() if room is None else SimpleNamespace(shared_memory_per_block_optin=room)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: has)
+    tried = triton_probe.trials(torch.device("cuda", 0))
+    assert tried[:2] == [Trial("bfloat16", 64), Trial("bfloat16", 256)]
+    assert tried[2:] == [Trial("float32", 256)] * asked
 
 
 def test_every_trial_is_announced(

@@ -176,6 +176,7 @@ def narrow(dtype: str, width: int, device: str = "cuda") -> str:
     [
         (["bfloat16", 64, "No."], {("bfloat16", 64), ("bfloat16", 256)}),
         (["bfloat16", 256, "No."], {("bfloat16", 256), ("float16", 256)}),
+        (["float32", 256, "No."], {("float32", 256)}),
     ],
 )
 def test_what_fails_alone_is_refused_alone(
@@ -185,15 +186,15 @@ def test_what_fails_alone_is_refused_alone(
     monkeypatch.setattr(probe, "_loaded", lambda found: "")
     for dtype in ("float16", "bfloat16", "float32"):
         for width in (64, 256):
-            expected = f"No. It was bfloat16 of width {bad[1]}."
+            expected = f"No. It was {bad[0]} of width {bad[1]}."
             assert narrow(dtype, width) == (expected if (dtype, width) in refused else "")
-    assert narrow("float16", 128) == ""
-    assert narrow("float16", 136) == ("" if bad[1] == 64 else expected)
-    wide = replace(ON_GPU, dtype="bfloat16", width=256, v_width=256)
-    with pytest.raises(UnsupportedError, match="It was bfloat16 of width"):
+    assert narrow("float16", 128) == narrow("float32", 128) == ""
+    assert narrow("float16", 136) == ("" if (bad[0], bad[1]) != ("bfloat16", 256) else expected)
+    wide = replace(ON_GPU, dtype=bad[0], width=256, v_width=256)
+    with pytest.raises(UnsupportedError, match=f"It was {bad[0]} of width"):
         registry.choose(BACKEND, wide, "triton")
     assert len(started) == 1
-    assert probe.lines()[1] == f"triton: not for bfloat16 of width {bad[1]}: No."
+    assert probe.lines()[1] == f"triton: not for {bad[0]} of width {bad[1]}: No."
 
 
 @pytest.mark.parametrize("how", ["signal", "time"])
