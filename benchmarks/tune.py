@@ -197,7 +197,8 @@ def tune(
     """(entries of those that won, everything that was tried); `kept` is told of them as they come.
 
     Args:
-        minutes: how long it may take; who is being tried then is left as it was.
+        minutes: how long it may take; who is being tried then is left as it was, or with the best
+            so far of decoding.
         clean: of configurations those worth timing: the command compiles them ahead of time, which
             a GPU's own minutes are too dear for.
     """
@@ -232,6 +233,8 @@ def tune(
             call = lru_cache(maxsize=1)(call) if kernel == "decode" else call
             for config in _proposed(kernel, now, described, width, partial(clean, question), found):
                 if limit.left() <= 0:
+                    if kernel == "decode" and len(found) > 1:
+                        break  # there are many, those that promise most first
                     say(f"no time was left for {what} and {len(asked) - number - 1} more")
                     return won, tried
                 entry = plain._replace(config=config)

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_machine import Machine
+from gpu_machine import Clock, Machine
 
-from attn_core.benchmarks import tune
+from attn_core.benchmarks import gpu, tune
 from attn_core.benchmarks.gpu_cases import GpuCase
 from attn_core.cli_gpu import _clean
 from attn_core.kernels import ahead, configs
@@ -75,6 +75,18 @@ def test_decoding_is_timed_in_a_graph_against_a_large_cache(
     assert any("programs 2" in words for words in said)
     monkeypatch.undo()
     configs.forget()
+
+
+def test_what_was_found_of_decoding_in_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    limited, said = gpu.Limit, []
+    monkeypatch.setattr(tune, "Limit", lambda minutes: limited(minutes, Clock(5.0)))
+    won, tried = tune.tune(
+        Decoding(), kernels=("decode",), widths=(64,), minutes=1, say=said.append
+    )
+    assert [entry.classes for entry in won] == [("none",)]
+    assert 1 < len(tried) < 15
+    assert won[0].config == min(tried, key=lambda each: each.milliseconds).config
+    assert said[-1] == "no time was left for decode D64 positions and 1 more"
 
 
 def test_tiles_of_decoding_have_enough_on_their_way() -> None:
