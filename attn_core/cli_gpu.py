@@ -102,7 +102,8 @@ def gpu_page(
 
 def tune(
     kernel: Annotated[
-        list[str] | None, typer.Option(help="forward, d_keys, d_query or fused; all by default.")
+        list[str] | None,
+        typer.Option(help="forward, decode, d_keys, d_query or fused; all by default."),
     ] = None,
     width: Annotated[list[int] | None, typer.Option(help="64, 128 or 256.")] = None,
     minutes: Annotated[
@@ -146,10 +147,15 @@ def tune(
 
 def _clean(asked: Any, found: Sequence[Any]) -> list[Any]:
     """Of configurations those that compile without a problem, one process for each processor."""
-    from attn_core.kernels import ahead
+    from attn_core.kernels import ahead, configs
     from attn_core.kernels.samples import SAMPLES
 
     about = asked.kernel, asked.architecture, SAMPLES[asked.sample]
-    jobs = [ahead.Job(*about, asked.width, asked.width, asked.dtype, config) for config in found]
+    sizes = (asked.width, asked.width, asked.dtype)
+    jobs = [ahead.Job(*about, *sizes, config) for config in found]
+    if asked.kernel == configs.DECODE:
+        # One query in 16 rows, and as many rows as a tile may have.
+        jobs = [job._replace(even=False, queries=n) for job in jobs for n in (0, 1)]
     compiled = ahead.run(jobs, processes=os.cpu_count() or 1)
-    return [each.config for each in compiled if not each.problems]
+    bad = {each.config for each in compiled if each.problems}
+    return [config for config in found if config not in bad]

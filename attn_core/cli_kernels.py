@@ -187,7 +187,7 @@ def _table(found: Sequence[Finding]) -> Table:
         job, config = finding.job, finding.config
         tile = f"{config.rows}x{config.keys} w{config.warps} s{config.stages}"
         tile += " tma" if config.descriptors else ""
-        problem = f"{job.sample.name}, {'even' if job.even else 'odd'}"
+        problem = f"{job.sample.name}, {job.sizes}"
         names = (job.target, job.kernel, problem, str(job.width), job.dtype, tile)
         table.add_row(*names, "; ".join(finding.problems))
     return table
@@ -329,7 +329,7 @@ def show_configs(
         soft_wrap=True,
     )
     names = ("kernel", "for", "widths", "bits", "classes", "rows", "keys", "warps", "stages")
-    table = Table(*names, "tma", "from", box=None)
+    table = Table(*names, "programs", "tma", "from", box=None)
     if target is None:
         entries = [(e, ", ".join(e.on), ", ".join(e.classes)) for e in configs.all_entries()]
     else:
@@ -348,6 +348,7 @@ def show_configs(
         table.add_row(
             *(entry.kernel, on, widths, str(entry.bits or "all"), classes or "all"),
             *(str(n) for n in (c.rows, c.keys, c.warps, c.stages)),
+            *(str(c.programs) if entry.kernel == configs.DECODE else "",),
             *("yes" if c.descriptors else "", _said_of(entry)),
         )
     console.print(table)

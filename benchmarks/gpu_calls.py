@@ -147,8 +147,12 @@ def _attend(name: str, case: GpuCase) -> Callable[..., Any]:
     dropped = name == gpu_cases.DROPOUT
     options: dict[str, Any] = {"dropout": attn_core.Dropout(0.1, 7)} if dropped else {}
     mask = case.language()
-    # A query of few stands at its own position.
-    offset = 0 if case.rows != case.length else None
+    # A query of few stands at its own position, or they end where keys do.
+    offset: Any = 0 if case.rows != case.length else None
+    if case.end:
+        offset = "end"
+    if case.kv_lengths:
+        options["kv_lengths"] = torch.tensor(case.kv_lengths, dtype=torch.int32).cuda()
 
     def ours(q: Any, k: Any, v: Any) -> Any:
         return attn_core.attention(

@@ -42,16 +42,21 @@ class GpuCase(Case):
     Attributes:
         kv_heads: Hk; as many as there are heads where it is 0.
         kind: which target it belongs to: dense, sparse, linear, decode, odd.
+        end: whether the last query stands at the last key, rather than query i at position i.
     """
 
     kv_heads: int = 0
     kind: str = "dense"
+    end: bool = False
 
     def sizes(self, name: str) -> tuple[int, int, int, int]:
         batch, heads, count, width = super().sizes(name)
         if name in ("key", "value") and self.kv_heads:
             heads = self.kv_heads
         return batch, heads, count, width
+
+    def keys(self, rows: np.ndarray, batch: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        return super().keys(rows + (self.length - self.rows) * self.end, batch)
 
     def who(self, direction: str) -> tuple[str, ...]:
         """The subjects that are asked for this direction."""

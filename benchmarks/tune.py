@@ -11,23 +11,27 @@ stay as they are, so that what differs is its own time. Who has won stands while
 tried. `fused` comes last, against the split of those winners: where it wins, its entry says that it
 runs instead, and where it does not, that it does not.
 
+Decoding is timed as `bench gpu` times it: a query against a cache of 268 MB that it sees all of, in
+a CUDA graph. What it takes is reading, so that what counts is how many bytes are on their way, in
+tiles times stages times programs (`decoding`): every tile is tried with the most programs that a
+processor has room for, and the three fastest with other numbers of them.
+
 What is won is kept as it comes, so that who runs out of time has what was found until then.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-from attn_core.benchmarks.cases import Case
 from attn_core.benchmarks.gpu import Limit
 from attn_core.benchmarks.gpu_cases import DROPOUT, OURS, GpuCase
 
-KERNELS = ("forward", "d_keys", "d_query", "fused")
+KERNELS = ("forward", "decode", "d_keys", "d_query", "fused")
 WIDTHS = (128, 64, 256)
 CLASSES = {"none": "full", "positions": "causal", "mask": "documents", "dropout": "causal"}
 """The class, and the mask of the case that stands for it."""
@@ -48,6 +52,15 @@ WIDEST = {
 begin: of `d_keys` none with 64 keys or more is free of spills, since dK and dV alone are half of
 what eight warps have. Fewer keys are no product of Hopper's own (wgmma has 64 rows), but of the
 kind that Ampere has; these are the tiles of that kind which compile clean, read by pointers."""
+
+
+PROGRAMS = (1, 2, 4)
+"""Of decoding, to each multiprocessor."""
+
+FLYING = (2**16, 200 * 2**10)
+"""Bytes that a multiprocessor should have on their way at least, and has room for in its shared
+memory. Of 4.8 TB/s each of an H200's 132 takes 36 bytes in a nanosecond, and a memory that is busy
+is taken to answer after 1000 to 1500 of them: that is 36 to 54 KB."""
 
 
 class Question(NamedTuple):
@@ -95,6 +108,46 @@ def candidates(kernel: str, now: Any, descriptors: bool, width: int) -> list[Any
     return list(dict.fromkeys(made))
 
 
+def decoding(now: Any, descriptors: bool, width: int) -> list[Any]:
+    """Of decoding: what is chosen now, then tiles that have enough bytes on their way.
+
+    Each with the most programs that a multiprocessor has room for. With one warp or two, what a row
+    has of its maximum and sum need not pass between warps.
+    """
+    made = []
+    for keys in (64, 32, 128):
+        for warps in (4, 2, 1, 8):
+            for stages in (4, 3, 5, 2):
+                # All buffers but one are being filled: of keys and values, in two bytes a number.
+                flying = 4 * keys * width * (stages - 1)
+                fit = [n for n in PROGRAMS if FLYING[0] <= n * flying <= FLYING[1]]
+                for described in (True, False) if descriptors and fit else (False,):
+                    made += [
+                        type(now)(now.rows, keys, warps, stages, described, programs=n)
+                        for n in fit[-1:]
+                    ]
+    return list(dict.fromkeys([now, *made]))
+
+
+def tallest(found: Sequence[Any], clean: Callable[[Sequence[Any]], Sequence[Any]]) -> list[Any]:
+    """The first candidate, then those that compile, with as many rows as they do: all that a tile
+    may have, or 16. One query of a few heads takes 16 in any case, and as long."""
+    first, *rest = found
+    good = set(clean(rest))
+    lower = {c: replace(c, rows=16) for c in rest if c not in good and c.rows > 16}
+    good |= set(clean(list(lower.values()))) if lower else set()
+    return [first, *(c for c in dict.fromkeys(lower.get(c, c) for c in rest) if c in good)]
+
+
+def with_programs(found: Sequence[Tried], most: int = 3) -> list[Any]:
+    """The fastest that answered, each with every other number of programs."""
+    good = [each for each in found if math.isfinite(each.milliseconds)]
+    good.sort(key=lambda each: each.milliseconds)
+    made = [replace(each.config, programs=n) for each in good[:most] for n in PROGRAMS]
+    known = {each.config for each in found}
+    return [config for config in dict.fromkeys(made) if config not in known]
+
+
 def cleanest(found: Sequence[Any], clean: Callable[[Sequence[Any]], Sequence[Any]]) -> list[Any]:
     """The first candidate, then those that compile without a problem, largest tiles first.
 
@@ -106,8 +159,20 @@ def cleanest(found: Sequence[Any], clean: Callable[[Sequence[Any]], Sequence[Any
     return [first, *sorted(clean(rest), key=lambda config: -config.rows * config.keys)]
 
 
-def case_of(width: int, mask_class: str) -> GpuCase:
+def decode_case(width: int, mask_class: str) -> GpuCase:
+    """A query to each head that sees all keys of 268 MB, by its mask or its lengths too."""
+    full = (32768, 32768) if mask_class == "mask" else ()
+    return GpuCase(
+        f"tune-decode-{mask_class}-D{width}", 32768, width, 4096 // width, 2, "bfloat16",
+        "causal" if mask_class == "positions" else "full", 0, (OURS,), ("forward",),
+        queries=1, kv_lengths=full, kv_heads=1024 // width, kind="decode", end=True,
+    )  # fmt: skip
+
+
+def case_of(width: int, mask_class: str, kernel: str = "") -> GpuCase:
     """The case on which a class is measured."""
+    if kernel == "decode":
+        return decode_case(width, mask_class)
     mask = CLASSES[mask_class]
     subject = SUBJECTS.get(mask_class, OURS)
     name = mask if subject == OURS else f"{mask}-{mask_class}"
@@ -132,7 +197,8 @@ def tune(
     """(entries of those that won, everything that was tried); `kept` is told of them as they come.
 
     Args:
-        minutes: how long it may take; who is being tried then is left as it was.
+        minutes: how long it may take; who is being tried then is left as it was, or with the best
+            so far of decoding.
         clean: of configurations those worth timing: the command compiles them ahead of time, which
             a GPU's own minutes are too dear for.
     """
@@ -145,11 +211,13 @@ def tune(
     won: list[Any] = []
     tried: list[Tried] = []
     asked = [(width, name, kernel) for width in widths for name in classes for kernel in kernels]
+    # Nobody drops anything while decoding.
+    asked = [each for each in asked if each[1:] != ("dropout", "decode")]
     with ExitStack() as standing:
         for number, (width, name, kernel) in enumerate(asked):
             what = f"{kernel} D{width} {name}"
-            direction = "forward" if kernel == "forward" else "backward"
-            case = case_of(width, name)
+            direction = "forward" if kernel in ("forward", "decode") else "backward"
+            case = case_of(width, name, kernel)
             about = (architecture, width, width, case.dtype, name)
             refused = configs.explain(kernel, *about).refused
             if refused:
@@ -159,15 +227,18 @@ def tune(
             now = configs.choose(kernel, *about)
             plain = configs.Entry(kernel, (architecture,), (width,), 16, (name,), now, "", "yours")
             question = Question(kernel, architecture, SAMPLES[name], width, case.dtype)
-            found = []
-            for config in cleanest(
-                candidates(kernel, now, described, width), partial(clean, question)
-            ):
+            found: list[Tried] = []
+            # Of decoding the arrays are large, and the same for all.
+            call = machine.prepared
+            call = lru_cache(maxsize=1)(call) if kernel == "decode" else call
+            for config in _proposed(kernel, now, described, width, partial(clean, question), found):
                 if limit.left() <= 0:
+                    if kernel == "decode" and len(found) > 1:
+                        break  # there are many, those that promise most first
                     say(f"no time was left for {what} and {len(asked) - number - 1} more")
                     return won, tried
                 entry = plain._replace(config=config)
-                found.append(_timed(machine, timer, configs, entry, case, direction, repeats))
+                found.append(_timed(machine, call, timer, configs, entry, case, direction, repeats))
                 tried.append(found[-1])
             best = min(found, key=lambda each: each.milliseconds)
             if not math.isfinite(best.milliseconds):
@@ -178,17 +249,47 @@ def tune(
             standing.enter_context(configs.trying(won[-1]))
             kept(won)
             say(f"{what}: {found[0].milliseconds:.3f} to {best.milliseconds:.3f} ms")
+            if kernel == "decode":
+                for each in sorted(found, key=lambda each: each.milliseconds)[:5]:
+                    say(f"    {each.milliseconds:.4f} ms: {_told(each.config)}")
     return won, tried
 
 
+def _proposed(
+    kernel: str,
+    now: Any,
+    described: bool,
+    width: int,
+    clean: Callable[[Sequence[Any]], Sequence[Any]],
+    found: Sequence[Tried],
+) -> Iterator[Any]:
+    """Candidates in their turns; `found` is what has come of those before."""
+    if kernel != "decode":
+        yield from cleanest(candidates(kernel, now, described, width), clean)
+        return
+    yield from tallest(decoding(now, described, width), clean)
+    yield from with_programs(found)
+
+
+def _told(config: Any) -> str:
+    read = ", descriptors" if config.descriptors else ""
+    return (
+        f"{config.rows} x {config.keys}, warps {config.warps}, stages {config.stages}{read}, "
+        f"programs {config.programs}"
+    )
+
+
 def _timed(
-    machine: Any, timer: Any, configs: Any, entry: Any, case: Case, direction: str, repeats: int
-) -> Tried:
+    machine: Any, call: Callable[..., Any], timer: Any, configs: Any, entry: Any, case: GpuCase,
+    direction: str, repeats: int,
+) -> Tried:  # fmt: skip
     plain = Tried(entry.kernel, entry.widths[0], entry.classes[0], entry.config, math.inf)
     try:
         with configs.trying(entry), configs.fusing(entry.config.instead):
-            run = machine.prepared(case.subjects[0], case, direction).run
+            run = call(case.subjects[0], case, direction).run
             run()
+            if case.kind == "decode":
+                run = machine.captured(run)
             return plain._replace(milliseconds=timer.sample(run, repeats))
     except Exception as error:  # a candidate that cannot run is not taken, whatever it raises
         return plain._replace(problem=f"{type(error).__name__}: {str(error)[:200]}")

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
-from dataclasses import astuple, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from hashlib import sha256
 from importlib.metadata import version
@@ -75,6 +75,7 @@ class Job(NamedTuple):
         even: whether sizes are multiples of 16 and each query head has keys of its own, which a
             launch tells the compiler. With what it knows it takes other registers: either may
             spill where the other does not.
+        queries: of `decode` and `combine`: 1 or, with 0, up to 16 (`signatures.py`).
     """
 
     kernel: str
@@ -85,6 +86,12 @@ class Job(NamedTuple):
     dtype: str
     config: Config | None = None
     even: bool = True
+    queries: int = 0
+
+    @property
+    def sizes(self) -> str:
+        """In words."""
+        return ("even" if self.even else "odd") + (", one query" if self.queries == 1 else "")
 
     @property
     def chosen(self) -> Config:
@@ -195,6 +202,8 @@ def jobs(
                         job = Job(kernel, target, sample, width, width, dtype)
                         if not job.refused:
                             yield from (job, job._replace(even=False))
+                            if kernel in (configs.DECODE, "combine"):
+                                yield job._replace(even=False, queries=1)
 
 
 def known_target(name: str) -> None:
@@ -265,7 +274,7 @@ def digest(job: Job) -> str:
     # AMD's assembler is LLVM, which is within Triton.
     cuda = job.target.startswith("sm_")
     tools = (version("triton"), hazards.assembler(job.target)[1:] if cuda else "")
-    told = (source(job, config).hash(), astuple(config), job.target, tools)
+    told = (source(job, config).hash(), config.compiled, job.target, tools)
     return sha256(repr(told).encode()).hexdigest()[:16]
 
 

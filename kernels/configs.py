@@ -21,15 +21,18 @@ import tomllib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+DECODE = "decode"
+"""`forward` where queries are few: heads packed, keys split."""
+
 FUSED = "fused"
 """`d_keys` where it adds dQ by atomics on its way: it has tiles of its own."""
 
-KERNELS = ("forward", "decode", "combine", "delta", "d_keys", "d_query", FUSED, "d_bias")
+KERNELS = ("forward", DECODE, "combine", "delta", "d_keys", "d_query", FUSED, "d_bias")
 
 CLASSES = ("none", "positions", "mask", "score", "table", "dropout", "more")
 NONE, POSITIONS, MASK, SCORE, TABLE, DROPOUT, MORE = CLASSES
@@ -55,14 +58,17 @@ class Config:
     """The shape of a launch.
 
     Attributes:
-        rows: queries of a tile (of `decode` at most: it takes as many as its rows need).
-        keys: keys of a tile.
+        rows: queries of a tile (of `decode` at most: it takes as many as its rows need; `combine`
+            takes one).
+        keys: keys of a tile; of `combine` the parts of a row that are read together.
         warps, stages: as Triton means them.
         descriptors: whether tiles are read through tensor descriptors (TMA) where they may be.
         registers: that a thread may have at most, where the assembler, left alone, is content with
             fewer and spills; 0 leaves it alone. Of NVIDIA's GPUs.
         instead: of `fused` alone: whether it runs in the place of `d_keys` and `d_query`. That is
             for a measurement to say; where torch asks for one order of sums it never does.
+        programs: of `decode` alone: to each multiprocessor, about, before keys are not split
+            further.
     """
 
     rows: int
@@ -72,12 +78,18 @@ class Config:
     descriptors: bool = False
     instead: bool = False
     registers: int = 0
+    programs: int = 2
 
     @property
     def launch(self) -> dict[str, int]:
         """What a launch is given beside its arguments."""
         found = {"num_warps": self.warps, "num_stages": self.stages}
         return {**found, "maxnreg": self.registers} if self.registers else found
+
+    @property
+    def compiled(self) -> tuple[int | bool, ...]:
+        """What the compiler knows of it: how many programs there are is none of that."""
+        return tuple(getattr(self, each.name) for each in fields(self) if each.name != "programs")
 
 
 PREPARING = ("schedule", "facts", "reduced")
@@ -299,6 +311,7 @@ def spelled(entry: Entry) -> str:
     c = entry.config
     parts += [f"rows = {c.rows}, keys = {c.keys}, warps = {c.warps}, stages = {c.stages}"]
     parts += [f"registers = {c.registers}"] if c.registers else []
+    parts += [f"programs = {c.programs}"] if entry.kernel == DECODE else []
     parts += [f"{name} = true" for name in _SWITCHES if getattr(c, name)]
     for name, said in (("refused", entry.refused), ("source", entry.source)):
         escaped = said.replace("\\", "\\\\").replace('"', '\\"')
@@ -314,7 +327,7 @@ def _entry(raw: Any, origin: str) -> Entry:
     if not isinstance(raw, Mapping):
         raise ValueError(f"An entry must be a table of names and values. Got {raw!r}.")
     known = {"kernel", "on", "widths", "bits", "classes", "source", "refused", "registers"}
-    known |= {*_NUMBERS, *_SWITCHES}
+    known |= {*_NUMBERS, *_SWITCHES, "programs"}
     odd = sorted(set(raw) - known)
     missing = sorted({"kernel", "on", "source", *_NUMBERS} - set(raw))
     if odd or missing:
@@ -339,6 +352,11 @@ def _entry(raw: Any, origin: str) -> Entry:
         )
     if registers and not all(on.startswith("sm_") for on in raw["on"]):
         raise ValueError(f"`registers` must be of NVIDIA's GPUs alone. Got {raw['on']!r}.")
+    programs = raw.get("programs", Config.programs)
+    if not (isinstance(programs, int) and 1 <= programs <= 16):
+        raise ValueError(f"`programs` must be an int from 1 to 16. Got {programs!r}.")
+    if "programs" in raw and raw["kernel"] != DECODE:
+        raise ValueError(f"`programs` must be of kernel {DECODE}. Got it of {raw['kernel']!r}.")
     classes = tuple(raw.get("classes", ()))
     if not set(classes) <= set(CLASSES):
         raise ValueError(f"`classes` must be some of {', '.join(CLASSES)}. Got {list(classes)}.")
@@ -354,6 +372,7 @@ def _entry(raw: Any, origin: str) -> Entry:
         **{name: raw[name] for name in _NUMBERS},
         **{name: raw.get(name, False) for name in _SWITCHES},
         registers=registers,
+        programs=programs,
     )
     return Entry(
         raw["kernel"],

@@ -64,6 +64,7 @@ def _row(finding: Finding) -> dict[str, Any]:
         **{name: getattr(job, name) for name in _OF_JOB},
         "problem": job.sample.name,
         "sizes": "even" if job.even else "odd",
+        "queries": job.queries,
         "class": job.sample.mask_class,
         "config": asdict(finding.config),
         "seconds": round(finding.seconds, 2),
@@ -76,6 +77,7 @@ def _finding(row: Mapping[str, Any]) -> Finding:
     job = Job(
         sample=SAMPLES[row["problem"]],
         even=row["sizes"] == "even",
+        queries=row.get("queries", 0),
         **{name: row[name] for name in _OF_JOB},
     )
     said = {name: row[name] for name in _OF_FINDING}

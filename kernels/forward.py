@@ -235,47 +235,50 @@ def combine(
     o_strides,
     heads,
     q_len,
-    tiles,
     DV: tl.constexpr,
     PAD_V: tl.constexpr,
-    M: tl.constexpr,
+    N: tl.constexpr,  # parts that are read together
     SPLITS: tl.constexpr,
     SINKS: tl.constexpr,
     Q_LENGTHS: tl.constexpr,
 ):
-    """The rows of several programs put together, in the order of their keys."""
+    """A row of several programs put together: added up in one order, whoever was done first.
+
+    Reading is all that it does, and it is done when the last part has come: N of them are asked for
+    before any is waited for.
+    """
     pid = tl.program_id(0)
-    tile, bh = pid % tiles, (pid // tiles).to(tl.int64)
+    row, bh = pid % q_len, (pid // q_len).to(tl.int64)
     b, h = bh // heads, bh % heads
-    row, column = tile * M + tl.arange(0, M), tl.arange(0, PAD_V)
-    there = row < q_len
+    column = tl.arange(0, PAD_V)
     rows_seen = q_len
     if Q_LENGTHS:
         rows_seen = tl.minimum(tl.load(q_lengths + b * length_stride), q_len)
-    m = tl.full((M,), float("-inf"), tl.float32)
-    total = tl.zeros((M,), tl.float32)
-    acc = tl.zeros((M, PAD_V), tl.float32)
-    for split in tl.range(0, SPLITS):
+    m = tl.full((1,), float("-inf"), tl.float32)
+    total = tl.zeros((1,), tl.float32)
+    acc = tl.zeros((1, PAD_V), tl.float32)
+    for first in tl.static_range(0, SPLITS, N):
+        split = first + tl.arange(0, N)
+        there = split < SPLITS
         at = (bh * SPLITS + split) * q_len + row
         more = tl.load(m_parts + at, mask=there, other=float("-inf"))
         found = tl.load(l_parts + at, mask=there, other=0.0)
         at = at[:, None] * DV + column[None, :]
         part = tl.load(parts + at, mask=there[:, None] & (column < DV)[None, :], other=0.0)
-        top = tl.maximum(m, more)
+        top = tl.maximum(m, tl.max(more, 0, keep_dims=True))
         base = tl.where(top == float("-inf"), 0.0, top)
         fade, gain = tl.exp2((m - base) * LOG2E), tl.exp2((more - base) * LOG2E)
-        total = total * fade + found * gain
-        acc = acc * fade[:, None] + part * gain[:, None]
+        total = total * fade + tl.sum(found * gain, 0, keep_dims=True)
+        acc = acc * fade[:, None] + tl.sum(part * gain[:, None], 0, keep_dims=True)
         m = top
-    sink = tl.full((M,), float("-inf"), tl.float32)
+    sink = tl.full((1,), float("-inf"), tl.float32)
     if SINKS:
-        sink = tl.zeros((M,), tl.float32) + tl.load(sinks + h).to(tl.float32)
+        sink = tl.zeros((1,), tl.float32) + tl.load(sinks + h).to(tl.float32)
     m, log_l, alive, result = finished(m, total, acc, sink, row, rows_seen, SINKS)
-    at = bh * q_len + row
-    tl.store(m_out + at, m, mask=there)
-    tl.store(l_out + at, log_l, mask=there)
-    tl.store(alive_out + at, alive.to(tl.int8), mask=there)
-    o_at = out + b * o_strides[0] + h * o_strides[1]
-    o_at += row[:, None].to(tl.int64) * o_strides[2] + column[None, :].to(tl.int64) * o_strides[3]
-    result = result.to(out.dtype.element_ty)
-    tl.store(o_at, result, mask=there[:, None] & (column < DV)[None, :])
+    at = bh * q_len + row + tl.arange(0, 1)
+    tl.store(m_out + at, m)
+    tl.store(l_out + at, log_l)
+    tl.store(alive_out + at, alive.to(tl.int8))
+    o_at = out + b * o_strides[0] + h * o_strides[1] + row.to(tl.int64) * o_strides[2]
+    o_at += column[None, :].to(tl.int64) * o_strides[3]
+    tl.store(o_at, result.to(out.dtype.element_ty), mask=(column < DV)[None, :])

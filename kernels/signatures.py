@@ -7,6 +7,13 @@ other registers for each:
 
     even    16 divides every size, and each query head has keys of its own: a group is 1
     odd     nothing is known of any size, but that rows of a bias are as far apart as even ones
+
+Decoding has as many rows in a tile as a group has queries, so that there is a third kind of what it
+launches (`Job.queries`):
+
+    even              16 queries of a head: tiles of 16 rows
+    odd               up to 16 queries, of as many heads as the table's tile has room for
+    odd, one query    of 5 to 8 heads, in tiles of 16 rows: what a step of a model asks
 """
 
 from __future__ import annotations
@@ -95,6 +102,7 @@ class _Call:
         self.counts = (self.size, 1 if job.even else "i32", *[self.size] * 4)
         self.lengths = ("*i32", "*i32", "*i32")
         # A stride of 0 is a multiple of 16.
+        self.length_strides: tuple[Any, ...]
         self.length_strides = (1, 1, WHOLE) if sample.lengths else (WHOLE, WHOLE, WHOLE)
         # Also of odd sizes: rows of a bias that begin anywhere spill in nearly every table's tile
         # (docs/KERNELS.md), and are not what tiles are chosen for.
@@ -118,7 +126,8 @@ class _Call:
         self.schedule = ("*i32", "*i32", "*i32")
         moved = [self.mask is not None and self.mask.reads(name) for name in "bh"]
         moved[0] = moved[0] or sample.lengths
-        self.maps = tuple(self.size if yes else WHOLE for yes in moved)
+        self.moved = tuple(moved)
+        self.maps: tuple[Any, ...] = tuple(self.size if yes else WHOLE for yes in moved)
         self.pads = {
             "D": job.width,
             "DV": job.v_width,
@@ -164,7 +173,7 @@ def arguments(tree: Tree | None) -> tuple[Any, ...]:
 _Made = tuple[Any, Sequence[Any], dict[str, Any]]
 
 
-def _forward(c: _Call, pack: int = 1, splits: int = 1) -> _Made:
+def _forward(c: _Call, rows: int = 0, pack: int = 1, splits: int = 1) -> _Made:
     config, sample = c.config, c.sample
     split = splits > 1
     out = "*fp32" if split else c.array
@@ -181,7 +190,7 @@ def _forward(c: _Call, pack: int = 1, splits: int = 1) -> _Made:
         positional,
         {
             **c.options,
-            "M": config.rows,
+            "M": rows or config.rows,
             "N": config.keys,
             "PACK": pack,
             "SPLITS": splits,
@@ -196,19 +205,38 @@ def _forward(c: _Call, pack: int = 1, splits: int = 1) -> _Made:
 
 
 def _decode(c: _Call) -> _Made:
-    return _forward(c, pack=min(8, c.config.rows), splits=16)
+    heads, group, q_len, k_len, _, width = c.counts
+    tiles = 1  # all the queries of a group stand in one, or all those of a head
+    if c.job.queries == 1:
+        q_len, rows, pack = 1, 16, 8
+    elif c.job.even:
+        rows, pack = 16, 1
+    else:
+        rows, pack = c.config.rows, c.config.rows // 16
+    c.counts = (heads, group, q_len, k_len, tiles, width)
+    if c.sample.lengths:
+        c.length_strides = (1, 1, 1)
+    # One line of a schedule to each head follows upon another one.
+    by_batch, by_head = c.moved
+    c.maps = ((c.size if by_head else 1) if by_batch else WHOLE, 1 if by_head else WHOLE)
+    return _forward(c, rows, pack, _splits(c))
+
+
+def _splits(c: _Call) -> int:
+    """Of keys: as many as there are at most, where they are one query's."""
+    return 128 if c.job.queries == 1 else 16
 
 
 def _combine(c: _Call) -> _Made:
     positional = (
         *("*fp32", "*fp32", "*fp32", c.array, "*fp32", "*fp32", "*i8", c.sinks, "*i32"),
-        *(c.length_strides[1], ROWS, c.size, c.size, c.size),
+        *(c.length_strides[1], ROWS, c.size, 1 if c.job.queries == 1 else c.size),
     )
     constants = {
         "DV": c.pads["DV"],
         "PAD_V": c.pads["PAD_V"],
-        "M": c.config.rows,
-        "SPLITS": 16,
+        "N": min(_splits(c), c.config.keys),
+        "SPLITS": _splits(c),
         "SINKS": c.sample.sinks,
         "Q_LENGTHS": c.sample.lengths,
     }

@@ -34,6 +34,17 @@ def small(name: str, **changes: Any) -> GpuCase:
     return GpuCase(name, **{**fields, **changes})
 
 
+class Clock:
+    """It goes on by so many seconds whenever it is asked."""
+
+    def __init__(self, step: float) -> None:
+        self.now, self.step = 0.0, step
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
 class Machine:
     """Answers by the judge, wrong where it is told to be; a call of n ms for subject n."""
 

@@ -89,6 +89,24 @@ for sample, given in SAMPLED.items():
     CASES[f"{sample}, odd"] = {"sizes": ODD, "sample": sample, **given}
 CASES["dropout, odd"]["dropout"] = Dropout(0.6, 3)
 
+DOCUMENTS = {
+    "mask": masks.segments(torch.arange(2999).expand(4, 2999).int() // 70) & masks.causal(),
+    "kv_lengths": torch.tensor([3, 2999, 0, 70]),
+    "q_lengths": torch.tensor([1, 0, 1, 1]),
+}
+DECODED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "plain, decode, even": ((1, 16, 16, 16, 4096, 64, 64), {}),
+    "plain, decode, odd": ((1, 6, 2, 13, 2999, 64, 64), {}),
+    "plain, decode, odd, one query": ((1, 14, 2, 1, 16399, 64, 64), {}),
+    "causal, decode, odd, one query": ((1, 14, 2, 1, 16399, 64, 64), {"mask": masks.causal()}),
+    "documents, decode, odd": ((4, 6, 2, 11, 2999, 64, 64), DOCUMENTS),
+}
+"""Sizes and options, in the order of `Job.sizes`: what the check has compiled in its place."""
+
+for name, (sizes, given) in DECODED.items():
+    about = {"sizes": sizes, "sample": name.split(", ")[0], "query_offset": "end"}
+    CASES[name] = {**about, "forward": True, **given}
+
 
 def compiling(case: str, sample: str = "") -> Any:
     """In the place of a launch: what it would be given, compiled."""
@@ -117,8 +135,16 @@ def preparing(case: str) -> Any:
 
 def differs(launched: Any, kernel: str, sample: str, shape: Any, case: str) -> list[str]:
     """Arguments that a launch tells the compiler otherwise than the check ahead of time does."""
-    job = Job(kernel, "sm_90", SAMPLES[sample], 64, 64, "bfloat16", shape, case.endswith("even"))
-    checked = signatures.source(job, shape)
+    about = ("sm_90", SAMPLES[sample], 64, 64, "bfloat16")
+    if "decode" in case and kernel in ("forward", "combine"):
+        # By the table's own tile, which a launch cuts down to the rows that it has.
+        kernel = "decode" if kernel == "forward" else kernel
+        job = Job(kernel, *about, even=case.endswith("even"))
+        job = job._replace(queries=1 if case.endswith("one query") else 0)
+        assert case == f"{sample}, decode, {job.sizes}"
+    else:
+        job = Job(kernel, *about, shape, case.endswith("even"))
+    checked = signatures.source(job, job.chosen)
     names = checked.fn.arg_names
     found = [
         f"{name}: {launched.signature[name]}, checked {checked.signature[name]}"
@@ -159,7 +185,7 @@ def main(architecture: int) -> None:
         options = dict(given)
         triton_launch.prepare = preparing(name)
         triton_launch.launch = compiling(name, options.pop("sample", ""))
-        fused = options.pop("fused", False)
+        fused, alone = options.pop("fused", False), options.pop("forward", False)
         batch, heads, kv_heads, q_len, k_len, width, v_width = options.pop("sizes")
         leaves = [
             draw(batch, heads, q_len, width),
@@ -169,6 +195,8 @@ def main(architecture: int) -> None:
         leaves += [options[n] for n in ("bias", "sinks") if n in options]
         leaves += options["score"].arrays if "score" in options else ()
         out = attention(*[x.requires_grad_() for x in leaves[:3]], impl="triton", **options)
+        if alone:
+            continue
         with configs.fusing(fused):
             torch.autograd.grad(out, leaves, torch.ones_like(out))
     scheduled()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_machine import Machine, small
+from gpu_machine import Clock, Machine, small
 from typer.testing import CliRunner
 
 from attn_core.benchmarks import check, gpu, gpu_apart, gpu_cases, gpu_page, gpu_stages, judge, tune
@@ -106,17 +106,6 @@ def test_a_failed_suite_fails_the_run(tmp_path: Path) -> None:
 
 
 # --- Little time. ---------------------------------------------------------------------------------
-
-
-class Clock:
-    """It goes on by so many seconds whenever it is asked."""
-
-    def __init__(self, step: float) -> None:
-        self.now, self.step = 0.0, step
-
-    def __call__(self) -> float:
-        self.now += self.step
-        return self.now
 
 
 def test_what_was_reached_is_written_and_the_rest_is_told(

@@ -88,6 +88,9 @@ def test_a_broken_file_is_left_aside_with_its_reason(place: Path) -> None:
         ("descriptors = 1", "`descriptors` must be true or false"),
         ("instead = true", "`instead` must be of kernel fused"),
         ('refused = "so"', "`refused` must be of kernel fused"),
+        ("programs = 0", "`programs` must be an int from 1 to 16"),
+        ("programs = 2.5", "`programs` must be an int from 1 to 16"),
+        ("programs = 4", "`programs` must be of kernel decode. Got it of 'forward'"),
     ],
 )
 def test_entries_are_checked(line: str, said: str) -> None:
@@ -105,8 +108,13 @@ def test_an_entry_is_read_as_it_was_spelled() -> None:
     other = entry._replace(
         config=configs.Config(16, 16, 4, 1), refused="no tile", on=("gfx942",), classes=()
     )
-    text = "entries = [" + ", ".join(configs.spelled(e) for e in (entry, other)) + "]"
-    assert configs.read(text, "yours") == (entry, other)
+    few = entry._replace(kernel="decode", config=configs.Config(16, 64, 4, 3, programs=4))
+    usual = few._replace(config=configs.Config(16, 64, 4, 3))
+    given = (entry, other, few, usual)
+    text = "entries = [" + ", ".join(configs.spelled(e) for e in given) + "]"
+    assert configs.read(text, "yours") == given
+    assert text.count("programs = ") == 2  # of decoding alone
+    assert "programs = 4" in text
     assert config.launch == {"num_warps": 8, "num_stages": 2, "maxnreg": 200}
     with pytest.raises(ValueError, match="one of `instead` and `refused`"):
         configs.read(f"entries = [{configs.spelled(entry._replace(refused='no'))}]", "yours")
@@ -224,6 +232,13 @@ def test_the_command_shows_configurations(place: Path) -> None:
         app, ["kernels", "configs", "--target", "sm_90"], env={"COLUMNS": "200"}
     )
     assert run.output.count("forward") == len(configs.CLASSES)
+    # How many programs a processor has, of decoding alone.
+    rows = [line.split() for line in run.output.splitlines()]
+    at = rows[1].index("programs")
+    decode = [row for row in rows if row[:1] == ["decode"]]
+    assert len(decode) == len(configs.CLASSES)
+    assert {row[at] for row in decode} <= {"1", "2", "4"}
+    assert not any(row[at].isdigit() for row in rows if row[:1] == ["delta"])
     for words, said in (
         (["sm_90", "--dtype", "half"], "`dtype` must be one of"),
         (["sm90"], "`target` must be sm_NN or gfxNNN. Got 'sm90'. Did you mean 'sm_90'?"),

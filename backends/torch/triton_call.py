@@ -50,6 +50,8 @@ class Call:
         self.device = x.query.device
         none = schedules.number(0, self.device)
         offset = x.query_offset if ask.offset == "given" else ask.offset
+        if not self._places():
+            offset = "zero"
         self.told = schedules.told(
             x.kv_lengths, x.q_lengths, offset, self.q_len, self.k_len, self.device
         )
@@ -85,6 +87,11 @@ class Call:
             # Of 16-bit numbers it means nothing. AMD's compiler has TF32 for few of its devices.
             "PRECISION": "tf32" if ask.fast and not torch.version.hip else "ieee",
         }
+
+    def _places(self) -> bool:
+        """Whether it is asked anywhere at which position a query stands."""
+        trees = (self.ask.mask, self.ask.score)
+        return self.ask.rate > 0 or any(tree is not None and tree.reads("q") for tree in trees)
 
     def heads_first(self, x: Array) -> Array:
         return x if self.ask.layout == "BHTD" else x.transpose(1, 2)

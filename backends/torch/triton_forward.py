@@ -39,9 +39,6 @@ Array = Any
 _NORMAL = 2.0**-126
 """The least normal float32: a scale below it would be 0, and 0 times -inf NaN."""
 
-_PROGRAMS = 2
-"""To each multiprocessor, about, before splitting keys further gains nothing."""
-
 _SHARE, _MOST = 2, 128
 """Tiles of keys that a split has at least, and splits at most."""
 
@@ -88,17 +85,24 @@ def cut(sizes: Sizes, config: Callable[[str], Config], device: torch.device) -> 
     if sizes.q_len > FEW:
         return Cut(config("forward"), 1, 1)
     shape, group = config("decode"), sizes.heads // sizes.kv_heads
-    rows, pack = next_power_of_2(sizes.q_len), next_power_of_2(group)
-    if rows * pack > shape.rows:
+    rows, pack, most = next_power_of_2(sizes.q_len), next_power_of_2(group), max(16, shape.rows)
+    if pack > most:
         pack = 1
-    shape = replace(shape, rows=max(16, rows * pack))
-    programs = sizes.batch * (sizes.heads if pack == 1 else sizes.kv_heads)
-    return Cut(shape, pack, splits(programs, cdiv(sizes.k_len, shape.keys), device))
+    shape = replace(shape, rows=min(max(16, rows * pack), most))
+    tiles = cdiv(sizes.q_len, shape.rows // pack)
+    programs = tiles * sizes.batch * (sizes.heads if pack == 1 else sizes.kv_heads)
+    filling = shape.programs * launcher.processors(device)
+    return Cut(shape, pack, splits(programs, cdiv(sizes.k_len, shape.keys), filling))
 
 
-def splits(programs: int, tiles: int, device: torch.device) -> int:
-    """Programs for each of `programs`, so that together they fill the device: a power of two."""
-    room = min(_PROGRAMS * launcher.processors(device) // programs, tiles // _SHARE, _MOST)
+def splits(programs: int, tiles: int, filling: int) -> int:
+    """Programs for each of `programs`, as many as fill the device together: a power of two.
+
+    Args:
+        tiles: of keys, which they share.
+        filling: programs that the device is filled by.
+    """
+    room = min(filling // programs, tiles // _SHARE, _MOST)
     return 1 << (max(1, room).bit_length() - 1)
 
 
@@ -127,15 +131,13 @@ def _parts_of(c: Call, way: Cut, o: Array, rows: _Rows) -> None:
     total, parts = torch.empty_like(m), m.new_empty((*sizes, c.v_width))
     _rows_of(c, way, parts, _Rows(m, total, rows.alive))
     shape = c.config("combine")
-    tall = min(shape.rows, next_power_of_2(c.q_len))
-    tiles = cdiv(c.q_len, tall)
     launcher.launch(
-        *(_kernels.combine, tiles * c.batch * c.heads, shape),
+        *(_kernels.combine, c.batch * c.heads * c.q_len, shape),
         *(parts, m, total, o, rows.m, rows.log_l, rows.alive.view(torch.int8)),
-        *(c.sinks, c.lengths[1], c.length_strides[1], o.stride(), c.heads, c.q_len, tiles),
+        *(c.sinks, c.lengths[1], c.length_strides[1], o.stride(), c.heads, c.q_len),
         DV=c.v_width,
         PAD_V=c.options["PAD_V"],
-        M=tall,
+        N=min(shape.keys, next_power_of_2(way.splits)),
         SPLITS=way.splits,
         SINKS=c.x.sinks is not None,
         Q_LENGTHS=c.options["Q_LENGTHS"],

@@ -31,16 +31,16 @@ FUSED = ("sm_80", "sm_90", "gfx942")
 @pytest.mark.parametrize("target", ahead.TARGETS)
 def test_what_is_shipped_compiles_clean(target: str) -> None:
     asked = list(ahead.jobs([target], KERNELS, ("causal", "everything"), few=True))
-    assert len(asked) == 16
+    assert len(asked) == 18  # decoding is compiled for one query too
     kernels = [*ALONE.get(target, ()), *(("fused",) if target in FUSED else ())]
     for kernel in kernels:
         asked += ahead.jobs([target], [kernel], ["everything"], few=True)
-    assert len(asked) == 16 + 2 * len(kernels)
+    assert len(asked) == 18 + 2 * len(kernels) + ("combine" in kernels)
     found = ahead.run(asked)
     assert [finding.job for finding in found] == asked
     assert [finding for finding in found if finding.problems] == []
     # A tile of one class has the registers of a kernel that does something.
-    assert all((finding.registers or 0) > 32 for finding in found)
+    assert all((f.registers or 0) > 32 for f in found if f.job.kernel != "combine")
     hopper = [f for f in found if f.job.target == "sm_90" and f.job.kernel == "forward"]
     assert len(hopper) == (4 if target == "sm_90" else 0)
     assert all(finding.wgmma[0] > 0 and finding.wgmma[1] > 0 for finding in hopper)

@@ -107,6 +107,7 @@ def capture(fresh: None, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 QUERY = draw(B, HQ, 1, D)
 STATIC: dict[str, dict[str, Any]] = {
     "decode": {"query": QUERY},
+    "decode, wherever it stands": {"query": QUERY, "query_offset": 7},
     "causal decode": {"query": QUERY, "mask": masks.causal(), "query_offset": "end"},
     "causal": {"query": draw(B, HQ, T, D), "mask": masks.causal()},
     "window": {"query": draw(B, HQ, T, D), "mask": masks.window(30, 0)},

@@ -128,11 +128,9 @@ def launched(
             DESCRIPTORS=descriptors, PRECISION="ieee",
         )  # fmt: skip
         if splits > 1:
-            tall = 16
-            kernels.combine[(cdiv(q_len, tall) * batch * heads,)](
+            kernels.combine[(batch * heads * q_len,)](
                 *(parts, part_m, part_l, out, m, log_l, alive, sinks, ql, one[1], out.stride()),
-                *(heads, q_len, cdiv(q_len, tall)),
-                DV=v_width, PAD_V=pads["PAD_V"], M=tall, SPLITS=splits,
+                *(heads, q_len), DV=v_width, PAD_V=pads["PAD_V"], N=2, SPLITS=splits,
                 SINKS=x.sinks is not None, Q_LENGTHS=True,
             )  # fmt: skip
     lse = torch.where(log_l == torch.inf, -torch.inf, m + log_l)
