@@ -35,7 +35,7 @@ def over(x, y, inverse):
     quotient = x * inverse
     rest = tl.fma(-y, quotient, x)
     # Infinity less infinity is no rest.
-    return tl.where(rest == rest, tl.fma(rest, inverse, quotient), quotient)
+    return tl.where(tl.abs(quotient) < float("inf"), tl.fma(rest, inverse, quotient), quotient)
 
 
 @triton.jit

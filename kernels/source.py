@@ -23,7 +23,6 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import Any, NamedTuple
 
-import numpy as np
 import triton
 import triton.language as tl
 
@@ -205,7 +204,7 @@ class _Source(ArrayReading):
 
     def float_op(self, op: str, args: list[Code]) -> Code:
         if op == "div" and args[1].value is not None and _MILD <= abs(args[1].value) <= 1 / _MILD:
-            inverse = float(np.float32(1 / np.float64(np.float32(args[1].value))))
+            inverse = 1 / args[1].value
             return self._line(f"rules.over({args[0].name}, {args[1].name}, {inverse!r})")
         return super().float_op(op, args)
 
