@@ -10,8 +10,13 @@ exp(x) is exp2(x log2 e), and the product comes after the difference: of a logit
 alone would round by tens. Without a score or a bias a positive scale, too, comes after the
 difference, and m is kept in the products' own units until the end.
 
-Masks select, they never add. A key that no row of the tile may see has its value replaced by 0,
-since 0 times NaN is NaN.
+Full and partial tiles stand in one loop, the partial ones behind a branch: two loops would empty
+and fill their pipeline twice, which of a window's or a document's few tiles is a good part.
+
+Masks select, they never add. And 0 times NaN is NaN: the value of a key that no row of the tile may
+see must come in as 0. Finding out who that is takes longer than the products, so nobody looks at
+first; where a sum is not finite then, the rows go `along` their keys once more, CAREFUL this time.
+What comes out is the same whatever stands where nobody looks, and takes longer where that is NaN.
 
 Rows may be those of all heads of a group, one below the other: then keys are read once for the
 group, which is what decoding spends its time on. And the tiles of a row may be shared out among
@@ -84,7 +89,6 @@ def forward(
     DESCRIPTORS: tl.constexpr,  # whether key and value are tensor descriptors of tiles
     PRECISION: tl.constexpr,
 ):
-    PLAIN: tl.constexpr = SCORE is None and not BIAS
     ROWS: tl.constexpr = M // PACK
     pid = tl.program_id(0)
     split, rest = pid % SPLITS, pid // SPLITS
@@ -115,60 +119,31 @@ def forward(
     arrays = (mask_operands, score_operands, (bias,), bias_strides, (seed,))
     schedule = (order, full, live)
     order, stop_full, stop = line_of(schedule, map_strides, b, kv_head, tile, width)
-    # Of a row without full tiles this is some partial one, and never used.
-    start = tl.load(order)
     first = 0
     if SPLITS > 1:
         share = tl.cdiv(stop, SPLITS)
         first, stop = tl.minimum(split * share, stop), tl.minimum(split * share + share, stop)
         stop_full = tl.minimum(tl.maximum(stop_full, first), stop)
-
     row2 = row[:, None]
     h2 = tl.full((1, 1), 0, tl.int32) + pack if PACK == 1 else h[:, None]
-    unit = LOG2E
-    if LATE:
-        unit = scale * LOG2E
-    m = tl.full((M,), float("-inf"), tl.float32)
-    total = tl.zeros((M,), tl.float32)
-    acc = tl.zeros((M, PAD_V), tl.float32)
-    for MASKED in tl.static_range(2):
-        begin, end = first, stop_full
-        if MASKED:
-            begin, end = stop_full, stop
-        for t in tl.range(begin, end):
-            j = start + t
-            if MASKED or not RUN:
-                j = tl.load(order + t)
-            k = taken(key, k_strides, b, kv_head, j * N, k_len, N, D, PAD, MASKED == 0, DESCRIPTORS)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
-            SELECTED: tl.constexpr = MASKED == 1 or not PLAIN
-            if not LATE:
-                s = s * scale
-            if SELECTED:
-                place = (b, h2, row2, j * N + tl.arange(0, N)[None, :])
-                s, allowed, _ = judged(
-                    s, place, facts, arrays, M, N, MASK, SCORE, BIAS, MASKED == 1
-                )
-                # From here on -inf says that it is not allowed: one tile less in registers.
-                s = tl.where(allowed, s, float("-inf"))
-                seen = tl.max(s, 0) != float("-inf")
-            # NaN is no maximum here, so top is none, and exp2 of -inf less it is 0.
-            top = tl.maximum(m, tl.max(s, 1))
-            base = tl.where(top == float("-inf"), 0.0, top)
-            p = tl.exp2((s - base[:, None]) * unit)
-            fade = tl.exp2((m - base) * unit)
-            total = total * fade + tl.sum(p, 1)
-            if DROPOUT:
-                kept = kept_of(seed, b, h, row + facts[0], j * N, threshold, M, N)
-                p = tl.where(kept, p, 0.0)
-            v = taken(
-                value, v_strides, b, kv_head, j * N, k_len, N, DV, PAD_V, MASKED == 0, DESCRIPTORS
-            )
-            if SELECTED:
-                v = tl.where(seen[:, None], v, 0.0).to(v.dtype)
-            acc = acc * fade[:, None]
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-            m = top
+    place = (b, kv_head, h, h2, row, row2)
+    # Products of float32 take so long that looking is nothing beside them.
+    AT_ONCE: tl.constexpr = query.dtype.element_ty == tl.float32
+    m, total, acc = along(
+        q, key, value, (k_strides, v_strides), place, facts, arrays,
+        (order, first, stop_full, stop), (scale, threshold), k_len,
+        M, N, D, DV, PAD, PAD_V, MASK, SCORE, BIAS, DROPOUT, LATE, RUN, DESCRIPTORS, PRECISION,
+        AT_ONCE,
+    )  # fmt: skip
+    # Taken from where nobody looks, what is not finite is still not finite here: 0 times it is NaN.
+    if not AT_ONCE:  # noqa: SIM102 - known before compiling, so that the rest is not compiled
+        if tl.max((tl.abs(acc) < float("inf")).to(tl.int32) ^ 1) != 0:
+            m, total, acc = along(
+                q, key, value, (k_strides, v_strides), place, facts, arrays,
+                (order, first, first, stop), (scale, threshold), k_len,
+                M, N, D, DV, PAD, PAD_V, MASK, SCORE, BIAS, DROPOUT, LATE, RUN, DESCRIPTORS,
+                PRECISION, True,
+            )  # fmt: skip
     if LATE:
         m = m * scale
     if DROPOUT:
@@ -199,6 +174,71 @@ def forward(
         )
         result = result.to(out.dtype.element_ty)
         tl.store(o_at, result, mask=there[:, None] & (column_v < DV)[None, :])
+
+
+@triton.jit
+def along(
+    q, key, value,
+    strides,  # of key, value
+    place,  # b, key head, query head (M,) and (1, 1) or (M, 1), row (M,) and (M, 1)
+    facts,  # offset, rows_seen, keys_seen, q_len, k_len
+    arrays,  # mask operands, score operands, (bias,), its strides, (seed,)
+    line,  # where the numbers of its tiles stand, the first, behind the full ones, behind the last
+    numbers,  # scale, threshold
+    k_len,
+    M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr,
+    MASK: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    LATE: tl.constexpr, RUN: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    CAREFUL: tl.constexpr,  # whether values of keys that no row of the tile sees are replaced by 0
+):  # fmt: skip
+    """(m, l, acc) of a tile of rows along its tiles of keys; m in the units of the products."""
+    b, kv_head, h, h2, row, row2 = place
+    order, first, stop_full, stop = line
+    # Of a row without full tiles this is some partial one, and never used.
+    start = tl.load(order)
+    unit = LOG2E
+    if LATE:
+        unit = numbers[0] * LOG2E
+    m = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    acc = tl.zeros((M, PAD_V), tl.float32)
+    # Left alone, LLVM holds so much ready before the loop that it has no registers within.
+    for t in tl.range(first, stop, disable_licm=True):
+        if RUN:
+            j = tl.load(order + t, mask=t >= stop_full, other=start + t)
+        else:
+            j = tl.load(order + t)
+        k = taken(key, strides[0], b, kv_head, j * N, k_len, N, D, PAD, False, DESCRIPTORS)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
+        if not LATE:
+            s = s * numbers[0]
+        at = (b, h2, row2, j * N + tl.arange(0, N)[None, :])
+        # From here on -inf says that it is not allowed: one tile less in registers.
+        if t >= stop_full:
+            s, allowed, _ = judged(s, at, facts, arrays, M, N, MASK, SCORE, BIAS, True)
+            s = tl.where(allowed, s, float("-inf"))
+        elif SCORE is not None or BIAS:
+            s, allowed, _ = judged(s, at, facts, arrays, M, N, MASK, SCORE, BIAS, False)
+            s = tl.where(allowed, s, float("-inf"))
+        if CAREFUL:
+            seen = tl.max(s, 0) != float("-inf")
+        # NaN is no maximum here, so top is none, and exp2 of -inf less it is 0.
+        top = tl.maximum(m, tl.max(s, 1))
+        base = tl.where(top == float("-inf"), 0.0, top)
+        p = tl.exp2((s - base[:, None]) * unit)
+        fade = tl.exp2((m - base) * unit)
+        total = total * fade + tl.sum(p, 1)
+        if DROPOUT:
+            kept = kept_of(arrays[4][0], b, h, row + facts[0], j * N, numbers[1], M, N)
+            p = tl.where(kept, p, 0.0)
+        v = taken(value, strides[1], b, kv_head, j * N, k_len, N, DV, PAD_V, False, DESCRIPTORS)
+        if CAREFUL:
+            v = tl.where(seen[:, None], v, 0.0).to(v.dtype)
+        acc = acc * fade[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        m = top
+    return m, total, acc
 
 
 @triton.jit

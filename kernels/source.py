@@ -31,6 +31,10 @@ from attn_core.language.arrays import ArrayReading
 from attn_core.language.tree import Tree
 
 INDICES = ("b", "h", "q", "k", "row")
+
+_MILD = 2.0**-64
+"""No constant divisor below it, or beyond its inverse, has an inverse to be divided by."""
+
 _TYPES = {"bool": "tl.int1", "int": "tl.int32", "float": "tl.float32"}
 
 
@@ -106,8 +110,10 @@ class Code:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, name: str, lines: list[str]) -> None:
+    def __init__(self, name: str, lines: list[str], value: float | None = None) -> None:
         self.name, self.lines = name, lines
+        self.value = value
+        """Of a float that is known, else None."""
 
     def write(self, text: str) -> Code:
         name = f"c{len(self.lines)}"
@@ -193,7 +199,14 @@ class _Source(ArrayReading):
 
     def const(self, kind: str, value: Any) -> Code:
         text = _number(value) if kind == "float" else str(int(value))
-        return self._line(f"tl.full((1, 1), {text}, {_TYPES[kind]})")
+        made = self._line(f"tl.full((1, 1), {text}, {_TYPES[kind]})")
+        return Code(made.name, self.lines, float(value)) if kind == "float" else made
+
+    def float_op(self, op: str, args: list[Code]) -> Code:
+        if op == "div" and args[1].value is not None and _MILD <= abs(args[1].value) <= 1 / _MILD:
+            inverse = 1 / args[1].value
+            return self._line(f"rules.over({args[0].name}, {args[1].name}, {inverse!r})")
+        return super().float_op(op, args)
 
     def lookup(self, table: Operand, index: Sequence[Code]) -> Code:
         place = "0"

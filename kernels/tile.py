@@ -136,7 +136,7 @@ def judged(
     if BIAS:
         s = s + added
         allowed = allowed & (s != float("-inf"))
-    return s, allowed & (s != float("-inf")), found
+    return s, allowed, found
 
 
 @triton.jit

@@ -186,6 +186,23 @@ def test_small_and_large_arguments_of_tanh() -> None:
     np.testing.assert_allclose(found, wanted, rtol=rtol, atol=0)
 
 
+@pytest.mark.parametrize("divisor", [50.0, -3.0, 0.1, 2.0**-30, 2.0**90, 1e-30, 0.0])
+def test_division_by_a_constant(divisor: float) -> None:
+    """A constant has an inverse, and what it leaves corrects it; an extreme one is divided by."""
+    made = score(lambda s, b, h, q, k: s / divisor)
+    s = np.resize(np.r_[0.0, 10.0 ** np.linspace(-20, 30, 256), np.inf, np.nan], (ROWS, KEYS))
+    s = np.float32(s * np.resize([1, -1, 1], s.shape))
+    found = np.squeeze(both(made.tree, made.arrays, s=s)[0], 0)
+    with np.errstate(all="ignore"):
+        wanted = s / np.float32(divisor) if divisor else np.zeros_like(s)
+    near = np.isinf(wanted) | (np.abs(wanted) < 1e-30)  # overflown or nearly nothing
+    np.testing.assert_allclose(found[~near], wanted[~near], rtol=2e-7)
+    np.testing.assert_array_equal(np.sign(found[near]), np.sign(wanted[near]))
+    assert ("rules.over" in written(made.tree, (), True)) == (
+        divisor in (50.0, -3.0, 0.1, 2.0**-30)
+    )
+
+
 def test_floats_that_are_no_numbers() -> None:
     """Casts saturate and take NaN to 0; NaN passes through what it passes through elsewhere."""
     special = np.float32([np.nan, np.inf, -np.inf, 3e9, -3e9, 2**31, -(2**31), 1.5, -1.5, 0.0])
