@@ -103,7 +103,9 @@ def gpu_page(
 def tune(
     kernel: Annotated[
         list[str] | None,
-        typer.Option(help="forward, decode, d_keys, d_query or fused; all by default."),
+        typer.Option(
+            help="forward, decode, d_value, d_key, d_keys, d_query or fused; all by default."
+        ),
     ] = None,
     width: Annotated[list[int] | None, typer.Option(help="64, 128 or 256.")] = None,
     minutes: Annotated[

@@ -294,10 +294,12 @@ def _code(title: str, source: str, language: str) -> None:
 
 
 def _said_of(entry: Any) -> str:
-    """Where an entry comes from; and of `fused` whether it runs."""
+    """Where an entry comes from; and of `fused` and `d_keys` who runs in whose place."""
     said = f"{entry.origin}: {entry.source}"
     if entry.refused:
         return f"{said}; refused: {entry.refused}"
+    if entry.config.apart:
+        return f"{said}; d_value and d_key run instead"
     return f"{said}; runs instead of d_keys and d_query" if entry.config.instead else said
 
 

@@ -4,6 +4,7 @@
     torch:triton+dropout        the same, dropping a tenth
     torch:triton+deterministic  the same, under torch.use_deterministic_algorithms(True)
     torch:triton+split, +fused  the same, its backward pass in this way, whatever the table says
+    ... +together, +apart       the same, dK and dV in one launch or in one each
     torch-sdpa-cudnn            scaled_dot_product_attention, pinned to SDPBackend.CUDNN_ATTENTION
     torch-sdpa-flash            the same, pinned to SDPBackend.FLASH_ATTENTION
     torch-flex                  flex_attention under torch.compile
@@ -180,6 +181,8 @@ def _scope(name: str) -> Callable[[], Any]:
         gpu_cases.DETERMINISTIC: _Deterministic,
         gpu_cases.SPLIT: lambda: configs.fusing(False),
         gpu_cases.FUSED: lambda: configs.fusing(True),
+        gpu_cases.TOGETHER: lambda: configs.parting(False),
+        gpu_cases.APART: lambda: configs.parting(True),
     }
     return scopes.get(name, nullcontext)
 

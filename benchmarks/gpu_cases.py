@@ -22,11 +22,15 @@ from attn_core.benchmarks.targets import straightness
 OURS = "torch:triton"
 DROPOUT, DETERMINISTIC = f"{OURS}+dropout", f"{OURS}+deterministic"
 SPLIT, FUSED = f"{OURS}+split", f"{OURS}+fused"
-"""Our backward pass in either way, whatever the table of configurations says."""
+TOGETHER, APART = f"{OURS}+together", f"{OURS}+apart"
+"""Our backward pass in either way, whatever the table of configurations says: dQ beside dK and dV
+or in one kernel with them; dK and dV in one launch or in one each."""
+
+WAYS = (SPLIT, FUSED, TOGETHER, APART)
 
 CUDNN, FLASH, FLEX = "torch-sdpa-cudnn", "torch-sdpa-flash", "torch-flex"
 COPY = "copy"
-SUBJECTS = (OURS, DROPOUT, DETERMINISTIC, SPLIT, FUSED, CUDNN, FLASH, FLEX, COPY)
+SUBJECTS = (OURS, DROPOUT, DETERMINISTIC, *WAYS, CUDNN, FLASH, FLEX, COPY)
 
 TOKENS, NUMBERS = 16384, 2048
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -60,7 +64,7 @@ class GpuCase(Case):
 
     def who(self, direction: str) -> tuple[str, ...]:
         """The subjects that are asked for this direction."""
-        return tuple(s for s in self.subjects if direction != "forward" or s not in (SPLIT, FUSED))
+        return tuple(s for s in self.subjects if direction != "forward" or s not in WAYS)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """As of any case, the last one's kept: at these sizes drawing them takes seconds."""
@@ -189,6 +193,8 @@ def _dense(width: int, length: int, mask: str, kv_heads: int = 0, name: str = ""
         subjects = (*subjects, DROPOUT, DETERMINISTIC)
     if length == 4096 and not kv_heads:
         subjects = (*subjects, SPLIT, FUSED)
+        if width == 256:  # where the two of them take more registers than there are
+            subjects = (*subjects, TOGETHER, APART)
     return GpuCase(
         f"{name}{mask}-T{length}-D{width}",
         length,

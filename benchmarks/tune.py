@@ -8,8 +8,10 @@ products wait for each other, are left out, and the largest tiles come first.
 
 The backward pass is timed as a whole, with one kernel's configuration changed at a time: the others
 stay as they are, so that what differs is its own time. Who has won stands while the next kernel is
-tried. `fused` comes last, against the split of those winners: where it wins, its entry says that it
-runs instead, and where it does not, that it does not.
+tried. At width 256, where dK and dV together leave no registers for tiles of a size, `d_value` and
+`d_key` are tried first, and then `d_keys`, in one launch, against those two: where they win, its
+entry says that they are apart. `fused` comes last, against the split of those winners: where it
+wins, its entry says that it runs instead, and where it does not, that it does not.
 
 Decoding is timed as `bench gpu` times it: a query against a cache of 268 MB that it sees all of, in
 a CUDA graph. What it takes is reading, so that what counts is how many bytes are on their way, in
@@ -31,7 +33,8 @@ from typing import Any, NamedTuple
 from attn_core.benchmarks.gpu import Limit
 from attn_core.benchmarks.gpu_cases import DROPOUT, OURS, GpuCase
 
-KERNELS = ("forward", "decode", "d_keys", "d_query", "fused")
+PARTS = ("d_value", "d_key")
+KERNELS = ("forward", "decode", *PARTS, "d_keys", "d_query", "fused")
 WIDTHS = (128, 64, 256)
 CLASSES = {"none": "full", "positions": "causal", "mask": "documents", "dropout": "causal"}
 """The class, and the mask of the case that stands for it."""
@@ -45,13 +48,16 @@ SUBJECTS = {"dropout": DROPOUT}
 _TALL, _WIDE = (64, 128), (32, 64, 128)
 
 WIDEST = {
-    "d_keys": ((128, 32, 8, 1), (64, 32, 16, 2), (64, 32, 8, 2), (32, 32, 16, 2), (32, 32, 8, 2)),
+    "d_keys": ((16, 64, 8, 2), (64, 32, 16, 2), (64, 32, 8, 2), (32, 32, 16, 2), (32, 32, 8, 2)),
     "d_query": ((128, 16, 8, 3),),
 }
 """Rows, keys, warps and stages of width 256, where registers end before the tiles of every width
-begin: of `d_keys` none with 64 keys or more is free of spills, since dK and dV alone are half of
-what eight warps have. Fewer keys are no product of Hopper's own (wgmma has 64 rows), but of the
-kind that Ampere has; these are the tiles of that kind which compile clean, read by pointers."""
+begin: of `d_keys` none with 64 keys and more than 16 rows is free of spills, since dK and dV alone
+are half of what eight warps have. Fewer keys are no product of Hopper's own (wgmma has 64 rows),
+but of the kind that Ampere has. These are the tiles that compile clean, read by pointers."""
+
+PARTED = (256,)
+"""Widths at which dK and dV are tried in a launch each."""
 
 
 PROGRAMS = (1, 2, 4)
@@ -87,7 +93,8 @@ class Tried(NamedTuple):
 def candidates(kernel: str, now: Any, descriptors: bool, width: int) -> list[Any]:
     """Configurations worth a try: what is chosen now, and tiles about as large as fit anywhere.
 
-    Of `fused` the first one is that it does not run, and the split does.
+    Of `fused` the first one is that it does not run, and the split does; of `d_keys` the second, at
+    width 256, that it does not, or that it does where `d_value` and `d_key` do now.
 
     Args:
         now: the `Config` in force.
@@ -96,8 +103,10 @@ def candidates(kernel: str, now: Any, descriptors: bool, width: int) -> list[Any
     """
     fused = kernel == "fused"
     made = [replace(now, instead=False), replace(now, instead=True)] if fused else [now]
+    if kernel == "d_keys" and width in PARTED:
+        made.append(replace(now, apart=not now.apart))
     kind = type(now)
-    tall, wide = (_TALL, _WIDE) if kernel not in ("d_keys", "fused") else (_WIDE, _TALL)
+    tall, wide = (_TALL, _WIDE) if kernel in ("forward", "d_query") else (_WIDE, _TALL)
     for rows in tall:
         for keys in wide:
             for warps in (4, 8):
@@ -156,7 +165,9 @@ def cleanest(found: Sequence[Any], clean: Callable[[Sequence[Any]], Sequence[Any
         clean: those of them that compile without a problem.
     """
     first, *rest = found
-    return [first, *sorted(clean(rest), key=lambda config: -config.rows * config.keys)]
+    apart = [config for config in rest if config.apart]  # other kernels', compiled as theirs
+    rest = [config for config in rest if not config.apart]
+    return [first, *apart, *sorted(clean(rest), key=lambda config: -config.rows * config.keys)]
 
 
 def decode_case(width: int, mask_class: str) -> GpuCase:
@@ -210,7 +221,13 @@ def tune(
     described = architecture.startswith("sm_") and int(architecture[3:]) >= 90
     won: list[Any] = []
     tried: list[Tried] = []
-    asked = [(width, name, kernel) for width in widths for name in classes for kernel in kernels]
+    asked = [
+        (width, name, kernel)
+        for width in widths
+        for name in classes
+        for kernel in kernels
+        if width in PARTED or kernel not in PARTS
+    ]
     # Nobody drops anything while decoding.
     asked = [each for each in asked if each[1:] != ("dropout", "decode")]
     with ExitStack() as standing:
@@ -285,7 +302,11 @@ def _timed(
 ) -> Tried:  # fmt: skip
     plain = Tried(entry.kernel, entry.widths[0], entry.classes[0], entry.config, math.inf)
     try:
-        with configs.trying(entry), configs.fusing(entry.config.instead):
+        with ExitStack() as stack:
+            stack.enter_context(configs.trying(entry))
+            stack.enter_context(configs.fusing(entry.config.instead))
+            if entry.kernel in PARTS:
+                stack.enter_context(configs.parting(True))
             run = call(case.subjects[0], case, direction).run
             run()
             if case.kind == "decode":

@@ -106,12 +106,16 @@ class Job(NamedTuple):
     @property
     def refused(self) -> str:
         """Why it is never launched with what the table says, or ""."""
-        return "" if self.kernel in configs.PREPARING else self._entry.refused
+        return "" if self.kernel in configs.PREPARING else configs.idle(*self._asked)
 
     @property
     def _entry(self) -> configs.Entry:
+        return configs.explain(*self._asked)
+
+    @property
+    def _asked(self) -> tuple[str, str, int, int, str, str]:
         sizes = (self.width, self.v_width, self.dtype)
-        return configs.explain(self.kernel, self.target, *sizes, self.sample.mask_class)
+        return self.kernel, self.target, *sizes, self.sample.mask_class
 
 
 class Finding(NamedTuple):
@@ -173,7 +177,7 @@ def jobs(
     """Every kernel for every target and sample, or those named, of even sizes and of odd ones;
     `few` is one of each class.
 
-    What a table refuses is never launched, and is not among them.
+    What a table refuses, or has another kernel run for, is never launched, and is not among them.
 
     Raises:
         ValueError: a name that nothing has.

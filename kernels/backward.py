@@ -30,10 +30,10 @@ from attn_core.kernels.tile import LOG2E, add, facts_of, judged, kept_of, line_o
 
 
 @triton.jit
-def pull(
+def weigh(
     s,  # (M, N): query times key, neither scaled nor scored; TURNED, as all here, (N, M)
-    dp,  # (M, N): d_out times value
-    rows,  # m, log2 l and t of each row, (M, 1)
+    m,  # of each row, (M, 1)
+    log2_l,
     place,  # b, h (1, 1), row (M, 1), k (1, N), the first key's position
     facts,  # offset, rows_seen, keys_seen, q_len, k_len
     arrays,  # mask operands, score operands, (bias,), its strides, (seed,)
@@ -47,12 +47,11 @@ def pull(
     MASKED: tl.constexpr,
     TURNED: tl.constexpr,
 ):
-    """(p' not yet rescaled, dz, ds, where keys are seen, the derivative's results), (M, N)."""
+    """(p, what dropout keeps, where keys are seen, the derivative's results), (M, N)."""
     TALL: tl.constexpr = N if TURNED else M
     WIDE: tl.constexpr = M if TURNED else N
-    m, log2_l, t = rows
     b, h, row, k, first = place
-    scale, threshold, keep_scale = numbers
+    scale, threshold, _ = numbers
     SELECTED: tl.constexpr = MASKED or BIAS or SCORE is not None
     s = s * scale
     found = (s,)
@@ -67,47 +66,62 @@ def pull(
     p = tl.exp2(gap * LOG2E - log2_l)
     if SELECTED:
         p = tl.where(allowed, p, 0.0)
-    kept = p
+    keep = allowed
     if DROPOUT:
         q = tl.reshape(row + facts[0], (M,))
         heads = tl.zeros((M,), tl.int32) + tl.reshape(h, (1,))
         keep = kept_of(arrays[4][0], b, heads, q, first, threshold, M, N)
         if TURNED:
             keep = tl.trans(keep)
-        kept = tl.where(keep, p, 0.0)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
+    return p, keep, allowed, found
+
+
+@triton.jit
+def pull(
+    p, keep, allowed, found,  # as `weigh` says them
+    dp,  # d_out times value
+    t,  # of each row, (M, 1)
+    numbers,
+    SCORE: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """(dz, ds), (M, N)."""
+    SELECTED: tl.constexpr = MASKED or BIAS or SCORE is not None
+    if DROPOUT:
+        dp = tl.where(keep, dp * numbers[2], 0.0)
     dz = p * (dp - t)
     if SELECTED:
         dz = tl.where(allowed, dz, 0.0)
     ds = dz
     if SCORE is not None:
         ds = tl.where(allowed, dz * found[1], 0.0)
-    return kept, dz, ds, allowed, found
+    return dz, ds
 
 
 @triton.jit
 def _rows_of(
-    query, d_out, statistics, strides, b, h, first, heads, q_len, M: tl.constexpr,
+    query, d_out, log2_l, strides, b, h, first, heads, q_len, M: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr,
     SEEING: tl.constexpr,  # whether every row that is there sees a key
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """(q, dO, m, log2 l, t) of a tile of rows; those that may see no key are 0 and +inf."""
-    row = first + tl.arange(0, M)
-    there = row < q_len
-    at = (b.to(tl.int64) * heads + h) * q_len + row
-    m = tl.load(statistics[0] + at, mask=there, other=0.0)
-    log2_l = tl.load(statistics[1] + at, mask=there, other=float("inf"))
-    t = tl.load(statistics[2] + at, mask=there, other=0.0)
+    """(q, dO) of a tile of rows; those that may see no key are 0."""
     if SEEING and DESCRIPTORS:
         wanted = None  # what lies behind the last row they read as zeros by themselves
     elif SEEING:
-        wanted = there  # which waits for nothing that is loaded
+        wanted = first + tl.arange(0, M) < q_len  # which waits for nothing that is loaded
     else:
-        wanted = log2_l != float("inf")
+        wanted = _of_rows(log2_l, b, h, first, heads, q_len, float("inf"), M) != float("inf")
     q = taken(query, strides[0], b, h, first, q_len, M, D, PAD, False, DESCRIPTORS, wanted)
     g = taken(d_out, strides[1], b, h, first, q_len, M, DV, PAD_V, False, DESCRIPTORS, wanted)
-    return q, g, m, log2_l, t
+    return q, g
+
+
+@triton.jit
+def _of_rows(x, b, h, first, heads, q_len, other, M: tl.constexpr):
+    """One of the statistics, (M,); `other` behind the last row."""
+    row = first + tl.arange(0, M)
+    at = (b.to(tl.int64) * heads + h) * q_len + row
+    return tl.load(x + at, mask=row < q_len, other=other)
 
 
 @triton.jit
@@ -159,24 +173,29 @@ def d_keys(
     MASK: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr,
     KV_LENGTHS: tl.constexpr, Q_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     SITES: tl.constexpr,  # what `sites_of` says; none but where FUSED
-    FUSED: tl.constexpr,  # whether it does what `d_query` does, too
+    KEY: tl.constexpr, VALUE: tl.constexpr,  # which of dK and dV it makes
+    FUSED: tl.constexpr,  # whether it does what `d_query` does, too; it then makes both
     RUN: tl.constexpr,  # whether full tiles are neighbours, so that they need not be looked up
     DESCRIPTORS: tl.constexpr,  # whether query, d_out, key, value, d_query are tensor descriptors
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of a tile of keys; its share of dQ, and of the gradients of a score's arrays."""
+    """dK and dV of a tile of keys, or one of them; where FUSED its share of dQ, too, and of the
+    gradients of a score's arrays."""
     pid = tl.program_id(0)
     tile, rest = pid % tiles, pid // tiles
     kv_heads = heads // group
     b, kv_head = rest // kv_heads, rest % kv_heads
     k_at = tile * N + tl.arange(0, N)
     k = taken(key, strides[2], b, kv_head, tile * N, k_len, N, D, PAD, False, DESCRIPTORS)
-    v = taken(value, strides[3], b, kv_head, tile * N, k_len, N, DV, PAD_V, False, DESCRIPTORS)
+    if KEY:
+        v = taken(value, strides[3], b, kv_head, tile * N, k_len, N, DV, PAD_V, False, DESCRIPTORS)
     facts = facts_of(b, lengths, length_strides, q_len, k_len, KV_LENGTHS, Q_LENGTHS)
     order, stop_full, stop = line_of(schedule, map_strides, b, kv_head, tile, width)
     start = tl.load(order)
-    dk = tl.zeros((N, PAD), tl.float32)
-    dv = tl.zeros((N, PAD_V), tl.float32)
+    if KEY:
+        dk = tl.zeros((N, PAD), tl.float32)
+    if VALUE:
+        dv = tl.zeros((N, PAD_V), tl.float32)
     for MASKED in tl.static_range(2):
         begin, end = 0, stop_full
         if MASKED:
@@ -191,20 +210,31 @@ def d_keys(
             if MASKED or not RUN:
                 j = tl.load(order + i)
             row = j * M + tl.arange(0, M)
-            q, do, m, log2_l, t = _rows_of(
-                query, d_out, statistics, strides, b, head, j * M, heads, q_len,
+            q, do = _rows_of(
+                query, d_out, statistics[1], strides, b, head, j * M, heads, q_len,
                 M, D, DV, PAD, PAD_V, MASKED == 0 and SCORE is None and not BIAS, DESCRIPTORS,
             )  # fmt: skip
-            # Turned over, so that p and ds are first operands as they come out of products.
+            # Turned over, so that p and ds are first operands as they come out of products. What is
+            # known of rows is then spread over all threads, and read no sooner than it is needed.
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=tl.float32)
-            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=tl.float32)
+            m = _of_rows(statistics[0], b, head, j * M, heads, q_len, 0.0, M)
+            log2_l = _of_rows(statistics[1], b, head, j * M, heads, q_len, float("inf"), M)
             place = (b, h, row[None, :], k_at[:, None], tile * N)
-            kept, dz, ds, allowed, found = pull(
-                s, dp, (m[None, :], log2_l[None, :], t[None, :]), place, facts, arrays, numbers,
+            p, keep, allowed, found = weigh(
+                s, m[None, :], log2_l[None, :], place, facts, arrays, numbers,
                 M, N, MASK, SCORE, BIAS, DROPOUT, MASKED == 1, True,
             )  # fmt: skip
-            dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            if VALUE:
+                kept = tl.where(keep, p, 0.0) if DROPOUT else p
+                dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+            if KEY:
+                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=tl.float32)
+                t = _of_rows(statistics[2], b, head, j * M, heads, q_len, 0.0, M)
+                dz, ds = pull(
+                    p, keep, allowed, found, dp, t[None, :], numbers,
+                    SCORE, BIAS, DROPOUT, MASKED == 1,
+                )  # fmt: skip
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
             if FUSED:
                 known = k
                 if MASKED == 1 or BIAS or SCORE is not None:
@@ -216,10 +246,15 @@ def d_keys(
                 )  # fmt: skip
                 if len(SITES):
                     d_tables(dz, allowed, found, tables, SITES)
-    put(dk * numbers[0], d_key, strides[4], b, kv_head, tile * N, k_len, N, D, PAD)
-    if DROPOUT:
-        dv = dv * numbers[2]
-    put(dv, d_value, strides[5], b, kv_head, tile * N, k_len, N, DV, PAD_V)
+    # The same tile, worked out anew, so that no compiler knows it for the same: where it begins, in
+    # every form in which that is asked for, would else wait in registers while the loops run.
+    first = (pid + tiles) % tiles * N
+    if KEY:
+        put(dk * numbers[0], d_key, strides[4], b, kv_head, first, k_len, N, D, PAD)
+    if VALUE:
+        if DROPOUT:
+            dv = dv * numbers[2]
+        put(dv, d_value, strides[5], b, kv_head, first, k_len, N, DV, PAD_V)
 
 
 @triton.jit
@@ -245,11 +280,13 @@ def d_query(
     kv_head = head // group
     h = tl.zeros((1, 1), tl.int32) + head
     row = tile * M + tl.arange(0, M)
-    q, do, m, log2_l, t = _rows_of(
-        query, d_out, statistics, strides, b, head, tile * M, heads, q_len,
+    m = _of_rows(statistics[0], b, head, tile * M, heads, q_len, 0.0, M)
+    log2_l = _of_rows(statistics[1], b, head, tile * M, heads, q_len, float("inf"), M)
+    t = _of_rows(statistics[2], b, head, tile * M, heads, q_len, 0.0, M)
+    q, do = _rows_of(
+        query, d_out, statistics[1], strides, b, head, tile * M, heads, q_len,
         M, D, DV, PAD, PAD_V, False, False,
     )  # fmt: skip
-    rows = (m[:, None], log2_l[:, None], t[:, None])
     facts = facts_of(b, lengths, length_strides, q_len, k_len, KV_LENGTHS, Q_LENGTHS)
     order, stop_full, stop = line_of(schedule, map_strides, b, kv_head, tile, width)
     start = tl.load(order)
@@ -272,16 +309,21 @@ def d_query(
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
             place = (b, h, row[:, None], k_at[None, :], j * N)
-            _, dz, ds, allowed, found = pull(
-                s, dp, rows, place, facts, arrays, numbers,
+            p, keep, allowed, found = weigh(
+                s, m[:, None], log2_l[:, None], place, facts, arrays, numbers,
                 M, N, MASK, SCORE, BIAS, DROPOUT, MASKED == 1, False,
+            )  # fmt: skip
+            dz, ds = pull(
+                p, keep, allowed, found, dp, t[:, None], numbers,
+                SCORE, BIAS, DROPOUT, MASKED == 1,
             )  # fmt: skip
             if MASKED == 1 or BIAS or SCORE is not None:
                 k = seen_of(k, allowed, 0)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
             if len(SITES):
                 d_tables(dz, allowed, found, tables, SITES)
-    put(dq * numbers[0], d_query, strides[4], b, head, tile * M, q_len, M, D, PAD)
+    first = (tiles - 1 - (pid + tiles) % tiles) * M  # the same tile, as in d_keys
+    put(dq * numbers[0], d_query, strides[4], b, head, first, q_len, M, D, PAD)
 
 
 def sites_of(indices: Iterable[int]) -> tuple[tuple[int, int, int], ...]:
@@ -353,11 +395,15 @@ def d_bias(
             h = tl.zeros((1, 1), tl.int32) + head
             for di in tl.range(0, 1 if ROWS else tall):
                 row = (i0 + di) * M + tl.arange(0, M)
-                q, do, m, log2_l, t = _rows_of(
-                    query, d_out, statistics, strides, b, head, (i0 + di) * M, heads, q_len,
+                m = _of_rows(statistics[0], b, head, (i0 + di) * M, heads, q_len, 0.0, M)
+                log2_l = _of_rows(
+                    statistics[1], b, head, (i0 + di) * M, heads, q_len, float("inf"), M
+                )
+                t = _of_rows(statistics[2], b, head, (i0 + di) * M, heads, q_len, 0.0, M)
+                q, do = _rows_of(
+                    query, d_out, statistics[1], strides, b, head, (i0 + di) * M, heads, q_len,
                     M, D, DV, PAD, PAD_V, False, False,
                 )  # fmt: skip
-                rows = (m[:, None], log2_l[:, None], t[:, None])
                 count = 1 if KEYS else wide
                 if KEYS and q.dtype == tl.float32:
                     # Once; which the compiler must not know. Without a loop it reads whole rows
@@ -385,9 +431,13 @@ def d_bias(
                     s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
                     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
                     place = (b, h, row[:, None], k_at[None, :], first)
-                    _, dz, _, _, _ = pull(
-                        s, dp, rows, place, facts, arrays, numbers,
+                    p, keep, allowed, found = weigh(
+                        s, m[:, None], log2_l[:, None], place, facts, arrays, numbers,
                         M, N, MASK, SCORE, True, DROPOUT, True, False,
+                    )  # fmt: skip
+                    dz, _ = pull(
+                        p, keep, allowed, found, dp, t[:, None], numbers,
+                        SCORE, True, DROPOUT, True,
                     )  # fmt: skip
                     acc += dz
     row, k_at = i0 * M + tl.arange(0, M), j0 * N + tl.arange(0, N)

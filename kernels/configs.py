@@ -32,7 +32,11 @@ DECODE = "decode"
 FUSED = "fused"
 """`d_keys` where it adds dQ by atomics on its way: it has tiles of its own."""
 
-KERNELS = ("forward", DECODE, "combine", "delta", "d_keys", "d_query", FUSED, "d_bias")
+KEYS, PARTS = "d_keys", ("d_value", "d_key")
+"""The kernel `d_keys` where it makes dK and dV at once; where it makes one of them, it has tiles of
+its own for each."""
+
+KERNELS = ("forward", DECODE, "combine", "delta", KEYS, *PARTS, "d_query", FUSED, "d_bias")
 
 CLASSES = ("none", "positions", "mask", "score", "table", "dropout", "more")
 NONE, POSITIONS, MASK, SCORE, TABLE, DROPOUT, MORE = CLASSES
@@ -49,6 +53,7 @@ ANY = "any"
 
 _tried: list[Entry] = []
 _fused: bool | None = None
+_apart: bool | None = None
 _BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
 DTYPES = tuple(_BITS)
 
@@ -69,6 +74,8 @@ class Config:
             for a measurement to say; where torch asks for one order of sums it never does.
         programs: of `decode` alone: to each multiprocessor, about, before keys are not split
             further.
+        apart: of `d_keys` alone: whether `d_value` and `d_key` run in its place. That is five
+            products instead of four, each with half of the sums to hold, and so in larger tiles.
     """
 
     rows: int
@@ -77,6 +84,7 @@ class Config:
     stages: int
     descriptors: bool = False
     instead: bool = False
+    apart: bool = False
     registers: int = 0
     programs: int = 2
 
@@ -88,8 +96,10 @@ class Config:
 
     @property
     def compiled(self) -> tuple[int | bool, ...]:
-        """What the compiler knows of it: how many programs there are is none of that."""
-        return tuple(getattr(self, each.name) for each in fields(self) if each.name != "programs")
+        """What the compiler knows of it: how many programs there are is none of that, nor is who
+        runs in whose place."""
+        apart = ("programs", "apart")
+        return tuple(getattr(self, each.name) for each in fields(self) if each.name not in apart)
 
 
 PREPARING = ("schedule", "facts", "reduced")
@@ -175,6 +185,8 @@ def choose(
     found = explain(kernel, architecture, width, v_width, dtype, mask_class)
     if kernel == FUSED and _fused is not None:
         return replace(found.config, instead=_fused and not found.refused)
+    if kernel == KEYS and _apart is not None:
+        return replace(found.config, apart=_apart)
     return found.config
 
 
@@ -190,6 +202,31 @@ def fusing(yes: bool) -> Iterator[None]:
         yield
     finally:
         _fused = before
+
+
+@contextmanager
+def parting(yes: bool) -> Iterator[None]:
+    """dK and dV by a launch each, or by one, whatever the tables say: as `fusing`."""
+    global _apart
+    before, _apart = _apart, yes
+    try:
+        yield
+    finally:
+        _apart = before
+
+
+def idle(
+    kernel: str, architecture: str, width: int, v_width: int, dtype: str, mask_class: str
+) -> str:
+    """Why no call launches this kernel there, or ""."""
+    about = (architecture, width, v_width, dtype, mask_class)
+    if kernel in (KEYS, *PARTS):
+        apart = explain(KEYS, *about).config.apart
+        if kernel == KEYS and apart:
+            return f"{' and '.join(PARTS)} run in its place"
+        if kernel in PARTS and not apart:
+            return f"{KEYS} makes both at once"
+    return explain(kernel, *about).refused
 
 
 def explain(
@@ -363,9 +400,9 @@ def _entry(raw: Any, origin: str) -> Entry:
     for name in _SWITCHES:
         if not isinstance(raw.get(name, False), bool):
             raise ValueError(f"`{name}` must be true or false. Got {raw[name]!r} in {dict(raw)}.")
-    for name in ("instead", "refused"):
-        if raw.get(name) and raw["kernel"] != FUSED:
-            raise ValueError(f"`{name}` must be of kernel {FUSED}. Got it of {raw['kernel']!r}.")
+    for name, kernel in (("instead", FUSED), ("refused", FUSED), ("apart", KEYS)):
+        if raw.get(name) and raw["kernel"] != kernel:
+            raise ValueError(f"`{name}` must be of kernel {kernel}. Got it of {raw['kernel']!r}.")
     if raw.get("instead") and raw.get("refused"):
         raise ValueError(f"one of `instead` and `refused` must be left out. Got {dict(raw)}.")
     config = Config(
@@ -388,4 +425,4 @@ def _entry(raw: Any, origin: str) -> Entry:
 
 
 _NUMBERS = ("rows", "keys", "warps", "stages")
-_SWITCHES = ("descriptors", "instead")
+_SWITCHES = ("descriptors", "instead", "apart")

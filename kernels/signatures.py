@@ -284,24 +284,35 @@ def _tables(c: _Call) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return backward.sites_of(site.indices for site in sites), tuple(places)
 
 
-def _d_keys(c: _Call, fused: bool = False) -> _Made:
+def _d_keys(c: _Call, key: bool = True, value: bool = True, fused: bool = False) -> _Made:
     told, constants = _gradient(c)
     sites, places = _tables(c) if fused else ((), ())
     statistics, arrays, numbers, lengths = told
     dq = c.tile(c.config.rows, dtype="fp32") if fused else None
+    dk, dv = c.array if key else None, c.array if value else None
     positional = (
-        *(*_read(c), c.array, c.array, dq, statistics, arrays, numbers, lengths),
+        *(*_read(c), dk, dv, dq, statistics, arrays, numbers, lengths),
         *(c.schedule, (ROWS,) * (7 if fused else 6), places),
         *(c.length_strides, c.maps, *c.counts),
     )
     more = {
         "BIAS": bool(c.sample.bias),
+        "KEY": key,
+        "VALUE": value,
         "SITES": sites,
         "FUSED": fused,
         "RUN": c.runs("q", "row"),
         "DESCRIPTORS": c.config.descriptors,
     }
     return backward.d_keys, positional, {**constants, **more}
+
+
+def _d_key(c: _Call) -> _Made:
+    return _d_keys(c, value=False)
+
+
+def _d_value(c: _Call) -> _Made:
+    return _d_keys(c, key=False)
 
 
 def _fused(c: _Call) -> _Made:
@@ -385,6 +396,8 @@ _ARGUMENTS = {
     "combine": _combine,
     "delta": _delta,
     "d_keys": _d_keys,
+    "d_key": _d_key,
+    "d_value": _d_value,
     "d_query": _d_query,
     "fused": _fused,
     "d_bias": _d_bias,

@@ -76,6 +76,7 @@ CASES: dict[str, dict[str, Any]] = {
 # Of a threshold of 1 the compiler makes a constant, as of every argument that is 1.
 CASES["a least rate"] = {"sizes": (1, 1, 1, 1, 1, 16, 16), "dropout": Dropout(2.0**-32, 3)}
 CASES["fused"] = {**CASES["everything"], "fused": True}
+CASES["apart"] = {**CASES["everything"], "apart": True}
 
 EVEN, ODD = (1, 16, 16, 4096, 4096, 64, 64), (2, 6, 3, 2999, 2999, 64, 64)
 SAMPLED: dict[str, dict[str, Any]] = {
@@ -88,6 +89,8 @@ for sample, given in SAMPLED.items():
     CASES[f"{sample}, even"] = {"sizes": EVEN, "sample": sample, **given}
     CASES[f"{sample}, odd"] = {"sizes": ODD, "sample": sample, **given}
 CASES["dropout, odd"]["dropout"] = Dropout(0.6, 3)
+for way in ("even", "odd"):
+    CASES[f"dropout apart, {way}"] = {**CASES[f"dropout, {way}"], "apart": True}
 
 DOCUMENTS = {
     "mask": masks.segments(torch.arange(2999).expand(4, 2999).int() // 70) & masks.causal(),
@@ -114,13 +117,20 @@ def compiling(case: str, sample: str = "") -> Any:
     def launch(kernel: Any, programs: int, shape: Any, *args: Any, **options: Any) -> None:
         grid: dict[str, Any] = {"grid": (programs,), "warmup": True}
         found = kernel.run(*args, **grid, **options, **shape.launch)
-        said = {"case": case, "kernel": kernel.__name__, "shared": found.metadata.shared}
+        name = named(kernel.__name__, options)
+        said = {"case": case, "kernel": name, "shared": found.metadata.shared}
         said["hash"] = found.hash
         if sample:
-            said["differs"] = differs(found.src, kernel.__name__, sample, shape, case)
+            said["differs"] = differs(found.src, name, sample, shape, case)
         print(json.dumps(said), flush=True)
 
     return launch
+
+
+def named(kernel: str, options: dict[str, Any]) -> str:
+    """As the table of configurations calls it: by what of its gradients it makes."""
+    made = options.get("KEY", True), options.get("VALUE", True)
+    return {(True, False): "d_key", (False, True): "d_value"}.get(made, kernel)
 
 
 def preparing(case: str) -> Any:
@@ -186,6 +196,7 @@ def main(architecture: int) -> None:
         triton_launch.prepare = preparing(name)
         triton_launch.launch = compiling(name, options.pop("sample", ""))
         fused, alone = options.pop("fused", False), options.pop("forward", False)
+        apart = options.pop("apart", False)
         batch, heads, kv_heads, q_len, k_len, width, v_width = options.pop("sizes")
         leaves = [
             draw(batch, heads, q_len, width),
@@ -197,7 +208,7 @@ def main(architecture: int) -> None:
         out = attention(*[x.requires_grad_() for x in leaves[:3]], impl="triton", **options)
         if alone:
             continue
-        with configs.fusing(fused):
+        with configs.fusing(fused), configs.parting(apart):
             torch.autograd.grad(out, leaves, torch.ones_like(out))
     scheduled()
 

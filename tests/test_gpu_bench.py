@@ -524,6 +524,57 @@ def test_the_faster_of_split_and_fused_is_kept(
     configs.forget()
 
 
+class Parted(Machine):
+    """dK and dV have a time each, or one for both; together it is `LOST` times as long."""
+
+    LOST = 3.0
+
+    def prepared(self, subject: str, case: GpuCase, direction: str) -> Any:
+        name = {"full": "none", "causal": "positions", "documents": "mask"}[case.mask]
+        name = "dropout" if subject == gpu_cases.DROPOUT else name
+        about = ("sm_90", case.width, case.width, case.dtype, name)
+        assert direction == "backward"
+        one = configs.choose("d_keys", *about)
+        ran = [configs.choose(n, *about) for n in configs.PARTS] if one.apart else [one]
+
+        from types import SimpleNamespace
+
+        return SimpleNamespace(run=lambda: ran)
+
+    class Timer:
+        def sample(self, run: Callable[[], Any], repeats: int) -> float:
+            ran = run()
+            whole = sum(1000 / c.rows + 100 / c.keys + c.warps + c.stages for c in ran)
+            return whole * (Parted.LOST if len(ran) == 1 else 1.0)
+
+
+class Together(Parted):
+    class Timer:
+        def sample(self, run: Callable[[], Any], repeats: int) -> float:
+            found = Parted.Timer().sample(run, repeats)
+            return found / Parted.LOST / 2 if len(run()) == 1 else found
+
+
+@pytest.mark.parametrize(("machine", "apart"), [(Parted, True), (Together, False)])
+def test_the_faster_of_one_launch_and_two_is_kept(machine: Any, apart: bool) -> None:
+    said: list[str] = []
+    kernels = ("d_value", "d_key", "d_keys")
+    won, tried = tune.tune(
+        machine(), kernels=kernels, widths=(64, 256), classes=("none",), say=said.append
+    )
+    # At width 64 both fit in one launch, and it alone is tried.
+    assert [(e.kernel, e.widths) for e in won] == [
+        ("d_keys", (64,)),
+        *[(kernel, (256,)) for kernel in kernels],
+    ]
+    assert [e.config.apart for e in won] == [False, False, False, apart]
+    best = configs.Config(128, 128, 4, 2, True)
+    assert [(e.config.rows, e.config.keys, e.config.warps) for e in won[1:3]] == [(128, 128, 4)] * 2
+    assert (won[3].config == best) is not apart
+    assert {each.config.apart for each in tried if each.kernel == "d_keys"} == {True, False}
+    assert not any(each.config.apart for each in tried if each.width == 64)
+
+
 def test_tuning_ends_in_time_with_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
     limited = gpu.Limit
     monkeypatch.setattr(tune, "Limit", lambda minutes: limited(minutes, Clock(1.0)))

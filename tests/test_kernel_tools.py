@@ -91,6 +91,8 @@ def test_a_broken_file_is_left_aside_with_its_reason(place: Path) -> None:
         ("programs = 0", "`programs` must be an int from 1 to 16"),
         ("programs = 2.5", "`programs` must be an int from 1 to 16"),
         ("programs = 4", "`programs` must be of kernel decode. Got it of 'forward'"),
+        ("apart = true", "`apart` must be of kernel d_keys"),
+        ("apart = 1", "`apart` must be true or false"),
     ],
 )
 def test_entries_are_checked(line: str, said: str) -> None:
@@ -128,6 +130,25 @@ def test_what_is_refused_is_fused_by_nobody() -> None:
             assert configs.choose("fused", *about, "more").instead is False
             assert configs.choose("fused", *about, "none").instead is yes
     assert configs.choose("fused", *about, "none").instead is False
+
+
+def test_of_one_launch_or_two_the_table_says_which() -> None:
+    """Or who compares them; whoever does not run is idle."""
+    entry = configs.Entry(
+        "d_keys", ("sm_90",), (256,), 16, ("none",), Config(32, 32, 8, 1, apart=True), "x", "yours"
+    )
+    assert configs.read(f"entries = [{configs.spelled(entry)}]", "yours") == (entry,)
+    about = ("sm_90", 256, 256, "bfloat16", "none")
+    for yes in (True, False):
+        with configs.trying(entry._replace(config=Config(32, 32, 8, 1, apart=yes))):
+            assert configs.choose("d_keys", *about).apart is yes
+            assert bool(configs.idle("d_keys", *about)) is yes
+            assert [bool(configs.idle(name, *about)) for name in configs.PARTS] == [not yes] * 2
+            for other in (True, False):
+                with configs.parting(other):
+                    assert configs.choose("d_keys", *about).apart is other
+    assert configs.idle("d_query", *about) == ""
+    assert configs.idle("fused", *about[:-1], "more") == "no tile of it is free of spills"
 
 
 def test_an_entry_without_a_source_is_none() -> None:

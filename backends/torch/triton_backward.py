@@ -1,6 +1,9 @@
 """The backward kernels on torch tensors: split, one to each gradient, or fused.
 
-    split    d_keys and d_query, each with tiles of its own: two products more, and no atomics
+    split    d_keys and d_query, each with tiles of its own: two products more, and no atomics;
+             where the table says so (`Config.apart` of "d_keys") dV and dK are two launches of
+             d_keys, again with tiles of their own and one product more, and one launch where only
+             one of them is wanted
     fused    d_keys alone, which adds dQ by atomics on its way, where the table of configurations
              says that this is the faster one (`Config.instead` of "fused")
 
@@ -102,7 +105,7 @@ class _Backward:
             found[0], found[1], found[2], added = self.fused(tables)
         else:
             if keys:
-                found[1], found[2] = self.keys()
+                found[1], found[2] = self.keys(wanted[1], wanted[2])
             if query:
                 found[0], added = self.query(tables)
         found |= {_TABLES + n: table for n, table in enumerate(added)}
@@ -112,9 +115,18 @@ class _Backward:
             found[4] = self.sinks()
         return [found[n] for n, yes in enumerate(wanted) if yes]
 
-    def keys(self) -> tuple[Array, Array]:
-        """dK and dV."""
-        return self._keys(self.c.config("d_keys"), None, _Tables((), None))
+    def keys(self, key: bool, value: bool) -> tuple[Array, Array]:
+        """dK and dV, those wanted at least; None what was not made."""
+        c, none = self.c, _Tables((), None)
+        both = c.config("d_keys")
+        if not both.apart:
+            return self._keys(both, None, none)
+        dk = dv = None
+        if value:
+            _, dv = self._keys(c.config("d_value"), None, none, key=False)
+        if key:
+            dk, _ = self._keys(c.config("d_key"), None, none, value=False)
+        return dk, dv
 
     def fused(self, tables: bool) -> tuple[Array, Array, Array, list[Array]]:
         """dQ, dK, dV, and the gradients of the score's arrays where they are asked for."""
@@ -124,17 +136,28 @@ class _Backward:
         dk, dv = self._keys(c.config("fused"), dq, into)
         return dq.to(c.q.dtype), dk, dv, into.found()
 
-    def _keys(self, shape: Config, dq: Array | None, into: _Tables) -> tuple[Array, Array]:
-        """dK and dV; dQ is added to `dq` where there is one."""
+    def _keys(
+        self,
+        shape: Config,
+        dq: Array | None,
+        into: _Tables,
+        *,
+        key: bool = True,
+        value: bool = True,
+    ) -> tuple[Array, Array]:
+        """dK and dV, or one of them; dQ is added to `dq` where there is one."""
         c, x = self.c, self.x
-        dk, dv = (torch.empty(a.shape, dtype=a.dtype, device=c.device) for a in (x.key, x.value))
-        dk_h, dv_h = c.heads_first(dk), c.heads_first(dv)
+        dk = torch.empty(x.key.shape, dtype=x.key.dtype, device=c.device) if key else None
+        dv = torch.empty(x.value.shape, dtype=x.value.dtype, device=c.device) if value else None
+        dk_h, dv_h = (None if a is None else c.heads_first(a) for a in (dk, dv))
         schedule = c.schedule(shape.rows, shape.keys, columns=True)
         tiles = cdiv(c.k_len, shape.keys)
         q, k, v, g = self.given
         dq_h = () if dq is None else (c.heads_first(dq),)
+        # What is not made is written nowhere, by whatever strides.
+        made = [(k if dk_h is None else dk_h).stride(), (v if dv_h is None else dv_h).stride()]
         (q, g, *dq_t, k, v), described = tiled(shape, (q, g, *dq_h), (k, v))
-        strides = (*self.strides, dk_h.stride(), dv_h.stride(), *[a.stride() for a in dq_h])
+        strides = (*self.strides, *made, *[a.stride() for a in dq_h])
         launcher.launch(
             *(_kernels.d_keys, tiles * c.batch * c.kv_heads, shape),
             *(q, k, v, g, dk_h, dv_h, *(dq_t or [None]), self.statistics, self.arrays),
@@ -144,6 +167,8 @@ class _Backward:
             N=shape.keys,
             BIAS=x.bias is not None,
             SITES=into.sites,
+            KEY=key,
+            VALUE=value,
             FUSED=dq is not None,
             RUN=neighbours(c.ask.mask, "q", "row"),
             DESCRIPTORS=described,

@@ -40,6 +40,9 @@ def test_every_launch_compiles_for_hopper() -> None:
     assert len(decoded.pop("decode")) == 7
     assert {name.partition(", decode, ")[2] for name in decoded} == {*WAYS, "odd, one query"}
     assert all({"forward", "combine"} < found for found in decoded.values())
+    parted = (both - {"d_keys"}) | {"d_key", "d_value"}
+    assert kernels["apart"] == {*parted, "d_bias"}
+    assert all(kernels[f"dropout apart, {way}"] == parted for way in WAYS)
     assert kernels["fused"] == {"schedule", "forward", "delta", "d_keys", "d_bias"}
     # Nobody waits for a compiler because a cache has grown.
     assert [len(made["a cache that grows", kernel]) for kernel in ("facts", "schedule")] == [1, 1]
