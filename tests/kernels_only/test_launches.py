@@ -35,14 +35,15 @@ def test_every_launch_compiles_for_hopper() -> None:
     sampled = [
         f"{name}, {way}" for name in ("plain", "causal", "softcap", "dropout") for way in WAYS
     ]
-    assert all(kernels[name] == both for name in sampled)
+    # A schedule of sizes alone is kept: a case whose tiles another one has had launches none.
+    assert all(kernels[name] | {"schedule"} == both for name in sampled)
     decoded = {name: found for name, found in kernels.items() if "decode" in name}
     assert len(decoded.pop("decode")) == 7
     assert {name.partition(", decode, ")[2] for name in decoded} == {*WAYS, "odd, one query"}
     assert all({"forward", "combine"} < found for found in decoded.values())
     parted = (both - {"d_keys"}) | {"d_key", "d_value"}
     assert kernels["apart"] == {*parted, "d_bias"}
-    assert all(kernels[f"dropout apart, {way}"] == parted for way in WAYS)
+    assert all(kernels[f"dropout apart, {way}"] | {"schedule"} == parted for way in WAYS)
     assert kernels["fused"] == {"schedule", "forward", "delta", "d_keys", "d_bias"}
     # Nobody waits for a compiler because a cache has grown.
     assert [len(made["a cache that grows", kernel]) for kernel in ("facts", "schedule")] == [1, 1]
