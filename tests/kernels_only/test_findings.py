@@ -199,7 +199,7 @@ def test_a_compiler_that_ends_its_process_costs_one_finding() -> None:
     ("words", "said"),
     [
         ("--sample casual", "Got 'casual'. Did you mean 'causal'?"),
-        ("--kernel d_key", "Got 'd_key'. Did you mean 'd_keys'?"),
+        ("--kernel d_quer", "Got 'd_quer'. Did you mean 'd_query'?"),
         ("--dtype bf16", "`dtype` must be one of"),
         ("--target sm90", "Got 'sm90'. Did you mean 'sm_90'?"),
         ("--kernel xyz", "Got 'xyz'.\n"),
