@@ -60,6 +60,9 @@ def weigh(
         s, allowed, found = judged(
             s, (b, h, row, k), facts, arrays, TALL, WIDE, MASK, SCORE, BIAS, MASKED
         )
+        # Of a product that is -inf, too, where p is 0 as it is: without these words ptxas spills a
+        # kilobyte of `d_query` (width 64, causal).
+        allowed = allowed & (s != float("-inf"))
     # Added up in another order than forward, a logit of 1e9 may exceed its row's maximum by tens,
     # and p must not exceed 1. NaN stays what it is.
     gap = tl.minimum(s - m, 0.0, propagate_nan=tl.PropagateNan.ALL)

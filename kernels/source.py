@@ -85,7 +85,9 @@ def written(tree: Tree, operands: Sequence[tuple[int, bool]], score: bool = Fals
     for rank, boolean in operands:
         tables.append(Operand(first, rank, boolean))
         first += 1 + rank
-    reading = _Source(lines)
+    # A derivative (of more results than one) is divided: its straight line, with nothing in it that
+    # jumps, has ptxas serialize the products of `d_keys` about it (C7515).
+    reading = _Source(lines, corrected=len(tree.results) == 1)
     found = reading.read(tree, {name: Code(name, lines) for name in names}, tables)
     # A tuple, of one value too: whoever calls unpacks it.
     results = ", ".join(code.name for code in found) + ","
@@ -190,9 +192,9 @@ def _number(x: float) -> str:
 class _Source(ArrayReading):
     """Reads trees as lines of Triton."""
 
-    def __init__(self, lines: list[str]) -> None:
+    def __init__(self, lines: list[str], corrected: bool) -> None:
         super().__init__()
-        self.lines = lines
+        self.lines, self.corrected = lines, corrected
 
     def _line(self, text: str) -> Code:
         return Code("", self.lines).write(text)
@@ -203,8 +205,9 @@ class _Source(ArrayReading):
         return Code(made.name, self.lines, float(value)) if kind == "float" else made
 
     def float_op(self, op: str, args: list[Code]) -> Code:
-        if op == "div" and args[1].value is not None and _MILD <= abs(args[1].value) <= 1 / _MILD:
-            inverse = 1 / args[1].value
+        by = args[1].value if op == "div" and self.corrected else None
+        if by is not None and _MILD <= abs(by) <= 1 / _MILD:
+            inverse = 1 / by
             return self._line(f"rules.over({args[0].name}, {args[1].name}, {inverse!r})")
         return super().float_op(op, args)
 
