@@ -40,10 +40,13 @@ def test_the_other_layout_and_strides_of_every_kind() -> None:
     compare({**dict(zip(("query", "key", "value"), apart, strict=True)), **options})
 
 
-def test_poison_stays_where_nobody_looks() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_poison_stays_where_nobody_looks(dtype: torch.dtype) -> None:
+    """Of 16 bits by going along the keys again, once a sum is not finite; of float32 at once."""
     options = CASES["lengths"]
-    given = {"query": QUERY.clone(), "key": KEY.clone(), "value": VALUE.clone(), **options}
-    up, up_lse = draw(B, HQ, TQ, D), draw(B, HQ, TQ)
+    given = {"query": QUERY.to(dtype, copy=True), "key": KEY.to(dtype, copy=True)}
+    given |= {"value": VALUE.to(dtype, copy=True), **options}
+    up, up_lse = draw(B, HQ, TQ, D).to(dtype), draw(B, HQ, TQ)
     want = found(by_kernel, given, up, up_lse)
     given["key"][1, :, 13:], given["value"][1, :, 13:] = torch.nan, torch.inf
     given["query"][1, :, 5:] = torch.nan
