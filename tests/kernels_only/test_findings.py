@@ -87,6 +87,15 @@ def test_a_digest_is_of_all_that_decides() -> None:
     assert len({first, *found}) == 1 + len(found)
 
 
+def test_a_digest_does_not_depend_on_what_was_asked_before() -> None:
+    kernels = [CAUSAL._replace(kernel=name) for name in ("d_keys", "d_query", "d_bias")]
+    found = []
+    for given in (kernels, kernels[::-1]):
+        with ProcessPoolExecutor(1, get_context("spawn"), initializer=ahead.begin) as pool:
+            found.append(dict(zip(given, pool.map(ahead.digest, given), strict=True)))
+    assert found[0] == found[1]
+
+
 def test_a_digest_is_of_called_functions_and_of_compilers() -> None:
     code = """
 from attn_core.kernels import ahead, hazards, tile
