@@ -6,9 +6,14 @@ m of its logits, the sum l of exp(s - m), and the weighted sum of values:
 
     m' = max(m, max s)     l' = l exp(m - m') + sum exp(s - m')     acc' = acc exp(m - m') + P V
 
-exp(x) is exp2(x log2 e), and the product comes after the difference: of a logit of 1e9 the product
-alone would round by tens. Without a score or a bias a positive scale, too, comes after the
-difference, and m is kept in the products' own units until the end.
+exp(x) is exp2(x log2 e), product and difference are one operation, and m is kept in units of log 2:
+
+    m' = max(m, log2 e max s)     P = exp2(s log2 e - m')
+
+What m' was rounded by is the same for all of a row, and nobody sees it; of a logit of 1e9 it is
+tens, though, by which P would exceed 1. A row whose m is ever FAR from 0 gets a sum of NaN, and is
+gone along once more, `exact`: there the product comes after the difference. Without a score or a
+bias a positive scale is part of that product.
 
 Full and partial tiles stand in one loop, the partial ones behind a branch: two loops would empty
 and fill their pipeline twice, which of a window's or a document's few tiles is a good part.
@@ -16,7 +21,9 @@ and fill their pipeline twice, which of a window's or a document's few tiles is 
 Masks select, they never add. And 0 times NaN is NaN: the value of a key that no row of the tile may
 see must come in as 0. Finding out who that is takes longer than the products, so nobody looks at
 first; where a sum is not finite then, the rows go `along` their keys once more, CAREFUL this time.
-What comes out is the same whatever stands where nobody looks, and takes longer where that is NaN.
+What comes out is the same, bit for bit, whatever stands where nobody looks, and takes longer where
+that is NaN. Products of float32 take so long that looking is nothing beside them: it is careful and
+exact at once.
 
 Rows may be those of all heads of a group, one below the other: then keys are read once for the
 group, which is what decoding spends its time on. And the tiles of a row may be shared out among
@@ -31,6 +38,11 @@ import triton
 import triton.language as tl
 
 from attn_core.kernels.tile import LOG2E, facts_of, judged, kept_of, line_of, taken
+
+FAR = tl.constexpr(512.0)
+"""A maximum, in units of log 2: 2^-24 of it is a sixteenth of what float16 rounds P by."""
+
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -127,25 +139,23 @@ def forward(
     row2 = row[:, None]
     h2 = tl.full((1, 1), 0, tl.int32) + pack if PACK == 1 else h[:, None]
     place = (b, kv_head, h, h2, row, row2)
-    # Products of float32 take so long that looking is nothing beside them.
     AT_ONCE: tl.constexpr = query.dtype.element_ty == tl.float32
     m, total, acc = along(
         q, key, value, (k_strides, v_strides), place, facts, arrays,
-        (order, first, stop_full, stop), (scale, threshold), k_len,
+        (order, first, stop_full, stop), (scale, threshold), k_len, False,
         M, N, D, DV, PAD, PAD_V, MASK, SCORE, BIAS, DROPOUT, LATE, RUN, DESCRIPTORS, PRECISION,
-        AT_ONCE,
+        AT_ONCE, AT_ONCE,
     )  # fmt: skip
     # Taken from where nobody looks, what is not finite is still not finite here: 0 times it is NaN.
     if not AT_ONCE:  # noqa: SIM102 - known before compiling, so that the rest is not compiled
         if tl.max((tl.abs(acc) < float("inf")).to(tl.int32) ^ 1) != 0:
+            exact = tl.max((total != total).to(tl.int32)) != 0
             m, total, acc = along(
                 q, key, value, (k_strides, v_strides), place, facts, arrays,
-                (order, first, first, stop), (scale, threshold), k_len,
+                (order, first, first, stop), (scale, threshold), k_len, exact,
                 M, N, D, DV, PAD, PAD_V, MASK, SCORE, BIAS, DROPOUT, LATE, RUN, DESCRIPTORS,
-                PRECISION, True,
+                PRECISION, True, False,
             )  # fmt: skip
-    if LATE:
-        m = m * scale
     if DROPOUT:
         # Here, in float32: beside p it may be more than 16 bits hold.
         acc = acc * keep_scale
@@ -186,13 +196,15 @@ def along(
     line,  # where the numbers of its tiles stand, the first, behind the full ones, behind the last
     numbers,  # scale, threshold
     k_len,
+    exact,  # whether the product comes after the difference; asked where CAREFUL
     M: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr,
     MASK: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     LATE: tl.constexpr, RUN: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
     CAREFUL: tl.constexpr,  # whether values of keys that no row of the tile sees are replaced by 0
+    EXACT: tl.constexpr,  # whether it is exact anyway
 ):  # fmt: skip
-    """(m, l, acc) of a tile of rows along its tiles of keys; m in the units of the products."""
+    """(m, l, acc) of a tile of rows along its tiles of keys."""
     b, kv_head, h, h2, row, row2 = place
     order, first, stop_full, stop = line
     # Of a row without full tiles this is some partial one, and never used.
@@ -223,11 +235,15 @@ def along(
             s = tl.where(allowed, s, float("-inf"))
         if CAREFUL:
             seen = tl.max(s, 0) != float("-inf")
-        # NaN is no maximum here, so top is none, and exp2 of -inf less it is 0.
-        top = tl.maximum(m, tl.max(s, 1))
-        base = tl.where(top == float("-inf"), 0.0, top)
-        p = tl.exp2((s - base[:, None]) * unit)
-        fade = tl.exp2((m - base) * unit)
+        if EXACT:
+            top, p, fade = _exactly(s, m, unit)
+        elif CAREFUL:
+            if exact:
+                top, p, fade = _exactly(s, m, unit)
+            else:
+                top, p, fade = _swiftly(s, m, unit)
+        else:
+            top, p, fade = _swiftly(s, m, unit)
         total = total * fade + tl.sum(p, 1)
         if DROPOUT:
             kept = kept_of(arrays[4][0], b, h, row + facts[0], j * N, numbers[1], M, N)
@@ -238,7 +254,33 @@ def along(
         acc = acc * fade[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         m = top
-    return m, total, acc
+    natural = 1.0
+    if LATE:
+        natural = numbers[0]
+    if not EXACT:
+        if CAREFUL:
+            natural = tl.where(exact, natural, LN2)
+        else:
+            natural = LN2
+    return m * natural, total, acc
+
+
+@triton.jit
+def _exactly(s, m, unit):
+    """(m', P, what earlier sums are worth now); m in units of s."""
+    # NaN is no maximum here, so top is none, and exp2 of -inf less it is 0.
+    top = tl.maximum(m, tl.max(s, 1))
+    base = tl.where(top == float("-inf"), 0.0, top)
+    return top, tl.exp2((s - base[:, None]) * unit), tl.exp2((m - base) * unit)
+
+
+@triton.jit
+def _swiftly(s, m, unit):
+    """The same with m in units of log 2. Earlier sums are worth NaN where m' is FAR from 0."""
+    top = tl.maximum(m, tl.max(s, 1) * unit)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    fade = tl.where(tl.abs(base) < FAR, tl.exp2(m - base), float("nan"))
+    return top, tl.exp2(s * unit - base[:, None]), fade
 
 
 @triton.jit

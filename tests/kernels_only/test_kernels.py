@@ -56,6 +56,25 @@ def test_poison_stays_where_nobody_looks(dtype: torch.dtype) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("place", ["everywhere", "before", "behind"])
+def test_logits_that_log_2_would_round(place: str) -> None:
+    """Of eight millions, next to which log 2 of 1 is rounded to 1 or 2; or of -1e9, a tile of which
+    stands before or behind the keys that everything comes from."""
+    key = torch.randint(0, 4, (B, HK, 192, D), device=DEVICE).half()
+    query = torch.zeros(B, HQ, TQ, D, device=DEVICE).half()
+    query[..., 0] = 1
+    given: dict[str, Any] = {"query": query, "key": key, "value": draw(B, HK, 192, D).half()}
+    if place == "everywhere":
+        query[..., 1:9], key[..., 1:9] = 1024, 1024
+    else:
+        given["score"] = attn_core.score(
+            lambda s, b, h, q, k: (
+                s - attn_core.where(k < 128 if place == "before" else k >= 64, 1e9, 0)
+            )
+        )
+    compare({**given, "scale": 1.0})
+
+
 WHOLE = 128
 """Keys that fill their tiles: with five rows a tile of them is full, and mostly nobody's."""
 
