@@ -8,14 +8,73 @@ backend.attend(plan, operands)
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 from attn_core import check, registry
 from attn_core.chosen import chosen, narrowed
 from attn_core.language.values import Dropout, Mask, Score
 from attn_core.spec import AttentionOutput, Operands, Problem
 
+Array = TypeVar("Array")
 
+
+class Options(TypedDict, total=False):
+    """What `attention` takes by name besides what it returns, for type checkers."""
+
+    mask: Mask | Any | None
+    bias: Any | None
+    score: Score | None
+    scale: float | None
+    sinks: Any | None
+    kv_lengths: Any | None
+    q_lengths: Any | None
+    query_offset: Any | None
+    dropout: Dropout | None
+    layout: str
+    precision: str | None
+    impl: str
+
+
+@overload
+def attention(
+    query: Array,
+    key: Any,
+    value: Any,
+    *,
+    return_lse: Literal[False] = False,
+    return_weights: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Array: ...
+@overload
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    return_lse: Literal[True],
+    return_weights: bool = False,
+    **options: Unpack[Options],
+) -> AttentionOutput: ...
+@overload
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    return_lse: bool = False,
+    return_weights: Literal[True],
+    **options: Unpack[Options],
+) -> AttentionOutput: ...
+@overload
+def attention(
+    query: Array,
+    key: Any,
+    value: Any,
+    *,
+    return_lse: bool = False,
+    return_weights: bool = False,
+    **options: Unpack[Options],
+) -> Any: ...
 def attention(
     query: Any,
     key: Any,
@@ -119,7 +178,7 @@ def attention(
 
 
 def weights(
-    query: Any,
+    query: Array,
     key: Any,
     *,
     heads: Any | None = None,
@@ -135,7 +194,7 @@ def weights(
     layout: str = "BHTD",
     precision: str | None = None,
     impl: str = "auto",
-) -> Any:
+) -> Array:
     """Softmax weights of chosen heads and query rows: what they attend to.
 
         weights[b, n, i, k] = softmax over k of row queries[i] of head heads[n]
@@ -186,8 +245,9 @@ def weights(
     picked = chosen("heads", heads, problem.heads, "Hq")
     rows = chosen("queries", queries, problem.q_len, "Tq")
     take = registry.load("numpy").take if host else backend.take
-    found = attention(**narrowed(problem, operands, picked, rows, take), impl=impl)
-    return found.weights
+    found: Any = attention(**narrowed(problem, operands, picked, rows, take), impl=impl)
+    taken: Array = found.weights
+    return taken
 
 
 def resolve(arguments: dict[str, Any]) -> tuple[Any, Any, Operands]:

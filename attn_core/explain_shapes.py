@@ -196,8 +196,17 @@ def _named(what: str, said: str, vocabulary: Mapping[str, object]) -> tuple[str,
     return name, numbers
 
 
+_EXAMPLES = {"mask": "(q >= k) & (q - k < 256)", "score": "s * 0.5"}
+
+
 def _text(what: str, said: str) -> Tree:
-    tree = parse(said)
+    try:
+        tree = parse(said, exact=False)
+    except ValueError as error:
+        raise ValueError(
+            f"`{what}` must be an expression of the language, such as {_EXAMPLES[what]!r}. "
+            f"Got {said!r}: {error.__cause__ or error}"
+        ) from None
     if any(step.op == "lookup" for step in tree.steps):
         raise ValueError(f"`{what}` must look no array up: there is none here. Got {said!r}.")
     return tree

@@ -21,8 +21,11 @@ def softcap(cap: Any) -> Score:
     """cap * tanh(s / cap), before bias and mask (Gemma 2, ONNX). A number, or a scalar array.
 
     Raises:
+        TypeError: `cap` is neither a number nor a scalar array.
         ValueError: `cap` is a number on the host that is not positive and finite.
     """
+    if isinstance(cap, bool) or not (isinstance(cap, (int, float)) or hasattr(cap, "shape")):
+        raise TypeError(f"`cap` must be a number or a scalar array. Got {type(cap).__name__}.")
     if isinstance(cap, (int, float, np.generic)) and not 0 < float(cap) < float("inf"):
         raise ValueError(f"`cap` must be positive and finite. Got {cap}.")
     return score(lambda s, b, h, q, k: cap * tanh(s / cap))

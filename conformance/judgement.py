@@ -163,6 +163,7 @@ def _answer(
     copies = {n: _copy(x) if isinstance(x, np.ndarray) else x for n, x in call.items()}
     given = arrays(backend, copies, traced=form != "eager" and isinstance(subject, Ours))
     outputs: tuple[str, ...] = OUTPUTS
+    first = AttentionOutput(None)
     if not isinstance(subject, Ours) or subject.partial:
         # What it returns is known once it has been called; cotangents go to that alone.
         first = as_output(subject.function(**given))
@@ -173,9 +174,18 @@ def _answer(
         if not subject.backward:
             return first, {}, outputs
     cotangents = {name: backend.from_numpy(asked.cotangents[name]) for name in outputs}
-    got, found = backend.vjp(given, cotangents, form, subject.function)
+    try:
+        got, gradients = backend.vjp(given, cotangents, form, subject.function)
+    except Exception as error:
+        # A framework words an output of the wrong shape as a gradient's.
+        for name in outputs:
+            want = asked.cotangents[name].shape
+            shape = tuple(getattr(getattr(first, name), "shape", want))
+            if shape != want:
+                raise ValueError(f"{name} must have shape {want}. Got {shape}.") from error
+        raise
     _untouched(backend, call, given)
-    return got, found, outputs
+    return got, gradients, outputs
 
 
 def _copy(x: np.ndarray) -> np.ndarray:

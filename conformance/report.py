@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -73,7 +74,7 @@ def _cell(verdict: Verdict | None) -> Text:
 
 
 def summary(verdicts: Sequence[Verdict], console: Console) -> None:
-    """What failed and how, then a line for each backend, then the count.
+    """What failed and how, then for each backend a line and its likely causes, then the count.
 
     The last line stands alone and is meant for scripts: `N passed, N failed`, and `, N skipped`
     where something was not offered.
@@ -94,6 +95,10 @@ def summary(verdicts: Sequence[Verdict], console: Console) -> None:
             line += f", {len(asked) - len(part)} not offered"
         line += f", {sum(v.seconds for v in asked):.1f} s"
         console.print(line, markup=False, soft_wrap=True)
+        causes = Counter(v.cause for v in part if v.cause and v.status in FAILURES)
+        for cause, cases in causes.most_common():
+            line = f"    likely cause in {cases} case{'s' if cases > 1 else ''}: {cause}"
+            console.print(line, markup=False, soft_wrap=True)
     counts = counted(verdicts)
     skipped = f", {counts['not offered']} skipped" if counts["not offered"] else ""
     print(f"{counts['passed']} passed, {counts['failed'] + counts['error']} failed{skipped}")

@@ -65,6 +65,7 @@ class TestTerminal:
         assert lines[-1] == "4 passed, 2 failed, 1 skipped"
         assert "torch eager: 1 of 2 cases" in "\n".join(lines)
         assert "1 not offered" in "\n".join(lines)
+        assert "    likely cause in 1 case: top-left for bottom-right" in lines
         assert "likely cause: top-left for bottom-right" in "\n".join(lines)
         assert "out: 1.25 of what is allowed, first at [0, 1, 2, 3]" in "\n".join(lines)
 

@@ -273,6 +273,9 @@ REFUSED = {
         ValueError,
         "2 n + 1 buckets",
     ),
+    "cap text": (lambda: scores.softcap("5"), TypeError, "a scalar array. Got str"),
+    "cap list": (lambda: scores.softcap([5.0]), TypeError, "a scalar array. Got list"),
+    "cap bool": (lambda: scores.softcap(True), TypeError, "a scalar array. Got bool"),
     "buckets": (
         lambda: scores.relative_bias(np.ones((8, 2)), buckets="swin"),
         ValueError,

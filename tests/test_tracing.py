@@ -408,11 +408,21 @@ def test_other_errors_of_the_function_pass_unchanged():
         mask(lambda b, h, q, k: {}["gone"])
 
 
-def test_a_function_of_the_wrong_arity_is_told_the_right_one():
-    with pytest.raises(TypeError, match=r"fn\(b, h, q, k\)"):
-        mask(lambda q, k: q >= k)
-    with pytest.raises(TypeError, match=r"fn\(s, b, h, q, k\)"):
-        score(lambda q, k: q >= k)
+@pytest.mark.parametrize(
+    ("make", "fn", "words"),
+    [
+        (mask, lambda q, k: q >= k, "fn(b, h, q, k). Got `<lambda>`: "),
+        (score, lambda q, k: q >= k, "fn(s, b, h, q, k). Got `<lambda>`: "),
+        (mask, 3, "fn(b, h, q, k). Got int."),
+        (mask, np.ones((2, 2), bool), "wrapped by attn_core.masks.dense(array)"),
+        (mask, attn_core.masks.causal(), "Got Mask, which needs no wrapping"),
+    ],
+    ids=["mask", "score", "number", "array", "made"],
+)
+def test_what_cannot_be_called_is_told_what_can(make, fn, words):
+    with pytest.raises(TypeError, match="`fn` must be a function") as caught:
+        make(fn)
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(

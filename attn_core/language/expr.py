@@ -218,7 +218,12 @@ class Expr(Traced):
         raise TypeError("`in` must not be used on an expression: it is one value.")
 
     def __len__(self) -> int:
-        raise TypeError("an expression has no length: it is one value.")
+        # torch asks for the length of whatever indexes a tensor.
+        raise TypeError(
+            "an expression has no length: it is one value. If it is to index a tensor, wrap that "
+            "outside the function, `table = attn_core.operand(array)`, and look it up as "
+            "`table[q]`."
+        )
 
     def __repr__(self) -> str:
         from attn_core.language.text import text

@@ -164,7 +164,7 @@ def parse(source: str, exact: bool = True) -> Tree:
             return tape.lookup(operands.setdefault(number, _Number(number)), kind, at)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
             return call(node.func.id, node.args)
-        raise ValueError(f"`source` must be text printed from a tree. Got {ast.unparse(node)!r}.")
+        raise ValueError(f"{ast.unparse(node)!r} is no expression of the language.")
 
     def call(name: str, args: list[ast.expr]) -> int:
         if len(args) == 1 and name in ("int", "float"):

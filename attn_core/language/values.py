@@ -44,6 +44,9 @@ def trace(fn: Callable[..., Any], names: tuple[str, ...]) -> tuple[Tape, int]:
     except (TypeError, IndexError, ValueError, AttributeError) as error:
         if _ours(error):
             raise
+        if error.__traceback__ is not None and error.__traceback__.tb_next is None:
+            # Raised by the call itself, before a line of `fn` was run.
+            raise TypeError(_not_called(fn, names, error)) from error
         # Frameworks word it in many ways when an expression meets one of their arrays.
         raise TypeError(
             f"tracing {_name(fn)} as fn({', '.join(names)}) failed: {error}. If it indexes or "
@@ -55,6 +58,19 @@ def trace(fn: Callable[..., Any], names: tuple[str, ...]) -> tuple[Tape, int]:
     finally:
         set_tape(previous)
     return tape, at
+
+
+def _not_called(fn: Any, names: tuple[str, ...], error: BaseException) -> str:
+    """Why `fn` could not be called: it is no function, or takes other arguments."""
+    wanted = f"`fn` must be a function fn({', '.join(names)})"
+    if callable(fn):
+        return f"{wanted}. Got {_name(fn)}: {error}."
+    hint = ""
+    if hasattr(fn, "dtype"):
+        hint = "; a boolean array is wrapped by attn_core.masks.dense(array)"
+    elif isinstance(fn, (Mask, Score)):
+        hint = ", which needs no wrapping"
+    return f"{wanted}. Got {type(fn).__name__}{hint}."
 
 
 def _ours(error: BaseException) -> bool:

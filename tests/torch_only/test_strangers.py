@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 import attn_core
 from attn_core import masks, scores
 from attn_core.backends import torch as backend
 from attn_core.conformance import judgement, subject
+
+TABLE = torch.ones(4, 5)
 
 
 def attend(query, key, value, slopes, scale, keep):
@@ -35,6 +38,33 @@ def test_the_gradient_of_slopes_is_judged():
     assert right.passed, (right.problem, right.shares)
     assert "d_score0" in right.shares
     assert {what for what, used in cut.shares.items() if not used <= 1} == {"d_score0"}
+
+
+def test_an_output_of_the_wrong_shape_is_told_as_one():
+    @subject("torch")
+    def folded(query, key, value):
+        return query.sum()
+
+    found = judgement.judge("plain", folded, backend, "eager")
+    assert found.status == "error"
+    assert "out must have shape (2, 4, 5, 6). Got ()." in found.problem
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda s, b, h, q, k: s * TABLE[0][h],
+        lambda s, b, h, q, k: s * TABLE[h, q],
+        lambda s, b, h, q, k: s * TABLE[0, q],
+        lambda s, b, h, q, k: s * TABLE[h > q],
+        lambda s, b, h, q, k: s * TABLE[0],
+        lambda s, b, h, q, k: TABLE[0] * s,
+        lambda s, b, h, q, k: torch.tanh(s),
+    ],
+)
+def test_a_tensor_in_a_score_is_told_to_be_an_operand(fn):
+    with pytest.raises(TypeError, match=r"attn_core\.operand\(array\)"):
+        attn_core.score(fn)
 
 
 def test_weights_of_chosen_heads_and_rows():
