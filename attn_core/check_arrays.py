@@ -35,16 +35,21 @@ def describe(backend: Any, host: bool, x: Any) -> Facts:
     return backend.describe(x)
 
 
+def _ticked(name: str) -> str:
+    """An argument's name in ticks; "operand 0 of `mask`" has them already."""
+    return name if "`" in name else f"`{name}`"
+
+
 def same_framework(name: str, x: Any, source: str) -> None:
     found = owner(x)
     if found is None:
         raise TypeError(
-            f"`{name}` must be an array of {source}, as query is. "
+            f"{_ticked(name)} must be an array of {source}, as query is. "
             f"Got {type(x).__module__}.{type(x).__name__}."
         )
     if found != source:
         raise TypeError(
-            f"`{name}` must be an array of {source}, as query is. Got one of {found}: "
+            f"{_ticked(name)} must be an array of {source}, as query is. Got one of {found}: "
             "convert it first, frameworks are not mixed in one call."
         )
 

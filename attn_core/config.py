@@ -83,6 +83,8 @@ _VARIABLES = {"backend": "ATTN_CORE_BACKEND", "impl": "ATTN_CORE_IMPL"}
 
 def get(setting: str) -> str | None:
     """The value in force for "backend" or "impl", None where nobody has said."""
+    if setting not in ("backend", "impl"):
+        raise ValueError(f'`setting` must be "backend" or "impl". Got {setting!r}.')
     chosen = getattr(_thread, setting)
     if chosen is None:
         chosen = _process[setting]

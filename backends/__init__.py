@@ -14,6 +14,11 @@ def __getattr__(name: str) -> Any:
 
     if name in config.BACKENDS:
         return registry.load(name)
+    if name == "keras":
+        raise AttributeError(
+            "attn_core.backends.keras must be imported by name, as in `from "
+            "attn_core.backends.keras import MultiHeadAttention`. Got an attribute."
+        )
     raise AttributeError(
         f"attn_core.backends has {', '.join(config.BACKENDS)}. "
         f"Got {name!r}.{config.nearest(name, config.BACKENDS)}"

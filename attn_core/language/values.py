@@ -48,8 +48,9 @@ def trace(fn: Callable[..., Any], names: tuple[str, ...]) -> tuple[Tape, int]:
             # Raised by the call itself, before a line of `fn` was run.
             raise TypeError(_not_called(fn, names, error)) from error
         # Frameworks word it in many ways when an expression meets one of their arrays.
+        said = str(error).rstrip(". ")
         raise TypeError(
-            f"tracing {_name(fn)} as fn({', '.join(names)}) failed: {error}. If it indexes or "
+            f"tracing {_name(fn)} as fn({', '.join(names)}) failed: {said}. If it indexes or "
             "computes with an array, wrap that outside the function, "
             "`table = attn_core.operand(array)`, and look it up as `table[q]`. The functions an "
             "expression has are abs, attn_core.minimum, maximum, where and cast, and in a score "
@@ -286,7 +287,8 @@ def _seed(seed: Any) -> Any:
         )
     name, shape = str(seed.dtype), tuple(seed.shape)
     if "int" not in name:
-        raise TypeError(f"`seed` must hold integers. Got dtype {name}.")
+        key = "; of a key of JAX take jax.random.key_data(key)" if name.startswith("key<") else ""
+        raise TypeError(f"`seed` must hold integers. Got dtype {name}{key}.")
     if shape not in ((), (2,)):
         raise ValueError(f"`seed` must be a scalar or a pair of shape (2,). Got shape {shape}.")
     if shape == (2,) and "uint32" not in name:

@@ -62,6 +62,10 @@ def __getattr__(name: str) -> Any:
         from attn_core.backends.jax import models
 
         return models.Transformer
+    if name == "linen":
+        import attn_core.backends.jax.linen as linen
+
+        return linen
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

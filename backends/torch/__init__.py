@@ -91,6 +91,12 @@ def owns(x: Any) -> bool:
 
 
 def describe(x: Any) -> Facts:
+    if x.is_nested or x.layout is not torch.strided:
+        kind = "a nested one" if x.is_nested else f"{x.layout}"
+        raise TypeError(
+            f"a tensor must be dense, of layout torch.strided. Got {kind}: pad it, and give "
+            "`kv_lengths=` and `q_lengths=`; or pack it, and give attn_core.masks.segments(ids)."
+        )
     needs_grad = x.requires_grad and torch.is_grad_enabled()
     return Facts(tuple(x.shape), _NAMES.get(x.dtype) or str(x.dtype), x.device.type, needs_grad)
 

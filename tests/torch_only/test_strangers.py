@@ -67,6 +67,30 @@ def test_a_tensor_in_a_score_is_told_to_be_an_operand(fn):
         attn_core.score(fn)
 
 
+def jagged(*lengths):
+    rows = [torch.ones(n, 4, 8) for n in lengths]
+    return torch.nested.nested_tensor(rows, layout=torch.jagged).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: jagged(3, 5), "nested"),
+        (lambda: torch.ones(2, 4, 3, 8).to_sparse(), "torch.sparse_coo"),
+    ],
+)
+def test_tensors_without_one_shape_or_strides_are_refused(make, kind):
+    with pytest.raises(TypeError, match=f"must be dense.*{kind}.*masks.segments"):
+        attn_core.attention(make(), make(), make())
+
+
+def test_a_foreign_operand_is_named_without_ticks_in_ticks():
+    query = torch.ones(1, 2, 3, 4)
+    mask = attn_core.Mask(*(lambda m: (m.tree, ("text",)))(masks.segments([0, 0, 1])))
+    with pytest.raises(TypeError, match=r"^operand 0 of `mask` must be an array of torch"):
+        attn_core.attention(query, query, query, mask=mask)
+
+
 def test_weights_of_chosen_heads_and_rows():
     rng = np.random.default_rng(0)
 
