@@ -1,4 +1,4 @@
-"""docs/SWITCH.md and docs/WEIGHTS.md as written, in torch."""
+"""docs/RECIPES.md, docs/SWITCH.md and docs/WEIGHTS.md as written, in torch."""
 
 from __future__ import annotations
 
@@ -29,3 +29,15 @@ def test_the_pages_toml_is_a_flag(tmp_path: Path) -> None:
 def test_the_page_on_weights() -> None:
     held = pages.run("WEIGHTS.md", "torch")
     assert held["layer"].config == held["converted"].config
+
+
+def test_the_page_of_recipes() -> None:
+    held = pages.run("RECIPES.md", "torch")
+    # The picture that it prints of a window of four.
+    assert held["seen"].sum(-1).tolist() == [1, 2, 3, 4, 4, 4]
+
+
+def test_the_recipe_for_transformers() -> None:
+    pytest.importorskip("transformers", minversion="5")
+    held = pages.run("RECIPES.md", "transformers")
+    assert held["model"].config._attn_implementation == "attn_core"
