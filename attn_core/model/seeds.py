@@ -49,9 +49,11 @@ def step_seed(seed: Any) -> Any:
     """
     if seed is None:
         raise ValueError(
-            "`seed` must be given in training with dropout, a number for each step: nothing here "
-            "draws from a global generator. Got none; in evaluation nothing is dropped: `.eval()`, "
-            "in Keras `training=False`, and so before `make_cache(.., source=)` and `generate`."
+            "`seed` must be given in training with dropout, a number that differs from step to "
+            "step, as in `layer(x, seed=step)`: nothing here draws from a global generator. Within "
+            "Keras' `fit`, attn_core.backends.keras.Steps counts them. Got none. In evaluation "
+            "nothing is dropped and no seed is needed: call `.eval()` (in Keras pass "
+            "`training=False`), also before `make_cache(..., source=)` and `generate`."
         )
     if isinstance(seed, np.ndarray) and seed.shape == ():
         seed = seed[()]

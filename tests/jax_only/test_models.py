@@ -209,7 +209,7 @@ REFUSED = {
     ),
     "a source to be kept in training": (
         lambda: Transformer({**BOTH, "dropout": 0.1}).make_cache(B, 9, source=SOURCE),
-        r"nothing is dropped: `\.eval\(\)`, .* before `make_cache",
+        r"nothing is dropped and no seed is needed: call `\.eval\(\)`.* before `make_cache",
     ),
     "classes, and padding as a mask": (
         lambda: Transformer({**ENCODER, "classes": 3})(TOKENS, mask=from_hf_mask(TOKENS)),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pages
 import pytest
+import torch
 
 import attn_core
 
@@ -41,3 +43,25 @@ def test_the_recipe_for_transformers() -> None:
     pytest.importorskip("transformers", minversion="5")
     held = pages.run("RECIPES.md", "transformers")
     assert held["model"].config._attn_implementation == "attn_core"
+
+
+def test_what_the_readme_says_of_torch() -> None:
+    """Its Python as written, but for what loads another framework into this process."""
+    text = (pages.DOCS.parent / "README.md").read_text("utf-8")
+    every = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    ours = [code for code in every if "jax" not in code.replace("JAX", "") and ".tf" not in code]
+    assert (len(every), len(ours)) == (7, 4)
+    array = torch.ones(8, requires_grad=True)
+    names = {
+        "array": array,
+        "ids": torch.arange(128).repeat(2, 1) // 50,
+        "bias": torch.zeros(128, 128),
+        "sinks": torch.zeros(8),
+        "lengths": torch.tensor([128, 70]),
+        "seed": 7,
+    }
+    for code in ours:
+        exec(compile(code, "README.md", "exec"), names)
+    names["out"].sum().backward()
+    assert array.grad is not None
+    assert bool(array.grad.abs().min() > 0)
