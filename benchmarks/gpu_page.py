@@ -9,18 +9,20 @@ from typing import Any
 from attn_core.benchmarks.gpu import measured_of
 from attn_core.benchmarks.gpu_cases import OURS, Found, Run, cases
 
-_HOW = """Where there is a GPU, `make gpu` judges the kernels on it, times them beside cuDNN,
-FlashAttention-2 and flex_attention, and writes this page. Where it is there for minutes only:
+_HOW = """To measure on your own GPU, run `make gpu`. It checks the kernels on that GPU, times them
+beside cuDNN, FlashAttention-2 and flex_attention, and writes this page. If you have the GPU for a
+few minutes only:
 
-    attn-core bench gpu --minutes 14    doctor, the kernels' own tests, the suite's smoke tier, then
-                                        cases in the order of what they tell, tiles, and as much of
-                                        the whole suite as there is time for
-    attn-core bench gpu-page            this page, of what was measured
-    attn-core bench tune --minutes 20   tiles, and whether the fused backward pass wins
+    attn-core bench gpu --minutes 14    doctor, the kernels' own tests, the suite's smoke tier; then
+                                        the cases, the most telling first; then tile sizes, and as
+                                        much of the whole suite as there is time for
+    attn-core bench gpu-page            write this page from what has been measured
+    attn-core bench tune --minutes 20   look for faster tile sizes, and see whether the fused
+                                        backward pass wins
 
-What is measured is in `benchmarks/results/<gpu>.json` after every case, and what failed in the
-folder of that name as it happens, so that nothing is lost by stopping; and every case runs in a
-process that may end without the others.
+Results are written to `benchmarks/results/<gpu>.json` after every case, and failures to the folder
+of that name as they happen, so that nothing is lost if the run is stopped. Every case runs in a
+process of its own; one that crashes does not end the others.
 """
 
 NOTHING = f"""# On a GPU
@@ -30,7 +32,7 @@ the kernels without one is in [KERNELS.md](KERNELS.md): they are right in Triton
 they compile for sm_80, sm_90, sm_100 and gfx942.
 
 {_HOW}
-It promises these; whether they hold is not known:
+These are the targets; whether they hold is not known:
 
 | target | must | aim |
 | --- | --- | --- |
@@ -38,12 +40,24 @@ It promises these; whether they hold is not known:
 
 _HEAD = f"""# On a GPU
 
-Measured, not written: `make gpu` made this page. Every figure has passed a check first, against
-float64, on sampled query rows. Subjects that are compared took turns; times are medians of samples
-by the device's own clock, with its second-level cache swept before every call. A ratio is the time
-of the named backend over ours: above 1 we win. Losses stand here as they were measured.
+`make gpu` writes this page from measurements; nothing here is written by hand. Every result was
+first checked against float64, on sampled query rows. Subjects that are compared take turns. Times
+are medians by the device's own clock, with its second-level cache swept before every call. Cases
+where we lose are shown like the others.
 
-{_HOW}"""
+{_HOW}
+How to read the tables:
+
+- A *target* is judged by its worst case. "must" is what has to hold, "aim" what we would like.
+- "theirs / ours" is the time of the subject in that row over the time of `torch:triton`: above 1 we
+  are faster.
+- `torch:triton` is `attn_core.attention` with `impl="triton"`. `+dropout` drops a tenth of the
+  weights, `+deterministic` runs under `torch.use_deterministic_algorithms(True)`, and `+split` and
+  `+fused` force one way or the other of computing the backward pass.
+- `torch-sdpa-cudnn` and `torch-sdpa-flash` are torch's `scaled_dot_product_attention` with that
+  backend (the latter is FlashAttention-2), `torch-flex` is compiled `flex_attention`, and `copy`
+  copies keys and values once, which is the least that decoding can take.
+"""
 
 
 def page(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -85,7 +99,8 @@ def _chapter(whole: Mapping[str, Any]) -> str:
 
 def _bounds(found: Found) -> str:
     promise = found.promise
-    return f"{promise.must:g} | {promise.aim:g}"
+    sign = "≥" if promise.more else "≤"
+    return f"{sign} {promise.must:g} | {sign} {promise.aim:g}"
 
 
 def _times(run: Run) -> str:
