@@ -35,7 +35,11 @@ _TILE = 32
 
 
 def causal() -> Mask:
-    """A query sees the keys up to its own position: q >= k."""
+    """A query sees the keys up to its own position: q >= k.
+
+    Where Tq and Tk differ, `attention` asks for `query_offset`: with "start" query 0 sees key 0
+    alone (torch, jax.nn, Keras), with "end" the last query sees every key (FlashAttention, caches).
+    """
     return mask(lambda b, h, q, k: q >= k)
 
 
