@@ -32,6 +32,7 @@ class _Chosen(threading.local):
     def __init__(self) -> None:
         self.backend: str | None = None
         self.impl: str | None = None
+        self.open: tuple[list[Any], ...] = ()  # [backend, impl] of each `with` that is open
 
 
 _thread = _Chosen()
@@ -108,6 +109,10 @@ def origin(setting: str) -> str | None:
 def use(backend: str | None = None, impl: str | None = None) -> Iterator[None]:
     """Within the `with`, in this thread: NumPy arrays and layers go to `backend`, through `impl`.
 
+    It belongs to the thread, not to a coroutine or generator: while one waits within the `with`
+    (`await`, `yield`), others in the thread see the flag too. What is closed no longer counts, in
+    whichever order that happens.
+
     Raises:
         ValueError: an unknown backend or implementation, with the nearest known one.
 
@@ -116,18 +121,28 @@ def use(backend: str | None = None, impl: str | None = None) -> Iterator[None]:
         with attn_core.use(backend="jax"):
             out = attn_core.attention(query, key, value)    # NumPy in, JAX computes, NumPy out
     """
-    chosen = {"backend": backend, "impl": impl}
-    before = {setting: getattr(_thread, setting) for setting in SETTINGS}
-    checked = {
-        setting: _CHECKS[setting](name) for setting, name in chosen.items() if name is not None
-    }
-    for setting, name in checked.items():
-        setattr(_thread, setting, name)
+    if backend is not None:
+        check_backend(backend)
+    if impl is not None:
+        check_impl(impl)
+    said: list[Any] = [backend, impl]
+    _reopen((*_thread.open, said))
     try:
         yield
     finally:
-        for setting in SETTINGS:
-            setattr(_thread, setting, before[setting])
+        # Not what was there before: coroutines may close in another order than they opened.
+        _reopen(tuple([each for each in _thread.open if each is not said]))
+
+
+def _reopen(said: tuple[list[Any], ...]) -> None:
+    """These `with`s are open, and of each setting the innermost that names one is in force."""
+    _thread.open = said
+    _thread.backend = _thread.impl = None
+    for backend, impl in said:
+        if backend is not None:
+            _thread.backend = backend
+        if impl is not None:
+            _thread.impl = impl
 
 
 def set(**settings: str | None) -> None:

@@ -38,7 +38,7 @@ def causal() -> Mask:
     """A query sees the keys up to its own position: q >= k.
 
     Where Tq and Tk differ, `attention` asks for `query_offset`: with "start" query 0 sees key 0
-    alone (torch, jax.nn, Keras), with "end" the last query sees every key (FlashAttention, caches).
+    alone (torch, jax.nn, Keras), with "end" the last query sees all keys (FlashAttention, caches).
     """
     return mask(lambda b, h, q, k: q >= k)
 
@@ -349,9 +349,10 @@ def _ids(name: str, value: Any) -> Any:
 def _boolean(name: str, value: Any, ranks: tuple[int, ...]) -> Any:
     found = operand(value)
     if found.kind != "bool":
+        hint = {"float": "a float mask that is added to the scores is `bias=`"}
         raise TypeError(
-            f"`{name}` must be boolean, True = attend. Got {found.kind}s; a float mask that is "
-            "added to the scores is `bias=`."
+            f"`{name}` must be boolean, True = attend. Got {found.kind}s; "
+            f"{hint.get(found.kind, f'compare them first, for instance `{name} != 0`')}."
         )
     if len(found.shape) not in ranks:
         raise ValueError(

@@ -151,6 +151,22 @@ def test_use_nests_and_restores():
     assert answers() == ("numpy", "native")
 
 
+def test_coroutines_that_close_in_another_order_leave_nothing_behind():
+    """The flag is the thread's, so they see each other's; afterwards nobody's is left."""
+
+    def waiting(**names):
+        with attn_core.use(**names):
+            yield answers()
+
+    one, other = waiting(backend="torch", impl="chunked"), waiting(backend="jax")
+    assert next(one) == ("torch", "chunked")
+    assert next(other) == ("jax", "chunked")
+    one.close()
+    assert answers() == ("jax", "native")
+    other.close()
+    assert answers() == ("numpy", "native")
+
+
 def test_use_restores_after_an_exception():
     class Oops(Exception):
         pass

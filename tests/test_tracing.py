@@ -473,3 +473,12 @@ def test_masks_and_scores_are_combined_with_their_own_kind():
         bool(causal)
     with pytest.raises(TypeError, match="no truth value"):
         _ = causal and causal
+
+
+def test_a_function_is_not_taken_for_a_tree():
+    with pytest.raises(TypeError, match=r"write attn_core\.mask\(fn\)"):
+        attn_core.Mask(lambda b, h, q, k: q >= k)
+    with pytest.raises(TypeError, match=r"write attn_core\.score\(fn\)"):
+        attn_core.Score(lambda s, b, h, q, k: s)
+    with pytest.raises(TypeError, match=r"`other` must be a score.*attn_core\.score\(fn\)"):
+        attn_core.scores.softcap(2.0).then(lambda s, b, h, q, k: s)

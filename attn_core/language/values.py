@@ -124,6 +124,8 @@ class Mask:
     arrays: tuple[Any, ...]
 
     def __init__(self, tree: Tree, arrays: tuple[Any, ...] = ()) -> None:
+        if callable(tree):
+            raise TypeError("`tree` must be a Tree. Got a function: write attn_core.mask(fn).")
         self.tree = tree
         self.arrays = tuple(arrays)
 
@@ -182,13 +184,17 @@ class Score:
     arrays: tuple[Any, ...]
 
     def __init__(self, tree: Tree, arrays: tuple[Any, ...] = ()) -> None:
+        if callable(tree):
+            raise TypeError("`tree` must be a Tree. Got a function: write attn_core.score(fn).")
         self.tree = tree
         self.arrays = tuple(arrays)
 
     def then(self, other: Score) -> Score:
         """The score that applies `self` first and `other` to its result."""
         if not isinstance(other, Score):
-            raise TypeError(f"`other` must be a score. Got {type(other).__name__}.")
+            kind = type(other).__name__
+            hint = ": write attn_core.score(fn)" if callable(other) else ""
+            raise TypeError(f"`other` must be a score. Got {kind}{hint}.")
         tape = Tape()
         first = tape.replay(self.tree, self.arrays)
         return Score(*tape.finish(tape.replay(other.tree, other.arrays, bind={"s": first})))
@@ -336,7 +342,7 @@ def mask(fn: Callable[..., Any]) -> Mask:
     tree, arrays = tape.finish(at)
     for step in tree.steps:
         if step.kind == "float":
-            what = f"`{step.op}`" if step.op not in ("const", "lookup") else "a float"
+            what = f"`{step.op}`" if step.op not in ("const", "lookup", "cast") else "a float"
             raise TypeError(
                 f"a mask must hold integer and boolean arithmetic only, since floats round "
                 f"differently from framework to framework. Got {what} in {text(tree)}."
