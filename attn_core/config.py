@@ -92,7 +92,10 @@ def get(setting: str) -> str | None:
     if chosen is None:
         chosen = os.environ.get(_VARIABLES[setting]) or None
         if chosen is not None:
-            _CHECKS[setting](chosen)
+            try:
+                _CHECKS[setting](chosen)
+            except ValueError as error:
+                raise ValueError(f"{_VARIABLES[setting]} of the environment: {error}") from None
     return chosen
 
 

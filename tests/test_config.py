@@ -115,6 +115,12 @@ def test_an_empty_variable_says_nothing(monkeypatch):
     assert answers() == ("numpy", "native")
 
 
+def test_a_wrong_word_of_the_environment_is_told_where_it_stands(monkeypatch):
+    monkeypatch.setenv("ATTN_CORE_IMPL", "chunky")
+    with pytest.raises(ValueError, match=r"^ATTN_CORE_IMPL of the environment: `impl` must"):
+        config.get("impl")
+
+
 def test_the_environment_is_read_when_it_is_needed(monkeypatch):
     assert answers() == ("numpy", "native")
     monkeypatch.setenv("ATTN_CORE_BACKEND", "jax")

@@ -191,10 +191,10 @@ class Score:
 
     def then(self, other: Score) -> Score:
         """The score that applies `self` first and `other` to its result."""
-        if not isinstance(other, Score):
-            kind = type(other).__name__
-            hint = ": write attn_core.score(fn)" if callable(other) else ""
-            raise TypeError(f"`other` must be a score. Got {kind}{hint}.")
+        given: Any = other
+        if not isinstance(given, Score):
+            hint = ": write attn_core.score(fn)" if callable(given) else ""
+            raise TypeError(f"`other` must be a score. Got {type(given).__name__}{hint}.")
         tape = Tape()
         first = tape.replay(self.tree, self.arrays)
         return Score(*tape.finish(tape.replay(other.tree, other.arrays, bind={"s": first})))
