@@ -132,6 +132,8 @@ def owner(x: Any) -> str | None:
     """The name of the backend whose framework `x` belongs to; None for anything else."""
     if isinstance(x, np.ndarray):
         return "numpy"
+    if hasattr(x, "__torch_function__"):
+        _meet_torch()
     for name in _loaded:
         if name != "numpy" and _loaded[name].owns(x):
             return name
@@ -143,6 +145,18 @@ def owner(x: Any) -> str | None:
             if backend.owns(x):
                 return name
     return None
+
+
+def _meet_torch() -> None:
+    """Load torch's backend, if torch is completely imported by now."""
+    if "torch" not in _loaded and _ready(sys.modules.get("torch")):
+        load("torch")
+
+
+# torch.compile runs this for itself while it traces, and guards nothing that it reads: or a process
+# whose first call is compiled would guard on the backends loaded before it, and compile it twice.
+# (It is what torch.compiler.assume_constant_result says of a function; torch may not be there yet.)
+setattr(_meet_torch, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def _root(x: Any, name: str) -> bool:
@@ -220,6 +234,7 @@ def greet() -> None:
     Called when a Mask, Score or Dropout is made: such a value may be handed to `jax.jit` before
     any attention has been called.
     """
+    _meet_torch()
     torch = _loaded.get("torch")
     if torch is not None and torch.tracing():
         # It would guard on the number of modules imported so far, and recompile at the next import.
