@@ -65,6 +65,9 @@ _COLUMNS = 512
 _LEAST = 16
 """Registers below which there is no kernel, whatever the compiler says: it gave up in silence."""
 
+_UNTOLD = ("combine", "schedule", "facts")
+"""Kernels that are told nothing of sizes: odd ones are all (`signatures.py`)."""
+
 _SERIALIZED = re.compile(r"\bC751[0-5]\b")
 
 
@@ -76,7 +79,7 @@ class Job(NamedTuple):
         even: whether sizes are multiples of 16 and each query head has keys of its own, which a
             launch tells the compiler. With what it knows it takes other registers: either may
             spill where the other does not.
-        queries: of `decode` and `combine`: 1 or, with 0, up to 16 (`signatures.py`).
+        queries: of `decode`: 1 or, with 0, up to 16 (`signatures.py`).
     """
 
     kernel: str
@@ -206,9 +209,21 @@ def jobs(
                     for dtype in dtypes or (("bfloat16",) if one else configs.DTYPES):
                         job = Job(kernel, target, sample, width, width, dtype)
                         if not job.refused:
-                            yield from (job, job._replace(even=False))
-                            if kernel in (configs.DECODE, "combine"):
-                                yield job._replace(even=False, queries=1)
+                            yield from _ways(job)
+
+
+def _ways(job: Job) -> Iterator[Job]:
+    """The sizes that make another kernel of it."""
+    if job.kernel == configs.DECODE:
+        # Of tiles of 16 rows the two are one, but for a bias.
+        untold = job.chosen.rows <= 16 and not job.sample.bias
+    else:
+        untold = job.kernel in _UNTOLD
+    if not untold:
+        yield job
+    yield job._replace(even=False)
+    if job.kernel == configs.DECODE:
+        yield job._replace(even=False, queries=1)
 
 
 def known_target(name: str) -> None:

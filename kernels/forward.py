@@ -45,7 +45,15 @@ FAR = tl.constexpr(512.0)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+# What is known of sizes is worth nothing within the loop, and a cache that grows would wait for the
+# compiler whenever 16 divides another one of them. WHOLE alone is worth something, of partial tiles
+# and of a bias, and is asked for where it is (`triton_forward`).
+@triton.jit(
+    do_not_specialize=[
+        *("threshold", "map_batch", "map_head", "heads", "group"),
+        *("q_len", "k_len", "tiles", "width", "splits"),
+    ]
+)
 def forward(
     query,  # by strides: batch, head, row, column
     key,
@@ -74,13 +82,15 @@ def forward(
     o_strides,  # of split parts: batch, head, split, row, column
     bias_strides,
     length_strides,  # 0 or 1: of kv_lengths, q_lengths, offsets
-    map_strides,  # of the schedule's lines: batch, key head
+    map_batch,  # of the schedule's lines, from one batch to the next, and one key head
+    map_head,
     heads,
     group,
     q_len,
     k_len,
     tiles,
     width,
+    splits,  # programs that share the tiles of keys of one tile of rows
     D: tl.constexpr,
     DV: tl.constexpr,
     PAD: tl.constexpr,  # D and DV as powers of two, at least 16
@@ -88,10 +98,11 @@ def forward(
     M: tl.constexpr,  # rows of a tile, PACK heads of M // PACK rows each
     N: tl.constexpr,
     PACK: tl.constexpr,  # a power of two, at least the group where the group is packed, else 1
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,  # whether there may be more than one of those: parts are written then
     MASK: tl.constexpr,
     SCORE: tl.constexpr,
     BIAS: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether k_len is known to be a multiple of 16
     SINKS: tl.constexpr,
     KV_LENGTHS: tl.constexpr,
     Q_LENGTHS: tl.constexpr,
@@ -102,8 +113,11 @@ def forward(
     PRECISION: tl.constexpr,
 ):
     ROWS: tl.constexpr = M // PACK
-    pid = tl.program_id(0)
-    split, rest = pid % SPLITS, pid // SPLITS
+    rest = tl.program_id(0)
+    if SPLIT:
+        split, rest = rest % splits, rest // splits
+    if WHOLE:
+        k_len = k_len // 16 * 16  # which says so
     # Neighbouring programs share their keys; of a causal mask, the longest rows come first.
     tile = tiles - 1 - rest % tiles
     packs = heads if PACK == 1 else heads // group
@@ -130,10 +144,10 @@ def forward(
     facts = facts_of(b, lengths, length_strides, q_len, k_len, KV_LENGTHS, Q_LENGTHS)
     arrays = (mask_operands, score_operands, (bias,), bias_strides, (seed,))
     schedule = (order, full, live)
-    order, stop_full, stop = line_of(schedule, map_strides, b, kv_head, tile, width)
+    order, stop_full, stop = line_of(schedule, (map_batch, map_head), b, kv_head, tile, width)
     first = 0
-    if SPLITS > 1:
-        share = tl.cdiv(stop, SPLITS)
+    if SPLIT:
+        share = tl.cdiv(stop, splits)
         first, stop = tl.minimum(split * share, stop), tl.minimum(split * share + share, stop)
         stop_full = tl.minimum(tl.maximum(stop_full, first), stop)
     row2 = row[:, None]
@@ -160,8 +174,8 @@ def forward(
         # Here, in float32: beside p it may be more than 16 bits hold.
         acc = acc * keep_scale
 
-    if SPLITS > 1:
-        at = (b.to(tl.int64) * heads + h) * SPLITS * q_len + split * q_len + row
+    if SPLIT:
+        at = (b.to(tl.int64) * heads + h) * splits * q_len + split * q_len + row
         tl.store(m_out + at, m, mask=there)
         tl.store(l_out + at, total, mask=there)
         o_at = out + b.to(tl.int64) * o_strides[0] + h[:, None].to(tl.int64) * o_strides[1]
@@ -302,10 +316,10 @@ def finished(m, total, acc, sink, row, rows_seen, SINKS: tl.constexpr):
     return tl.where(m == float("-inf"), 0.0, m), log_l, alive, result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "q_len", "splits"])
 def combine(
-    parts,  # float32 (B, Hq, SPLITS, Tq, Dv), contiguous
-    m_parts,  # float32 (B, Hq, SPLITS, Tq)
+    parts,  # float32 (B, Hq, splits, Tq, Dv), contiguous
+    m_parts,  # float32 (B, Hq, splits, Tq)
     l_parts,
     out,
     m_out,
@@ -317,10 +331,10 @@ def combine(
     o_strides,
     heads,
     q_len,
+    splits,
     DV: tl.constexpr,
     PAD_V: tl.constexpr,
     N: tl.constexpr,  # parts that are read together
-    SPLITS: tl.constexpr,
     SINKS: tl.constexpr,
     Q_LENGTHS: tl.constexpr,
 ):
@@ -339,10 +353,10 @@ def combine(
     m = tl.full((1,), float("-inf"), tl.float32)
     total = tl.zeros((1,), tl.float32)
     acc = tl.zeros((1, PAD_V), tl.float32)
-    for first in tl.static_range(0, SPLITS, N):
+    for first in tl.range(0, splits, N):
         split = first + tl.arange(0, N)
-        there = split < SPLITS
-        at = (bh * SPLITS + split) * q_len + row
+        there = split < splits
+        at = (bh * splits + split) * q_len + row
         more = tl.load(m_parts + at, mask=there, other=float("-inf"))
         found = tl.load(l_parts + at, mask=there, other=0.0)
         at = at[:, None] * DV + column[None, :]

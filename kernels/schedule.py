@@ -24,14 +24,15 @@ OF_TABLES = 1024
 
 # The compiler is told nothing of sizes: it would gain nothing, and a cache that grows would wait
 # for it whenever 16 divides another one of them.
-@triton.jit(do_not_specialize=["count", "q_len", "k_len", "start"])
+@triton.jit(do_not_specialize=["count", "apart", "q_len", "k_len", "start"])
 def facts(
     kv_lengths,  # integers, as they were given
     q_lengths,
     offsets,
-    out,  # int32 (3, count): lengths of keys and rows, offsets
+    out,  # int32, three rows: lengths of keys and rows, offsets
     steps,  # from one batch to the next; 0 where one holds for all
     count,
+    apart,  # from one row of out to the next
     q_len,
     k_len,
     start,  # where queries begin if no array says so
@@ -59,8 +60,8 @@ def facts(
     if END:
         first = keys - rows
     tl.store(out + b, keys.to(tl.int32), mask=there)
-    tl.store(out + count + b, rows.to(tl.int32), mask=there)
-    tl.store(out + 2 * count + b, first.to(tl.int32), mask=there)
+    tl.store(out + apart + b, rows.to(tl.int32), mask=there)
+    tl.store(out + 2 * apart + b, first.to(tl.int32), mask=there)
 
 
 @triton.jit
@@ -99,7 +100,9 @@ def reduced(
     tl.store(most + pid, tl.max(high, 0).to(high.dtype))
 
 
-@triton.jit(do_not_specialize=["maps", "group", "lines", "width", "q_len", "k_len"])
+@triton.jit(
+    do_not_specialize=["maps", "group", "lines", "width", "q_len", "k_len", "ends_q", "ends_k"]
+)
 def schedule(
     order,  # int32 (Bm, Hm, lines, width), and twice (Bm, Hm, lines)
     full,
@@ -113,6 +116,8 @@ def schedule(
     width,
     q_len,
     k_len,
+    ends_q,  # 1 where the tiles in which rows end are partial, else 0; and keys
+    ends_k,
     REACH: tl.constexpr,  # `reach.reach`
     M: tl.constexpr,  # rows and keys of a tile
     N: tl.constexpr,
@@ -121,8 +126,6 @@ def schedule(
     COLUMNS: tl.constexpr,  # whether lines are columns of tiles
     KV_LENGTHS: tl.constexpr,
     Q_LENGTHS: tl.constexpr,
-    ENDS_Q: tl.constexpr,  # whether tiles in which rows end are partial; and keys
-    ENDS_K: tl.constexpr,
 ):
     """A line: numbers of its full tiles, then of those that are live and not full."""
     pid = tl.program_id(0)
@@ -136,12 +139,12 @@ def schedule(
         q_length = one + tl.load(lengths[1] + b * length_strides[1])
     offset = one + tl.load(lengths[2] + b * length_strides[2])
     at = order + pid.to(tl.int64) * width
-    facts = (offset, kv_length, q_length, q_len, k_len)
+    facts = (offset, kv_length, q_length, q_len, k_len, ends_q, ends_k)
     if ONCE:
         tile = tl.arange(0, COUNT)
         some, every = status_of(
             tile, line, width, b, h, group, facts, operands,
-            REACH, M, N, COLUMNS, ENDS_Q, ENDS_K,
+            REACH, M, N, COLUMNS,
         )  # fmt: skip
         wholes = listed(at, 0, tile, every)
         count = listed(at, wholes, tile, some & ~every)
@@ -153,7 +156,7 @@ def schedule(
             tile = step % chunks * COUNT + tl.arange(0, COUNT)
             some, every = status_of(
                 tile, line, width, b, h, group, facts, operands,
-                REACH, M, N, COLUMNS, ENDS_Q, ENDS_K,
+                REACH, M, N, COLUMNS,
             )  # fmt: skip
             count = listed(at, count, tile, tl.where(second, some & ~every, every))
             wholes = tl.where(second, wholes, count)
@@ -165,10 +168,9 @@ def schedule(
 def status_of(
     tile, line, width, b, h, group, facts, operands,
     REACH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
-    ENDS_Q: tl.constexpr, ENDS_K: tl.constexpr,
 ):  # fmt: skip
     """(live, full) of these tiles of a line; of those beyond its end neither."""
-    offset, kv_length, q_length, q_len, k_len = facts
+    offset, kv_length, q_length, q_len, k_len, ends_q, ends_k = facts
     one = tl.zeros((1,), tl.int32)
     there = tile < width
     tile = tl.minimum(tile, width - 1)
@@ -184,10 +186,8 @@ def status_of(
             offset, kv_length, q_length, operands,
         )  # fmt: skip
         some, every = some | possible, every & certain
-    if ENDS_Q:
-        every = every & (row_lo + M < q_len)
-    if ENDS_K:
-        every = every & (key_lo + N < k_len)
+    every = every & ((ends_q == 0) | (row_lo + M < q_len))
+    every = every & ((ends_k == 0) | (key_lo + N < k_len))
     return some & there, every
 
 

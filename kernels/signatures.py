@@ -8,8 +8,10 @@ other registers for each:
     even    16 divides every size, and each query head has keys of its own: a group is 1
     odd     nothing is known of any size, but that rows of a bias are as far apart as even ones
 
-Decoding has as many rows in a tile as a group has queries, so that there is a third kind of what it
-launches (`Job.queries`):
+A cache that grows must not have its kernels compiled again and again. So forward is told nothing
+of sizes but whether 16 divides the number of keys, and in decoding not even that unless there is a
+bias; `combine`, `schedule` and `facts` are told nothing, and are there once, as "odd". Decoding has
+as many rows in a tile as a group has queries, so that there are three of it (`Job.queries`):
 
     even              16 queries of a head: tiles of 16 rows
     odd               up to 16 queries, of as many heads as the table's tile has room for
@@ -114,8 +116,7 @@ class _Call:
         )
         self.sinks = "*fp32" if sample.sinks else self.none
         self.seed = "*i64" if sample.dropout else self.none
-        # Of a rate below a half the threshold fits into 32 bits; none is 0.
-        threshold = ("i32" if job.even else "i64") if sample.dropout else WHOLE
+        threshold = "i32" if sample.dropout else WHOLE  # none is 0
         self.numbers = ("fp32", threshold, "fp32")
         self.mask_operands = arguments(self.mask)
         self.score_operands = arguments(self.score)
@@ -126,7 +127,6 @@ class _Call:
         self.schedule = ("*i32", "*i32", "*i32")
         moved = [self.mask is not None and self.mask.reads(name) for name in "bh"]
         moved[0] = moved[0] or sample.lengths
-        self.moved = tuple(moved)
         self.maps: tuple[Any, ...] = tuple(self.size if yes else WHOLE for yes in moved)
         self.pads = {
             "D": job.width,
@@ -173,16 +173,15 @@ def arguments(tree: Tree | None) -> tuple[Any, ...]:
 _Made = tuple[Any, Sequence[Any], dict[str, Any]]
 
 
-def _forward(c: _Call, rows: int = 0, pack: int = 1, splits: int = 1) -> _Made:
+def _forward(c: _Call, rows: int = 0, pack: int = 1, split: bool = False) -> _Made:
     config, sample = c.config, c.sample
-    split = splits > 1
     out = "*fp32" if split else c.array
     positional = (
         *(c.array, c.tile(config.keys), c.tile(config.keys, "PAD_V"), out),
         *("*fp32", "*fp32", "*i8", c.bias, c.sinks, *c.lengths, c.seed, *c.schedule),
-        *(c.mask_operands, c.score_operands, *c.numbers),
+        *(c.mask_operands, c.score_operands, "fp32", "i32", "fp32"),
         *(ROWS, ROWS, ROWS, (WHOLE, *ROWS) if split else ROWS, c.bias_strides),
-        *(c.length_strides, c.maps, *c.counts),
+        *(c.length_strides, *["i32"] * 9),
     )
     plain = not (sample.score or sample.bias)
     return (
@@ -193,9 +192,10 @@ def _forward(c: _Call, rows: int = 0, pack: int = 1, splits: int = 1) -> _Made:
             "M": rows or config.rows,
             "N": config.keys,
             "PACK": pack,
-            "SPLITS": splits,
+            "SPLIT": split,
             "SCORE": device_function(c.score, True),
             "BIAS": bool(sample.bias),
+            "WHOLE": c.job.even and (bool(sample.bias) or not split),
             "SINKS": sample.sinks and not split,
             "LATE": plain,
             "RUN": c.runs("k"),
@@ -205,38 +205,26 @@ def _forward(c: _Call, rows: int = 0, pack: int = 1, splits: int = 1) -> _Made:
 
 
 def _decode(c: _Call) -> _Made:
-    heads, group, q_len, k_len, _, width = c.counts
-    tiles = 1  # all the queries of a group stand in one, or all those of a head
+    if c.sample.lengths:
+        c.length_strides = (1, 1, 1)
     if c.job.queries == 1:
-        q_len, rows, pack = 1, 16, 8
+        rows, pack = 16, 8
     elif c.job.even:
         rows, pack = 16, 1
     else:
         rows, pack = c.config.rows, c.config.rows // 16
-    c.counts = (heads, group, q_len, k_len, tiles, width)
-    if c.sample.lengths:
-        c.length_strides = (1, 1, 1)
-    # One line of a schedule to each head follows upon another one.
-    by_batch, by_head = c.moved
-    c.maps = ((c.size if by_head else 1) if by_batch else WHOLE, 1 if by_head else WHOLE)
-    return _forward(c, rows, pack, _splits(c))
-
-
-def _splits(c: _Call) -> int:
-    """Of keys: as many as there are at most, where they are one query's."""
-    return 128 if c.job.queries == 1 else 16
+    return _forward(c, rows, pack, split=True)
 
 
 def _combine(c: _Call) -> _Made:
     positional = (
         *("*fp32", "*fp32", "*fp32", c.array, "*fp32", "*fp32", "*i8", c.sinks, "*i32"),
-        *(c.length_strides[1], ROWS, c.size, 1 if c.job.queries == 1 else c.size),
+        *(c.length_strides[1], ROWS, "i32", "i32", "i32"),
     )
     constants = {
         "DV": c.pads["DV"],
         "PAD_V": c.pads["PAD_V"],
-        "N": min(_splits(c), c.config.keys),
-        "SPLITS": _splits(c),
+        "N": c.config.keys,
         "SINKS": c.sample.sinks,
         "Q_LENGTHS": c.sample.lengths,
     }
@@ -361,7 +349,7 @@ def _schedule(c: _Call) -> _Made:
     for table in found.reduced:
         kind, rank = held[table.number]
         given += [_OPERANDS[kind], _OPERANDS[kind], *["i32"] * rank]
-    positional = (*(*c.schedule, tuple(given), c.lengths, c.length_strides, *["i32"] * 6),)
+    positional = (*(*c.schedule, tuple(given), c.lengths, c.length_strides, *["i32"] * 8),)
     constants = {
         "REACH": found.call,
         "M": tile[0],
@@ -371,14 +359,12 @@ def _schedule(c: _Call) -> _Made:
         "COLUMNS": False,
         "KV_LENGTHS": lengths[0],
         "Q_LENGTHS": lengths[1],
-        "ENDS_Q": True,
-        "ENDS_K": True,
     }
     return schedule.schedule, positional, constants
 
 
 def _facts(c: _Call) -> _Made:
-    positional = (*("*i32", "*i64", "*i32", "*i32"), (1, 1, 1), *["i32"] * 4)
+    positional = (*("*i32", "*i64", "*i32", "*i32"), (1, 1, 1), *["i32"] * 5)
     names = ("KV_LENGTHS", "Q_LENGTHS", "OFFSETS", "END")
     constants = {"FAR": 2**30, **dict.fromkeys(names, True), "COUNT": 128}
     return schedule.facts, positional, constants

@@ -22,7 +22,6 @@ from triton.runtime import driver
 
 from attn_core import Dropout, attention, masks, registry, scores
 from attn_core.backends.torch import triton_launch
-from attn_core.backends.torch.triton_schedule import Asked, schedule, told
 from attn_core.kernels import configs, signatures
 from attn_core.kernels.ahead import Job
 from attn_core.kernels.samples import SAMPLES
@@ -171,17 +170,29 @@ def differs(launched: Any, kernel: str, sample: str, shape: Any, case: str) -> l
     return sorted(found)
 
 
-def scheduled() -> None:
-    """Of a cache that grows, and of more batches and heads: the schedules, which are one kernel."""
-    device = torch.device("cpu")
-    for batch, heads, k_len in ((4, 1, 65), (16, 8, 80), (8, 4, 127)):
-        lengths = torch.full((batch,), 7)
-        triton_launch.prepare = preparing("a cache that grows")
-        said = told(lengths, None, "end", 1, k_len, device)
-        asked = Asked(
-            masks.causal().tree, (batch, heads, 1, 1, k_len), (16, 64), (False, True), False
-        )
-        schedule(asked, (), said, device)
+GROWING = (1, 2, 16, 31, 64, 100, 128, 192, 256, 321, 640, 999, 1024, 1600, 2048, 3001, 4096)
+"""Keys of a cache, from one to 4096: one tile and many, whole and not, multiples of 16 and not, and
+of each number of splits."""
+
+
+def growing() -> None:
+    """Steps of decoding as the cache grows, of several batches; and prompts of any length."""
+    for k_len in GROWING:
+        for batch in (3, 4):
+            name = "a cache that grows, with lengths"
+            step(name, (batch, 1, k_len), kv_lengths=torch.full((batch,), k_len))
+        step("a cache that grows", (1, 1, k_len), mask=masks.causal())
+        step("a prompt of any length", (1, k_len + 16, k_len + 16), mask=masks.causal())
+
+
+def step(name: str, sizes: tuple[int, int, int], **options: Any) -> None:
+    """A forward pass of 14 heads in 2 groups."""
+    triton_launch.prepare = preparing(name)
+    triton_launch.launch = compiling(name)
+    batch, q_len, k_len = sizes
+    key = draw(batch, 2, k_len, 64)
+    query = draw(batch, 14, q_len, 64)
+    attention(query, key, key, impl="triton", query_offset="end", **options)
 
 
 def main(architecture: int) -> None:
@@ -210,7 +221,7 @@ def main(architecture: int) -> None:
             continue
         with configs.fusing(fused), configs.parting(apart):
             torch.autograd.grad(out, leaves, torch.ones_like(out))
-    scheduled()
+    growing()
 
 
 if __name__ == "__main__":

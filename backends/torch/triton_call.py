@@ -35,7 +35,7 @@ class Call:
         q, k, v: heads first, by their strides.
         bias, bias_strides, seed, sinks: as kernels read them; an array of one zero where not given.
         told: what lengths and offsets say; `lengths` are its arrays, int32 (B or 1,).
-        numbers: scale, dropout's threshold, 1 / (1 - rate).
+        numbers: scale, dropout's threshold as int32 has its bits, 1 / (1 - rate).
         kind: what tiles are chosen by.
         options: what is compiled in.
     """
@@ -64,7 +64,11 @@ class Call:
             seed = torch.stack(philox.words(x.seed))
         self.seed, self.bias = seed, bias
         self.sinks = none if x.sinks is None else x.sinks.contiguous()
-        self.numbers = (scale, drop_threshold(ask.rate) if ask.rate else 0, 1 / (1 - ask.rate))
+        self.numbers = (
+            scale,
+            _word(drop_threshold(ask.rate)) if ask.rate else 0,
+            1 / (1 - ask.rate),
+        )
         self.kind = launcher.Kind(
             (self.width, self.v_width),
             str(self.q.dtype).removeprefix("torch."),
@@ -159,6 +163,11 @@ def device_function(tree: Tree | None, operands: Sequence[Array], score: bool = 
 def neighbours(mask: Tree | None, *along: str) -> bool:
     """Whether the full tiles of a row (along "k") or a column (along "q", "row") are neighbours."""
     return mask is None or full_tiles_are_neighbours(mask, *along)
+
+
+def _word(n: int) -> int:
+    """32 bits as int32 has them: an argument's type would follow from its value."""
+    return n - 2**32 if n >= 2**31 else n
 
 
 def spanned(x: Array) -> tuple[int, ...]:

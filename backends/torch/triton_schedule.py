@@ -16,7 +16,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from triton import cdiv, next_power_of_2
+from triton import cdiv
 
 from attn_core.backends.torch import held
 from attn_core.backends.torch import triton_launch as launcher
@@ -88,11 +88,14 @@ def told(
         none = number(0, device)
         return Told((none, none, number(start, device)), given, differ, start)
     count = max(len(x) for x in arrays if x is not None)
-    out = torch.empty((3, count), dtype=torch.int32, device=device)
+    # Rows a multiple of 16 bytes apart, whatever the batch: a kernel is told where arrays begin.
+    apart = -4 * (-count // 4)
+    out = torch.empty((3, apart), dtype=torch.int32, device=device)
     steps = tuple(0 if x is None or len(x) == 1 else x.stride(0) for x in arrays)
     launcher.prepare(
         *(_kernels.facts, cdiv(count, 128)),
-        *(*[out if x is None else x for x in arrays], out, steps, count, q_len, k_len, start),
+        *(*[out if x is None else x for x in arrays], out, steps, count, apart),
+        *(q_len, k_len, start),
         FAR=FAR,
         KV_LENGTHS=given[0],
         Q_LENGTHS=given[1],
@@ -100,7 +103,7 @@ def told(
         END=end,
         COUNT=128,
     )
-    return Told((out[0], out[1], out[2]), given, differ, start)
+    return Told((out[0, :count], out[1, :count], out[2, :count]), given, differ, start)
 
 
 def number(n: int, device: torch.device) -> Array:
@@ -166,6 +169,7 @@ def _made(asked: Asked, operands: Sequence[Array], said: Told, device: torch.dev
         *(_kernels.schedule, batches * maps * lines),
         *(order, full, live, tuple(given), said.arrays, said.strides),
         *(maps, heads // maps if asked.reads("h") else 1, lines, width, q_len, k_len),
+        *map(int, asked.ends),
         REACH=found.call,
         M=asked.tile[0],
         N=asked.tile[1],
@@ -174,15 +178,17 @@ def _made(asked: Asked, operands: Sequence[Array], said: Told, device: torch.dev
         COLUMNS=asked.columns,
         KV_LENGTHS=said.given[0],
         Q_LENGTHS=said.given[1],
-        ENDS_Q=asked.ends[0],
-        ENDS_K=asked.ends[1],
     )
     return Schedule(order, full, live)
 
 
 def at_once(found: Reach, width: int) -> int:
-    """Tiles of a line that a program looks at together."""
-    return max(1, min(1024, _kernels.AT_ONCE // found.entries, next_power_of_2(width)))
+    """Tiles of a line that a program looks at together.
+
+    Compiled in, and so of few values: 16, 128 or 1024 as far as there is room.
+    """
+    enough = next(n for n in (16, 128, 1024) if n >= min(width, 1024))
+    return max(1, min(enough, _kernels.AT_ONCE // found.entries))
 
 
 def form(operand: Array) -> Form:

@@ -31,11 +31,13 @@ FUSED = ("sm_80", "sm_90", "gfx942")
 @pytest.mark.parametrize("target", ahead.TARGETS)
 def test_what_is_shipped_compiles_clean(target: str) -> None:
     asked = list(ahead.jobs([target], KERNELS, ("causal", "everything"), few=True))
-    assert len(asked) == 18  # decoding is compiled for one query too
+    # Decoding is compiled for one query too; of tiles of 16 rows even and odd sizes are one.
+    first = 17 if target == "sm_80" else 18
+    assert len(asked) == first
     kernels = [*ALONE.get(target, ()), *(("fused",) if target in FUSED else ())]
     for kernel in kernels:
         asked += ahead.jobs([target], [kernel], ["everything"], few=True)
-    assert len(asked) == 18 + 2 * len(kernels) + ("combine" in kernels)
+    assert len(asked) == first + 2 * len(kernels) - ("combine" in kernels)
     found = ahead.run(asked)
     assert [finding.job for finding in found] == asked
     assert [finding for finding in found if finding.problems] == []

@@ -71,7 +71,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]
     launch = launcher.launch
 
     def spy(kernel: Any, programs: int, shape: Any, *args: Any, **options: Any) -> None:
-        seen.append((kernel.__name__, {**options, "programs": programs}))
+        given = dict(zip(kernel.arg_names, args, strict=False))
+        seen.append((kernel.__name__, {**given, **options, "programs": programs}))
         launch(kernel, programs, shape, *args, **options)
 
     monkeypatch.setattr(launcher, "launch", spy)
@@ -101,7 +102,7 @@ def test_four_splits_of_packed_heads(
     split_into(4, monkeypatch)
     compare({"query": QUERY, "key": KEY, "value": VALUE, **CASES[name]})
     kernels = dict(launched)
-    assert kernels["forward"]["SPLITS"] == 4
+    assert kernels["forward"]["splits"] == 4
     assert kernels["forward"]["PACK"] == 4
     assert kernels["forward"]["M"] == 16
     assert kernels["forward"]["programs"] == B * HK * 4
@@ -155,7 +156,7 @@ def test_rows_that_one_tile_has_no_room_for_are_those_of_another(
 def test_more_splits_than_tiles(launched: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     split_into(16, monkeypatch)
     compare({"query": QUERY, "key": KEY, "value": VALUE, **CASES["lengths"]})
-    assert dict(launched)["combine"]["SPLITS"] == 16
+    assert dict(launched)["combine"]["splits"] == 16
 
 
 def test_half_precision(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,8 +247,8 @@ def test_parts_are_put_together_however_many_are_read_at_once(n: int) -> None:
         log_l, alive = row.clone(), torch.full_like(row, 7, dtype=torch.int8)
         with np.errstate(all="ignore"):
             kernels.combine[(B * HQ * TQ,)](
-                *(*given, out, row, log_l, alive, row, row, 0, out.stride(), HQ, TQ),
-                DV=width, PAD_V=pad, N=n, SPLITS=splits, SINKS=False, Q_LENGTHS=False,
+                *(*given, out, row, log_l, alive, row, row, 0, out.stride(), HQ, TQ, splits),
+                DV=width, PAD_V=pad, N=n, SINKS=False, Q_LENGTHS=False,
             )  # fmt: skip
         answers.append([out, row, log_l, alive])
     assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
@@ -271,4 +272,4 @@ def test_parts_are_put_together_however_many_are_read_at_once(n: int) -> None:
 def test_many_queries_are_not_split(launched: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     split_into(4, monkeypatch)
     ours(query=draw(1, 2, decode.FEW + 1, 16), key=draw(1, 2, 40, 16), value=draw(1, 2, 40, 16))
-    assert dict(launched)["forward"]["SPLITS"] == 1
+    assert dict(launched)["forward"]["splits"] == 1

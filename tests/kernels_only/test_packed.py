@@ -117,11 +117,12 @@ def launched(
             *(q, *read, parts, part_m, part_l, alive, bias, sinks, *lengths, seed, *schedule),
             *(mask_operands, score_operands, *numbers),
             *(q.stride(), k.stride(), v.stride(), parts.stride(), tuple(strides)),
-            *(one, tuple(maps), heads, group, q_len, k_len, tiles, schedule.order.shape[-1]),
-            D=width, DV=v_width, **pads, M=rows * pack, N=keys, PACK=pack, SPLITS=splits,
+            *(one, *maps, heads, group, q_len, k_len, tiles, schedule.order.shape[-1], splits),
+            D=width, DV=v_width, **pads, M=rows * pack, N=keys, PACK=pack, SPLIT=splits > 1,
             MASK=None if p.mask is None else function(p.mask, mask_form).call,
             SCORE=None if p.score is None else function(p.score, score_form, True).call,
-            BIAS=x.bias is not None, SINKS=x.sinks is not None and splits == 1,
+            BIAS=x.bias is not None, WHOLE=k_len % 16 == 0,
+            SINKS=x.sinks is not None and splits == 1,
             KV_LENGTHS=True, Q_LENGTHS=True, DROPOUT=bool(p.rate),
             LATE=x.bias is None and p.score is None and p.scale > 0,
             RUN=p.mask is None or full_tiles_are_neighbours(p.mask, "k"),
@@ -130,7 +131,7 @@ def launched(
         if splits > 1:
             kernels.combine[(batch * heads * q_len,)](
                 *(parts, part_m, part_l, out, m, log_l, alive, sinks, ql, one[1], out.stride()),
-                *(heads, q_len), DV=v_width, PAD_V=pads["PAD_V"], N=2, SPLITS=splits,
+                *(heads, q_len, splits), DV=v_width, PAD_V=pads["PAD_V"], N=2,
                 SINKS=x.sinks is not None, Q_LENGTHS=True,
             )  # fmt: skip
     lse = torch.where(log_l == torch.inf, -torch.inf, m + log_l)
