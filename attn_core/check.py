@@ -231,6 +231,7 @@ def _stated(
         return_lse=return_lse,
         return_weights=return_weights,
         needs_grad=any(f.needs_grad for f in (*facts, bias_facts, sinks_facts) if f is not None),
+        place=facts[0].place,
     )
     return problem, {
         "kv_lengths": kv_lengths,

@@ -64,6 +64,7 @@ class Facts(NamedTuple):
     dtype: str
     device: str
     needs_grad: bool = False
+    place: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Problem:
         precision: None, "highest" or "fast".
         return_lse, return_weights: the extras asked for.
         needs_grad: whether the framework records gradients (torch knows; elsewhere False).
+        place: which device of its kind, where that may decide (torch's GPUs); elsewhere 0.
     """
 
     backend: str
@@ -122,6 +124,7 @@ class Problem:
     return_lse: bool
     return_weights: bool
     needs_grad: bool
+    place: int = 0
 
     @property
     def accumulation(self) -> str:

@@ -98,7 +98,8 @@ def describe(x: Any) -> Facts:
             "`kv_lengths=` and `q_lengths=`; or pack it, and give attn_core.masks.segments(ids)."
         )
     needs_grad = x.requires_grad and torch.is_grad_enabled()
-    return Facts(tuple(x.shape), _NAMES.get(x.dtype) or str(x.dtype), x.device.type, needs_grad)
+    dtype, device = _NAMES.get(x.dtype) or str(x.dtype), x.device
+    return Facts(tuple(x.shape), dtype, device.type, needs_grad, device.index or 0)
 
 
 def tracing() -> bool:

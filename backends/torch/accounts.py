@@ -244,8 +244,7 @@ def _triton(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Accoun
     from attn_core.kernels.reach import Form, reach
 
     batch, q_len, k_len = found
-    index = torch.cuda.current_device() if p.device == "cuda" else None
-    device = torch.device(p.device, index)
+    device = torch.device(p.device, p.place if p.device == "cuda" else None)
     kind = triton_launch.Kind(
         (p.width, p.v_width),
         p.dtype,

@@ -4,7 +4,8 @@ Triton may be missing, may have no compiler for this GPU, and some versions end 
 imported TensorFlow first. So this process asks another one, once: it launches the kernels on every
 kind of GPU that torch sees and compares what comes back (`triton_probe`). What it finds is a
 sentence for `refusals`, for `explain` and for `attn-core doctor`; nothing is asked before a problem
-on a GPU wants to know.
+on a GPU wants to know. A GPU that fails refuses what is asked of its own kind; one that ends the
+process has another one go on with the others.
 
 Without a GPU, kernels run where TRITON_INTERPRET=1 was set before triton was imported: slowly, for
 tests.
@@ -17,11 +18,12 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 from signal import Signals
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TIMEOUT = 300.0
 """Seconds that the other process may take; compiling the kernels is most of it."""
@@ -37,24 +39,48 @@ half of it."""
 _LOCK = threading.Lock()
 
 
+class Gpu(NamedTuple):
+    """What the other process found of one kind of GPU.
+
+    Attributes:
+        name: "NVIDIA H200 (sm_90)".
+        at: the indices that torch gives to these.
+        problem: why kernels cannot be used there, a sentence; "" where they can, None before that
+            has been tried.
+        narrower: (dtype, width, sentence): where kernels that otherwise work did not.
+    """
+
+    name: str
+    at: tuple[int, ...] = (0,)
+    problem: str | None = ""
+    narrower: tuple[tuple[str, int, str], ...] = ()
+
+
 class Finding(NamedTuple):
     """What the other process found.
 
     Attributes:
-        devices: the GPUs on which kernels ran: "NVIDIA H200 (sm_90)".
-        problem: why kernels cannot be used, a sentence; "" where they can.
+        gpus: by kind.
+        problem: why kernels cannot be used at all, a sentence; "" where they may be.
         hazards: sentences about what is known to go wrong with these versions.
-        narrower: (dtype, width, sentence): where kernels that otherwise work did not.
     """
 
-    devices: tuple[str, ...] = ()
+    gpus: tuple[Gpu, ...] = ()
     problem: str = ""
     hazards: tuple[str, ...] = ()
-    narrower: tuple[tuple[str, int, str], ...] = ()
+
+    def on(self, index: int) -> Gpu:
+        """That GPU; one that was not seen has a problem."""
+        for gpu in self.gpus:
+            if index in gpu.at:
+                return gpu
+        seen = ", ".join(f"{n}" for gpu in self.gpus for n in gpu.at) or "none"
+        unseen = f"the GPU must be one that the probe saw: {seen}. Got cuda:{index}."
+        return Gpu("", (index,), self.problem or unseen)
 
 
-def problem(device: str) -> str:
-    """Why kernels cannot run on this kind of device; "" where they can, and triton is loaded then.
+def problem(device: str, index: int = 0) -> str:
+    """Why kernels cannot run on this device; "" where they can, and triton is loaded then.
 
     torch.compile runs this while it traces, and keeps the answer.
     """
@@ -66,12 +92,12 @@ def problem(device: str) -> str:
     wrong = _after_tensorflow(found)
     if not wrong and device == "cuda":
         with _LOCK:
-            wrong = finding().problem
+            wrong = finding().on(index).problem or ""
     return wrong or _loaded(found)
 
 
-def narrower(device: str, dtype: str, width: int) -> str:
-    """Why kernels that can run on this kind of device cannot on such numbers; "" where they can.
+def narrower(device: str, dtype: str, width: int, index: int = 0) -> str:
+    """Why kernels that can run on this device cannot on such numbers; "" where they can.
 
     Of a width, all above half of it are taken to be alike, in either dtype of 16 bits: they have
     the same kernels, whose tiles are of a power of two. Those of float32 are others.
@@ -82,7 +108,7 @@ def narrower(device: str, dtype: str, width: int) -> str:
     if device != "cuda" or dtype not in ("float16", "bfloat16", "float32"):
         return ""
     with _LOCK:
-        found = finding().narrower
+        found = finding().on(index).narrower
     for bad, most, wrong in found:
         alike = dtype == bad or "float32" not in (dtype, bad)
         if (dtype == bad and most <= _PLAIN) or (alike and most > _PLAIN and width > most // 2):
@@ -147,14 +173,35 @@ def _loaded(found: str) -> str:
 
 @lru_cache(maxsize=1)
 def finding() -> Finding:
-    """What a process of its own found, once."""
+    """What processes of their own found, once: one, and another for each that a GPU has ended."""
     if not sys.executable or getattr(sys, "frozen", False):
         # The executable of a frozen application is that application.
         return Finding(problem="Python must have an executable to probe kernels with. Got none.")
+    gpus: dict[str, Gpu] = {}
+    hazards: tuple[str, ...] = ()
+    while True:
+        tried = [name for name, gpu in gpus.items() if gpu.problem is not None]
+        found = _asked(tried)
+        gpus |= {gpu.name: gpu for gpu in found.gpus if gpu.name not in tried}
+        hazards = found.hazards or hazards
+        if not gpus:
+            return found
+        left = [name for name, gpu in gpus.items() if gpu.problem is None]
+        if left and len(gpus) - len(left) == len(tried):
+            wrong = found.problem or "kernels must be tried before they are used. Got no trial."
+            gpus |= {name: gpus[name]._replace(problem=wrong) for name in left}
+            left = []
+        if not left:
+            return Finding(tuple(gpus.values()), "", hazards)
+
+
+def _asked(tried: Sequence[str]) -> Finding:
+    """What one process found, of GPUs that have not been tried; of those that it did not come to
+    the problem is None."""
     # "" is the folder that this process stands in, from which we may have been imported.
     paths = os.pathsep.join(path or os.curdir for path in sys.path)
     environment = {**os.environ, "PYTHONPATH": paths}
-    code = "from attn_core.backends.torch import triton_probe; triton_probe.main()"
+    code = f"from attn_core.backends.torch import triton_probe; triton_probe.main({list(tried)!r})"
     try:
         ran = subprocess.run(
             [sys.executable, "-P", "-c", code],
@@ -188,21 +235,37 @@ def _part(told: str, ended: str) -> Finding | None:
     """
     try:
         said = json.loads(told.splitlines()[-1])
-        devices, hazards = tuple(said["devices"]), tuple(said["hazards"])
-        narrow = [(str(d), int(n), str(w)) for d, n, w in said.get("narrower", ())]
+        gpus = [_gpu(each) for each in said["gpus"]]
+        found = Finding((), str(said["problem"]), tuple(said["hazards"]))
         trying = said.get("trying")
         if trying is None:
-            return Finding(devices, said["problem"], hazards, tuple(narrow))
-        dtype, width = trying
-    except (IndexError, KeyError, TypeError, ValueError):
+            return found._replace(gpus=tuple(gpus))
+        name, dtype, width = str(trying[0]), str(trying[1]), int(trying[2])
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return None
+    if name not in [gpu.name for gpu in gpus]:
+        return None
+    at = [gpu.name for gpu in gpus].index(name)
     if (dtype, width) == ("float16", _PLAIN):
-        return None
-    # What would have been tried after it is not known to work either.
-    narrow.append((str(dtype), int(width), ended))
-    if width <= _PLAIN:
-        narrow.append((str(dtype), _WIDE, f"{ended} Wider ones were not tried."))
-    return Finding(devices, "", hazards, tuple(narrow))
+        gpus[at] = gpus[at]._replace(problem=ended)
+    else:
+        narrow = [*gpus[at].narrower, (dtype, width, ended)]
+        if width <= _PLAIN:
+            # What would have been tried after it is not known to work either.
+            narrow.append((dtype, _WIDE, f"{ended} Wider ones were not tried."))
+        gpus[at] = gpus[at]._replace(narrower=tuple(narrow))
+    return found._replace(gpus=tuple(gpus))
+
+
+def _gpu(said: Mapping[str, Any]) -> Gpu:
+    """As `triton_probe.main` says it."""
+    wrong = said["problem"]
+    return Gpu(
+        str(said["name"]),
+        tuple(int(n) for n in said["at"]),
+        None if wrong is None else str(wrong),
+        tuple((str(dtype), int(width), str(why)) for dtype, width, why in said["narrower"]),
+    )
 
 
 def lines() -> list[str]:
@@ -217,11 +280,16 @@ def lines() -> list[str]:
         )
         return [f"triton: triton {found}, {state}"]
     probed = finding()
-    state = (
-        f"not used: {probed.problem}" if probed.problem else f"ready on {', '.join(probed.devices)}"
-    )
+    ready = [gpu.name for gpu in probed.gpus if not gpu.problem]
+    bad = [gpu for gpu in probed.gpus if gpu.problem]
+    state = f"ready on {', '.join(ready)}" if ready else f"not used: {probed.problem or 'no GPU'}"
     return [
         f"triton: triton {found}, {state}",
-        *[f"triton: not for {d} of width {n}: {why}" for d, n, why in probed.narrower],
+        *[f"triton: not on {gpu.name}: {gpu.problem}" for gpu in bad],
+        *[
+            f"triton: not for {d} of width {n} on {gpu.name}: {why}"
+            for gpu in probed.gpus
+            for d, n, why in gpu.narrower
+        ],
         *[f"triton: beware, {said}" for said in probed.hazards],
     ]

@@ -23,11 +23,11 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 def refusals(p: Problem) -> list[str]:
     reasons = []
-    wrong = probe.problem(p.device)
+    wrong = probe.problem(p.device, p.place)
     if not wrong and p.device == "cuda":
         # One of two, decided here: torch.compile wants numbers that it knows.
         wide = WIDEST if max(p.width, p.v_width) > WIDEST // 2 else WIDEST // 4
-        wrong = probe.narrower(p.device, p.dtype, wide)
+        wrong = probe.narrower(p.device, p.dtype, wide, p.place)
     if wrong:
         reasons.append(wrong)
     if p.dtype not in _DTYPES:

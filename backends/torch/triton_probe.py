@@ -1,14 +1,15 @@
 """What a process of its own runs to find out whether kernels work: `probe` asks, JSON answers.
 
-On each kind of GPU a causal attention goes forward and backward through the kernels, and is held
-against the formula in float64: in float16 first, then in what may fail where that did not, bfloat16
-and the widest columns. Before each trial a line says what is tried, so that a trial that ends the
-process is known, too.
+On one GPU of each kind a causal attention goes forward and backward through the kernels, and is
+held against the formula in float64: in float16 first, then in what may fail where that did not,
+bfloat16 and the widest columns. Before each trial a line says what is tried, so that a trial that
+ends the process is known, too.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ class Trial(NamedTuple):
 
 
 FIRST = Trial("float16", 64)
-"""Where this fails, nothing is said to work."""
+"""Where this fails, nothing is said to work on that GPU."""
 
 _ROOM = 3 * 2**15
 """Bytes of shared memory that the widest tiles of float32 have everywhere from Ampere on."""
@@ -41,52 +42,60 @@ _ALLOWED = {"float16": 2.0**-6, "bfloat16": 2.0**-3, "float32": 2.0**-10}
 """Far above the dtype's rounding of a row, far below what a wrong product comes to."""
 
 
-def main() -> None:
+def main(settled: Collection[str] = ()) -> None:
     """Prints what was found so far as lines of JSON; the last one that ends is the whole.
 
-    {"devices": where kernels ran, "problem": what was wrong, "hazards": [...],
-     "narrower": [[dtype, width, what was wrong], ...], "trying": [dtype, width] or null}
-    """
-    found: dict[str, Any] = {"devices": [], "problem": "", "hazards": [], "narrower": []}
+    {"problem": what was wrong with all of it, "hazards": [...],
+     "gpus": [{"name": "NVIDIA H200 (sm_90)", "at": their indices, "problem": what was wrong, or
+               null before it was tried, "narrower": [[dtype, width, what was wrong], ...]}, ...],
+     "trying": [name, dtype, width] or null}
 
-    def say(trying: Trial | None) -> None:
+    Args:
+        settled: GPUs that an earlier process has tried, and was ended by.
+    """
+    found: dict[str, Any] = {"problem": "", "hazards": [], "gpus": []}
+
+    def say(name: str, trial: Trial | None) -> None:
+        trying = None if trial is None else [name, *trial]
         print(json.dumps({**found, "trying": trying}), flush=True)
 
-    say(FIRST)
+    say("", FIRST)
+    places: dict[str, list[int]] = {}
     try:
         if not torch.cuda.is_available():
             found["problem"] = "torch must see a GPU. Got none."
-        for name, device in kinds().items():
-            beware = hazard(triton_launch.architecture(device))
+        else:
+            places = kinds()
+        for name, at in places.items():
+            beware = hazard(triton_launch.architecture(torch.device("cuda", at[0])))
             if beware:
                 found["hazards"].append(f"{name}: {beware}")
-            say(FIRST)
-            found["problem"] = _wrong(name, device, FIRST)
-            if found["problem"]:
-                break
-            found["devices"].append(name)
     except Exception as error:  # whatever it raises is the reason
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        found["problem"] = f"kernels must compile and run on every GPU that torch sees. Got {what}"
+        found["problem"] = f"torch must know its GPUs. Got {_said(error)}"
     if not found["problem"]:
-        _narrow(found, say)
-    say(None)
+        found["gpus"] = [
+            {"name": name, "at": at, "problem": None, "narrower": []} for name, at in places.items()
+        ]
+        for gpu in found["gpus"]:
+            if gpu["name"] not in settled:
+                _try(gpu, say)
+    say("", None)
 
 
-def _narrow(found: dict[str, Any], say: Any) -> None:
-    """What works on every GPU in float16 may not work in everything."""
-    for name, device in kinds().items():
-        for trial in trials(device):
-            if any(trial == Trial(*other[:2]) for other in found["narrower"]):
-                continue
-            say(trial)
-            try:
-                wrong = _wrong(name, device, trial)
-            except Exception as error:
-                what = " ".join(f"{type(error).__name__}: {error}".split())
-                wrong = f"kernels must compile and run on {name}. Got {what}"
-            if wrong:
-                found["narrower"].append([*trial, wrong])
+def _try(gpu: dict[str, Any], say: Any) -> None:
+    """The first trial, and what may fail where that does not."""
+    name, device = gpu["name"], torch.device("cuda", gpu["at"][0])
+    say(name, FIRST)
+    gpu["problem"] = _wrong(name, device, FIRST)
+    for trial in () if gpu["problem"] else trials(device):
+        say(name, trial)
+        wrong = _wrong(name, device, trial)
+        if wrong:
+            gpu["narrower"].append([*trial, wrong])
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def trials(device: torch.device) -> list[Trial]:
@@ -101,7 +110,10 @@ def trials(device: torch.device) -> list[Trial]:
 
 
 def _wrong(name: str, device: torch.device, trial: Trial) -> str:
-    worst, allowed = error_on(device, trial), _ALLOWED[trial.dtype]
+    try:
+        worst, allowed = error_on(device, trial), _ALLOWED[trial.dtype]
+    except Exception as error:  # whatever it raises is the reason
+        return f"kernels must compile and run on {name}. Got {_said(error)}"
     if worst <= allowed:
         return ""
     return (
@@ -110,13 +122,13 @@ def _wrong(name: str, device: torch.device, trial: Trial) -> str:
     )
 
 
-def kinds() -> dict[str, torch.device]:
-    """One device of each kind: "NVIDIA H200 (sm_90)"."""
-    found: dict[str, torch.device] = {}
+def kinds() -> dict[str, list[int]]:
+    """The GPUs of each kind: {"NVIDIA H200 (sm_90)": [0, 1]}."""
+    found: dict[str, list[int]] = {}
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         name = torch.cuda.get_device_name(device)
-        found.setdefault(f"{name} ({triton_launch.architecture(device)})", device)
+        found.setdefault(f"{name} ({triton_launch.architecture(device)})", []).append(index)
     return found
 
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from kernel_calls import DEVICE
 
-from attn_core.backends.torch import probe, triton_probe
+from attn_core.backends.torch import probe, triton_launch, triton_probe
 from attn_core.backends.torch.triton_probe import FIRST, Trial
 
 HERE = torch.device(DEVICE)
+NAME, OTHER = "A GPU (sm_90)", "Another (sm_80)"
 
 
 @pytest.mark.parametrize("trial", [FIRST, Trial("float16", 256), Trial("float32", 256)])
@@ -23,23 +24,29 @@ def test_kernels_agree_with_the_formula(trial: Trial) -> None:
 
 
 def printed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: dict[Trial, Any]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    wrong: dict[Trial, Any],
+    settled: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
-    """The lines of a probe of one device, whose trials come out so."""
+    """The lines of a probe of two kinds of devices; trials on the first of them come out so."""
 
     def error_on(device: torch.device, trial: Trial) -> float:
-        found = wrong.get(trial, 0.0)
+        found = wrong.get(trial, 0.0) if device.index == 1 else 0.0
         if isinstance(found, Exception):
             raise found
         return float(found)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(triton_probe, "kinds", lambda: {"A GPU (sm_90)": HERE})
-    monkeypatch.setattr(triton_probe, "hazard", lambda architecture: None)
+    monkeypatch.setattr(triton_probe, "kinds", lambda: {NAME: [1, 2], OTHER: [0]})
+    monkeypatch.setattr(triton_launch, "architecture", lambda device: f"of {device}")
+    monkeypatch.setattr(
+        triton_probe, "hazard", lambda architecture: "oh" if architecture == "of cuda:1" else None
+    )
     wide = Trial("bfloat16", 256)
     monkeypatch.setattr(triton_probe, "trials", lambda device: [Trial("bfloat16", 64), wide])
     monkeypatch.setattr(triton_probe, "error_on", error_on)
-    triton_probe.main()
+    triton_probe.main(settled)
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
@@ -61,11 +68,17 @@ def test_every_trial_is_announced(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = printed(monkeypatch, capsys, {})
-    tried = [line["trying"] for line in lines]
-    assert tried == [["float16", 64]] * 2 + [["bfloat16", 64], ["bfloat16", 256], None]
-    assert lines[-1]["devices"] == ["A GPU (sm_90)"]
-    assert lines[-1]["narrower"] == []
-    assert lines[-1]["problem"] == ""
+    trials = [["float16", 64], ["bfloat16", 64], ["bfloat16", 256]]
+    each = [[name, *trial] for name in (NAME, OTHER) for trial in trials]
+    assert [line["trying"] for line in lines] == [["", "float16", 64], *each, None]
+    assert [[gpu["problem"] for gpu in line["gpus"]] for line in lines] == [
+        *([], [None, None], ["", None], ["", None]),
+        *(["", None], ["", ""], ["", ""], ["", ""]),
+    ]
+    last = lines[-1]
+    assert [(gpu["name"], gpu["at"]) for gpu in last["gpus"]] == [(NAME, [1, 2]), (OTHER, [0])]
+    assert [gpu["narrower"] for gpu in last["gpus"]] == [[], []]
+    assert (last["problem"], last["hazards"]) == ("", [f"{NAME}: oh"])
 
 
 def test_what_fails_alone_is_told_alone(
@@ -74,20 +87,35 @@ def test_what_fails_alone_is_told_alone(
     bad = {Trial("bfloat16", 64): float("nan"), Trial("bfloat16", 256): RuntimeError("no room")}
     last = printed(monkeypatch, capsys, bad)[-1]
     assert last["problem"] == ""
-    first, second = last["narrower"]
+    here, other = last["gpus"]
+    assert here["problem"] == other["problem"] == ""
+    first, second = here["narrower"]
+    assert other["narrower"] == []
     assert first[:2] == ["bfloat16", 64]
     assert "Got an error of nan" in first[2]
     assert second[:2] == ["bfloat16", 256]
     assert second[2].endswith("Got RuntimeError: no room")
     found = probe._part(json.dumps(last), "it ended")
     assert found is not None
-    assert found.narrower == (tuple(first), tuple(second))
+    assert found.on(1).narrower == found.on(2).narrower == (tuple(first), tuple(second))
+    assert found.on(0).narrower == ()
 
 
-def test_where_the_first_fails_nothing_works(
+@pytest.mark.parametrize("wrong", [1.0, RuntimeError("PTX of a later version")])
+def test_where_the_first_fails_nothing_works_there(
+    wrong: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = printed(monkeypatch, capsys, {FIRST: wrong})
+    here, other = lines[-1]["gpus"]
+    assert here["problem"].endswith("of 1." if wrong == 1.0 else "PTX of a later version")
+    assert NAME in here["problem"]
+    assert other["problem"] == ""
+    assert [line["trying"][0] for line in lines[1:-1]] == [NAME, OTHER, OTHER, OTHER]
+
+
+def test_what_an_earlier_process_tried_is_not_tried_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    last = printed(monkeypatch, capsys, {FIRST: 1.0})[-1]
-    assert "Got an error of 1." in last["problem"]
-    assert last["trying"] is None
-    assert last["devices"] == []
+    lines = printed(monkeypatch, capsys, {}, settled=(NAME,))
+    assert {line["trying"][0] for line in lines[1:-1]} == {OTHER}
+    assert [gpu["problem"] for gpu in lines[-1]["gpus"]] == [None, ""]

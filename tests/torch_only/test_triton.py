@@ -51,9 +51,17 @@ def answers(monkeypatch: pytest.MonkeyPatch, **ran: Any) -> list[Any]:
     return started
 
 
-def said(**found: Any) -> str:
+NAME = "A GPU (sm_90)"
+
+
+def gpu(name: str = NAME, at: tuple[int, ...] = (0,), **found: Any) -> dict[str, Any]:
+    """What a probe's process says of a GPU."""
+    return {"name": name, "at": at, "problem": "", "narrower": [], **found}
+
+
+def said(*gpus: dict[str, Any], **found: Any) -> str:
     return "a line of a library's\n" + json.dumps(
-        {"devices": [], "problem": "", "hazards": [], **found}
+        {"problem": "", "hazards": [], "gpus": gpus, **found}
     )
 
 
@@ -115,8 +123,8 @@ def test_the_order_on_each_device() -> None:
 
 
 def test_it_is_asked_once_and_auto_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = "kernels must compile and run on every GPU that torch sees. Got PTXASError: no"
-    started = answers(monkeypatch, stdout=said(problem=wrong))
+    wrong = f"kernels must compile and run on {NAME}. Got PTXASError: no"
+    started = answers(monkeypatch, stdout=said(gpu(problem=wrong)))
     for _ in range(3):
         plan = registry.choose(BACKEND, ON_GPU, "auto")
         registry._cached.cache_clear()
@@ -133,7 +141,7 @@ def test_it_is_asked_once_and_auto_goes_on(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_works_answers_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers(monkeypatch, stdout=said(devices=["A GPU (sm_90)"], hazards=["ptxas of old"]))
+    answers(monkeypatch, stdout=said(gpu(), hazards=["ptxas of old"]))
     monkeypatch.setattr(probe, "_loaded", lambda found: "")
     assert registry.choose(BACKEND, ON_GPU, "auto").impl == "triton"
     first, second = probe.lines()
@@ -182,7 +190,7 @@ def narrow(dtype: str, width: int, device: str = "cuda") -> str:
 def test_what_fails_alone_is_refused_alone(
     bad: list[Any], refused: set[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started = answers(monkeypatch, stdout=said(devices=["A GPU (sm_90)"], narrower=[bad]))
+    started = answers(monkeypatch, stdout=said(gpu(narrower=[bad])))
     monkeypatch.setattr(probe, "_loaded", lambda found: "")
     for dtype in ("float16", "bfloat16", "float32"):
         for width in (64, 256):
@@ -194,7 +202,7 @@ def test_what_fails_alone_is_refused_alone(
     with pytest.raises(UnsupportedError, match=f"It was {bad[0]} of width"):
         registry.choose(BACKEND, wide, "triton")
     assert len(started) == 1
-    assert probe.lines()[1] == f"triton: not for {bad[0]} of width {bad[1]}: No."
+    assert probe.lines()[1] == f"triton: not for {bad[0]} of width {bad[1]} on {NAME}: No."
 
 
 @pytest.mark.parametrize("how", ["signal", "time"])
@@ -202,8 +210,8 @@ def test_what_fails_alone_is_refused_alone(
 def test_a_later_trial_that_ends_the_probe_costs_no_more_than_what_it_tried(
     trying: int, works: set[tuple[str, int]], how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = said(devices=["A GPU (sm_90)"], trying=["float16", 64]) + "\n"
-    told += said(devices=["A GPU (sm_90)"], trying=["bfloat16", trying]) + "\n"
+    told = said(gpu(problem=None), trying=[NAME, "float16", 64]) + "\n"
+    told += said(gpu(), trying=[NAME, "bfloat16", trying]) + "\n"
     if how == "signal":
         answers(monkeypatch, stdout=told, returncode=-11, stderr="gone")
     else:
@@ -218,6 +226,69 @@ def test_a_later_trial_that_ends_the_probe_costs_no_more_than_what_it_tried(
         else:
             assert found == ""
     assert all(narrow(*each) == "" for each in works)
+
+
+OTHER = "Another (sm_75)"
+
+
+def on(index: int) -> str:
+    """Who answers on that GPU under "auto"; and why not our kernels, if so."""
+    plan = registry.choose(BACKEND, replace(ON_GPU, place=index), "auto")
+    return plan.impl + " ".join(dict(plan.refused).get("triton", ()))
+
+
+def test_a_gpu_that_fails_costs_no_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = [["float32", 256, "No."]]
+    found = said(gpu(at=(0, 2), narrower=bad), gpu(OTHER, (1,), problem="It adds wrongly."))
+    started = answers(monkeypatch, stdout=found)
+    monkeypatch.setattr(probe, "_loaded", lambda found: "")
+    assert (on(0), on(1), on(2)) == ("triton", "chunkedIt adds wrongly.", "triton")
+    assert on(3).endswith("must be one that the probe saw: 0, 2, 1. Got cuda:3.")
+    with pytest.raises(UnsupportedError, match="It adds wrongly"):
+        registry.choose(BACKEND, replace(ON_GPU, place=1), "triton")
+    wide = {n: replace(ON_GPU, width=256, v_width=256, place=n) for n in (0, 1)}
+    assert "of width 256" in dict(registry.choose(BACKEND, wide[0], "auto").refused)["triton"][0]
+    assert dict(registry.choose(BACKEND, wide[1], "auto").refused)["triton"] == (
+        "It adds wrongly.",
+    )
+    first, second, third = probe.lines()
+    assert first.endswith(f"ready on {NAME}")
+    assert second == f"triton: not on {OTHER}: It adds wrongly."
+    assert third == f"triton: not for float32 of width 256 on {NAME}: No."
+    assert len(started) == 1
+
+
+@pytest.mark.parametrize("again", ["answers", "ends", "says nothing"])
+def test_a_gpu_that_ends_the_probe_leaves_the_others_to_another_one(
+    again: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("first", "second", "third")
+    untried = [gpu(name, (n,), problem=None) for n, name in enumerate(names)]
+    died = said(gpu("first"), *untried[1:], trying=["second", "float16", 64], hazards=["Beware."])
+    later = {
+        "answers": {"stdout": said(*untried[:2], gpu("third", (2,)))},
+        "ends": {"stdout": said(*untried, trying=["third", "float16", 64]), "returncode": -9},
+        "says nothing": {"returncode": 1, "stderr": "no room"},
+    }[again]
+    ran = [{"stdout": died, "returncode": -11}, later]
+    codes: list[str] = []
+
+    def run(command: Any, **options: Any) -> Any:
+        codes.append(command[-1])
+        return types.SimpleNamespace(**{"stdout": "", "stderr": "", "returncode": 0, **ran.pop(0)})
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(probe, "_loaded", lambda found: "")
+    assert probe.problem("cuda", 0) == ""
+    assert probe.problem("cuda", 1).endswith("Got signal SIGSEGV: no message")
+    third = {"answers": "", "ends": "SIGKILL: no message", "says nothing": "status 1: no room"}
+    assert probe.problem("cuda", 2).endswith(third[again])
+    assert bool(probe.problem("cuda", 2)) == bool(third[again])
+    assert [code[code.index("main(") :] for code in codes] == [
+        "main([])",
+        "main(['first', 'second'])",
+    ]
+    assert probe.lines()[-1] == "triton: beware, Beware."
 
 
 def test_words_of_another_encoding_are_a_reason(
@@ -237,12 +308,12 @@ def test_the_probe_finds_what_this_process_found_where_it_stands(
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\nexec {sys.executable} -P -c 'import beside; beside.say()'\n")
     python.chmod(0o755)
-    saying = json.dumps({"devices": ["one"], "problem": "", "hazards": []})
+    saying = json.dumps({"problem": "", "hazards": [], "gpus": [gpu("one")]})
     (tmp_path / "beside.py").write_text(f"def say():\n    print({saying!r})\n")
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend("")
-    assert probe.finding() == probe.Finding(("one",))
+    assert probe.finding() == probe.Finding((probe.Gpu("one"),))
 
 
 def test_a_frozen_application_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,6 +357,6 @@ def test_the_real_probe_answers() -> None:
     """In a process of its own, on whatever stands here."""
     found = probe.finding()
     if torch.cuda.is_available():
-        assert found.devices or found.problem
+        assert found.gpus or found.problem
     elif probe.version():
         assert found == probe.Finding(problem="torch must see a GPU. Got none.")
