@@ -200,7 +200,7 @@ def _candidates(backend: Any, p: Problem, chosen: str | None, asked: str) -> tup
         names.insert(0, asked)
     found = []
     for name in names:
-        reasons = tuple(backend.refusals(p, name))
+        reasons = registry.refusals(backend, p, name, asked)
         verdict = "refused" if reasons else "chosen" if name == chosen else "would answer"
         found.append(Candidate(name, verdict, reasons))
     return tuple(found)

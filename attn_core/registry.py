@@ -15,6 +15,10 @@ A backend is a module `attn_core.backends.<name>` with these verbs, in this orde
     known(x)                        can the values of x be read now, or does something trace them
     keep(threshold, seed, ..)       what dropout keeps, for layers that drop hidden entries
 
+and, where an implementation may turn out not to run when it is first called,
+
+    fallen(problem, impl)           reasons why "auto" passes it over: what an earlier call found
+
 and two facts: IMPLEMENTATIONS, the names it has, and tracing(), whether the framework
 is tracing Python itself right now. To add one, write that module and add a loader below.
 
@@ -201,14 +205,27 @@ def _choose(problem: Problem, asked: str) -> Plan:
     names = backend.ranked(problem) if asked == "auto" else (asked,)
     refused: list[tuple[str, tuple[str, ...]]] = []
     for name in names:
-        reasons = tuple(backend.refusals(problem, name))
+        reasons = refusals(backend, problem, name, asked)
         if not reasons:
-            return Plan(problem, name, tuple(refused))
+            return Plan(problem, name, tuple(refused), asked == "auto")
         refused.append((name, reasons))
     raise UnsupportedError(_refusal(backend, problem, asked, refused))
 
 
 _cached = lru_cache(maxsize=512)(_choose)
+
+
+def refusals(backend: Any, problem: Problem, name: str, asked: str) -> tuple[str, ...]:
+    """Why that implementation does not answer; under "auto" also what an earlier call found."""
+    found = tuple(backend.refusals(problem, name))
+    if found or asked != "auto" or not hasattr(backend, "fallen"):
+        return found
+    return tuple(backend.fallen(problem, name))
+
+
+def forget() -> None:
+    """Choose anew from here on: for a backend that has found out that something does not run."""
+    _cached.cache_clear()
 
 
 def _refusal(backend: Any, problem: Problem, asked: str, refused: list[Any]) -> str:

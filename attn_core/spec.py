@@ -199,11 +199,16 @@ def as_output(answer: Any) -> AttentionOutput:
 
 
 class Plan(NamedTuple):
-    """A decision: which implementation answers, and why the ones before it do not."""
+    """A decision: which implementation answers, and why the ones before it do not.
+
+    Attributes:
+        auto: whether "auto" has chosen it, and nobody asked for it by name.
+    """
 
     problem: Problem
     impl: str
     refused: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    auto: bool = False
 
 
 class Account(NamedTuple):

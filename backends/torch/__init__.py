@@ -148,16 +148,28 @@ def ranked(problem: Problem) -> tuple[str, ...]:
     return (*first, "chunked", "reference")
 
 
+def fallen(problem: Problem, impl: str) -> list[str]:
+    """Kernels that did not compile when an earlier call asked for them."""
+    if impl != "triton" or tracing():
+        return []
+    from attn_core.backends.torch import unmade
+
+    return unmade.reasons(problem)
+
+
 def account(problem: Problem, impl: str) -> Account:
     return accounts.account(problem, impl)
 
 
 def attend(plan: Plan, operands: Operands) -> AttentionOutput:
-    problem = plan.problem
-    if problem.host:
-        output = _HANDLERS[plan.impl](problem, _tensors(problem, operands, torch.device("cpu")))
-        return AttentionOutput(*[None if x is None else to_numpy(x) for x in output])
-    return _HANDLERS[plan.impl](problem, _tensors(problem, operands, operands.query.device))
+    problem, impl = plan.problem, plan.impl
+    device = torch.device("cpu") if problem.host else operands.query.device
+    x = _tensors(problem, operands, device)
+    falls = plan.auto and impl == "triton"
+    output = triton.attend(problem, x, falls) if falls else _HANDLERS[impl](problem, x)
+    if not problem.host:
+        return output
+    return AttentionOutput(*[None if x is None else to_numpy(x) for x in output])
 
 
 def vjp(

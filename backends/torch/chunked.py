@@ -47,8 +47,10 @@ def refusals(p: Problem) -> list[str]:
     return []
 
 
-def attend(p: Problem, x: Operands, kernel: str = "", fast: bool = False) -> AttentionOutput:
-    """`kernel` and `fast` as in `Ask`."""
+def attend(
+    p: Problem, x: Operands, kernel: str = "", fast: bool = False, falls: bool = False
+) -> AttentionOutput:
+    """`kernel`, `fast` and `falls` as in `Ask`."""
     seed = x.seed
     if isinstance(seed, tuple):
         made = torch.tensor if torch.compiler.is_compiling() else constant
@@ -57,11 +59,11 @@ def attend(p: Problem, x: Operands, kernel: str = "", fast: bool = False) -> Att
     given = (x.query, x.key, x.value, x.bias, x.sinks, *rest)
     if torch.compiler.is_compiling():
         mask, score = _plain(p.mask), _plain(p.score)
-        extras = (p.return_lse, p.return_weights, kernel, fast)
+        extras = (p.return_lse, p.return_weights, kernel, fast, falls)
         text = written(p.layout, p.offset, p.rate, mask, score, len(x.mask), *extras)
         found = _forward_op(text, p.scale, *_packed(given))
     else:
-        extras = (p.return_lse, p.return_weights, kernel, fast)
+        extras = (p.return_lse, p.return_weights, kernel, fast, falls)
         ask = Ask(p.layout, p.offset, p.rate, p.mask, p.score, len(x.mask), *extras)
         found = _Attend.apply(ask, p.scale, len(x.mask), *given)
     return AttentionOutput(
@@ -136,9 +138,14 @@ def _forward(ask: Ask, scale: float, given: Sequence[Any]) -> tuple[Array, ...]:
     x = operands_of(ask, _beside(given))
     with _without_autocast(given[0]):
         if ask.kernel == "triton":
-            from attn_core.backends.torch import triton_forward
+            from attn_core.backends.torch import triton_forward, unmade
 
-            return triton_forward.forward(ask, scale, x)
+            launched = unmade.unless(
+                "forward", ask, x, lambda: triton_forward.forward(ask, scale, x)
+            )
+            if launched is not None:
+                return launched
+            ask = replace(ask, kernel="")
         found = native_tiles.forward(ask, scale, x) if ask.kernel else None
         if found is not None:
             return found
@@ -160,12 +167,18 @@ def _backward(
     x = operands_of(ask, _beside(given))
     axis = ask.layout.index("H")
     group = x.query.shape[axis] // x.key.shape[axis]
-    kernel = ask.kernel and sums_wide(group, str(x.query.dtype).removeprefix("torch."))
     with _without_autocast(given[0]):
         if ask.kernel == "triton":
-            from attn_core.backends.torch import triton_backward
+            from attn_core.backends.torch import triton_backward, unmade
 
-            return triton_backward.backward(ask, scale, x, Saved(*saved), up, wanted)
+            launched = unmade.unless(
+                *("backward", ask, x),
+                lambda: triton_backward.backward(ask, scale, x, Saved(*saved), up, wanted),
+            )
+            if launched is not None:
+                return launched
+            ask = replace(ask, kernel="")
+        kernel = ask.kernel and sums_wide(group, str(x.query.dtype).removeprefix("torch."))
         w, rows = Work(ask, scale, x), Saved(*saved)
         coarse = native_tiles.coarse(x, rows) if ask.kernel else None
         found = None

@@ -53,6 +53,7 @@ class Ask:
         kernel: "" for products and softmax of our own, or how torch's fused kernel is asked:
             "full", "causal" or "tiles" (`native_tiles`), or "triton" for kernels of our own.
         fast: whether those may multiply float32 as TF32.
+        falls: whether the call goes on without them where they do not compile (`unmade`).
     """
 
     layout: str
@@ -65,6 +66,7 @@ class Ask:
     weights: bool
     kernel: str = ""
     fast: bool = False
+    falls: bool = False
 
     def written(self) -> str:
         """As text, which is how it enters an operator: `read` is the way back."""
@@ -79,6 +81,7 @@ class Ask:
             self.weights,
             self.kernel,
             self.fast,
+            self.falls,
         )
 
 
@@ -93,6 +96,7 @@ def written(
     weights: bool,
     kernel: str,
     fast: bool,
+    falls: bool,
 ) -> str:
     """The text of an `Ask`; trees come as plain tuples (steps, results).
 
@@ -101,7 +105,7 @@ def written(
     trees = [
         tree and text(Tree(tuple([Step(*s) for s in tree[0]]), tree[1])) for tree in (mask, score)
     ]
-    return repr((layout, offset, rate, *trees, masks, lse, weights, kernel, fast))
+    return repr((layout, offset, rate, *trees, masks, lse, weights, kernel, fast, falls))
 
 
 @lru_cache(maxsize=512)

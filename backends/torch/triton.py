@@ -46,5 +46,6 @@ def refusals(p: Problem) -> list[str]:
     return reasons + chunked.refusals(p)
 
 
-def attend(p: Problem, x: Operands) -> AttentionOutput:
-    return chunked.attend(p, x, "triton", fast=p.precision == "fast")
+def attend(p: Problem, x: Operands, falls: bool = False) -> AttentionOutput:
+    """`falls` as in `chunked_parts.Ask`."""
+    return chunked.attend(p, x, "triton", p.precision == "fast", falls)

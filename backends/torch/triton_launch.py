@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import triton
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from attn_core.backends.torch.chunked_parts import Ask
 from attn_core.kernels import configs, interpreter
@@ -114,6 +116,19 @@ def launching(what: str, ask: Ask, x: Operands) -> Iterator[None]:
         except Exception as error:
             error.add_note(_note(what, ask, x))
             raise
+
+
+def uncompiled(error: BaseException) -> bool:
+    """Whether it came of compiling a kernel, or of a GPU that has no room for one."""
+    if isinstance(error, (CompilationError, OutOfResources, PTXASError)):
+        return True
+    # Passes of the compiler and the tools that it calls raise whatever they like.
+    at = error.__traceback__
+    while at is not None:
+        if at.tb_frame.f_code is triton.compile.__code__:
+            return True
+        at = at.tb_next
+    return False
 
 
 def _note(what: str, ask: Ask, x: Operands) -> str:
