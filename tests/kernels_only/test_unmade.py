@@ -104,6 +104,12 @@ def test_results_and_gradients_come_all_the_same(
         compare(given(**CASES[name]))
     assert asked == 1
     assert kernel not in launches.names
+    # And "auto" passes over what it is asked for, whoever needs no gradient but for those.
+    x = given(**CASES[name])
+    here = explain(**x).candidates[0]
+    assert (here.name, here.verdict) == ("triton", "refused" if kernel == "forward" else "chosen")
+    x["query"].requires_grad_()
+    assert explain(**x).candidates[0].verdict == "refused"
 
 
 @pytest.mark.parametrize("kernel", ["forward", "d_keys"])
