@@ -5,7 +5,9 @@ score go in.
     rules.py       what the language decides otherwise than Triton
     tile.py        one tile: who may be seen, score, bias, dropout
     forward.py     rows of queries along their live tiles of keys
-    backward.py    the gradients, a kernel for each
+    backward.py    the gradients, a kernel for each; bias.py that of a bias
+    weights.py     what a tile weighs, and what flows back into it
+    statistics.py  what the gradients want to know of rows
     interpreter.py what Triton's interpreter lacks; interpreter_once.py: what it does too often
     configs.py     how large a tile is, by what is static
     ahead.py       compiled ahead of time, without a GPU

@@ -9,14 +9,21 @@ up by one program in one order: no atomics, and a run like any other.
 
     d_keys      a tile of keys along its live tiles of rows, for every head of its group
     d_query     a tile of rows along its live tiles of keys
-    d_bias      a tile of the bias along the batches, heads, rows or keys that it is the same for
+    d_bias      (`bias.py`) a tile of the bias along all that it is the same for
 
 What that costs is two products more, so that `d_keys` can do the work of `d_query` too (FUSED): it
 has ds at hand, and adds every tile's share of dQ by atomics, in float32 and in an order that no two
 runs share. `d_tables`, the gradients of arrays that a score looks up, where a place may be found
 from anywhere, adds so wherever it is called.
 
-Rows that may see no key come in as zeros, whatever stands there, and so does what flows into them.
+Full and partial tiles stand in one loop, as in the forward pass, and nobody looks at first whether
+a row sees a key or a key is seen by a row: what lies there is multiplied by a p of 0, and where the
+sums are not finite then, they are made again (AGAIN), by a loop in which every tile is taken for
+partial, and rows that see no key come in as zeros, and keys that no row sees. What comes out is the
+same whatever stands where nobody looks, and takes longer where that is NaN.
+
+What is added by atomics cannot be taken back, and beside products of float32 looking is nothing:
+there two loops look at once, one along full tiles and one along partial ones.
 """
 
 from __future__ import annotations
@@ -26,144 +33,16 @@ from collections.abc import Iterable
 import triton
 import triton.language as tl
 
-from attn_core.kernels.tile import LOG2E, add, facts_of, judged, kept_of, line_of, put, taken
-
-
-@triton.jit
-def weigh(
-    s,  # (M, N): query times key, neither scaled nor scored; TURNED, as all here, (N, M)
-    m,  # of each row, (M, 1)
-    log2_l,
-    place,  # b, h (1, 1), row (M, 1), k (1, N), the first key's position
-    facts,  # offset, rows_seen, keys_seen, q_len, k_len
-    arrays,  # mask operands, score operands, (bias,), its strides, (seed,)
-    numbers,  # scale, threshold, keep_scale
-    M: tl.constexpr,
-    N: tl.constexpr,
-    MASK: tl.constexpr,
-    SCORE: tl.constexpr,  # of a score, its derivative: value, slope, then sites
-    BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    MASKED: tl.constexpr,
-    TURNED: tl.constexpr,
-):
-    """(p, what dropout keeps, where keys are seen, the derivative's results), (M, N)."""
-    TALL: tl.constexpr = N if TURNED else M
-    WIDE: tl.constexpr = M if TURNED else N
-    b, h, row, k, first = place
-    scale, threshold, _ = numbers
-    SELECTED: tl.constexpr = MASKED or BIAS or SCORE is not None
-    s = s * scale
-    found = (s,)
-    allowed = tl.full((TALL, WIDE), 1, tl.int1)
-    if SELECTED:
-        s, allowed, found = judged(
-            s, (b, h, row, k), facts, arrays, TALL, WIDE, MASK, SCORE, BIAS, MASKED
-        )
-        # Of a product that is -inf, too, where p is 0 as it is: without these words ptxas spills a
-        # kilobyte of `d_query` (width 64, causal).
-        allowed = allowed & (s != float("-inf"))
-    # Added up in another order than forward, a logit of 1e9 may exceed its row's maximum by tens,
-    # and p must not exceed 1. NaN stays what it is.
-    gap = tl.minimum(s - m, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    p = tl.exp2(gap * LOG2E - log2_l)
-    if SELECTED:
-        p = tl.where(allowed, p, 0.0)
-    keep = allowed
-    if DROPOUT:
-        q = tl.reshape(row + facts[0], (M,))
-        heads = tl.zeros((M,), tl.int32) + tl.reshape(h, (1,))
-        keep = kept_of(arrays[4][0], b, heads, q, first, threshold, M, N)
-        if TURNED:
-            keep = tl.trans(keep)
-    return p, keep, allowed, found
-
-
-@triton.jit
-def pull(
-    p, keep, allowed, found,  # as `weigh` says them
-    dp,  # d_out times value
-    t,  # of each row, (M, 1)
-    numbers,
-    SCORE: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """(dz, ds), (M, N)."""
-    SELECTED: tl.constexpr = MASKED or BIAS or SCORE is not None
-    if DROPOUT:
-        dp = tl.where(keep, dp * numbers[2], 0.0)
-    dz = p * (dp - t)
-    if SELECTED:
-        dz = tl.where(allowed, dz, 0.0)
-    ds = dz
-    if SCORE is not None:
-        ds = tl.where(allowed, dz * found[1], 0.0)
-    return dz, ds
-
-
-@triton.jit
-def _rows_of(
-    query, d_out, log2_l, strides, b, h, first, heads, q_len, M: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr,
-    SEEING: tl.constexpr,  # whether every row that is there sees a key
-    DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """(q, dO) of a tile of rows; those that may see no key are 0."""
-    if SEEING and DESCRIPTORS:
-        wanted = None  # what lies behind the last row they read as zeros by themselves
-    elif SEEING:
-        wanted = first + tl.arange(0, M) < q_len  # which waits for nothing that is loaded
-    else:
-        wanted = _of_rows(log2_l, b, h, first, heads, q_len, float("inf"), M) != float("inf")
-    q = taken(query, strides[0], b, h, first, q_len, M, D, PAD, False, DESCRIPTORS, wanted)
-    g = taken(d_out, strides[1], b, h, first, q_len, M, DV, PAD_V, False, DESCRIPTORS, wanted)
-    return q, g
-
-
-@triton.jit
-def _of_rows(x, b, h, first, heads, q_len, other, M: tl.constexpr):
-    """One of the statistics, (M,); `other` behind the last row."""
-    row = first + tl.arange(0, M)
-    at = (b.to(tl.int64) * heads + h) * q_len + row
-    return tl.load(x + at, mask=row < q_len, other=other)
-
-
-@triton.jit
-def seen_of(k, allowed, ROWS: tl.constexpr):
-    """The keys of a tile (N, PAD), zeros those that no row sees; ROWS is the axis of the rows."""
-    seen = tl.max(allowed.to(tl.int32), ROWS) > 0
-    return tl.where(seen[:, None], k, 0.0).to(k.dtype)
-
-
-@triton.jit
-def delta(
-    out, d_out, d_lse, alive, log_l, t, log2_l, o_strides, g_strides, heads, q_len, tiles,
-    DV: tl.constexpr, PAD_V: tl.constexpr, M: tl.constexpr, LSE: tl.constexpr,
-):  # fmt: skip
-    """t = rowsum(dO * O) - d lse of every row, float32 (B, Hq, Tq); and log2 l, as kernels want it:
-    +inf where a row may see no key, though a sink may have given it a sum."""
-    pid = tl.program_id(0)
-    tile, bh = pid % tiles, (pid // tiles).to(tl.int64)
-    b, h = bh // heads, bh % heads
-    row = tile * M + tl.arange(0, M)
-    there, at = row < q_len, bh * q_len + row
-    o = taken(out, o_strides, b, h, tile * M, q_len, M, DV, PAD_V, False, False).to(tl.float32)
-    g = taken(d_out, g_strides, b, h, tile * M, q_len, M, DV, PAD_V, False, False).to(tl.float32)
-    live = tl.load(alive + at, mask=there, other=0) != 0
-    found = tl.sum(tl.where(live[:, None], o * g, 0.0), 1)
-    summed = tl.load(log_l + at, mask=there, other=float("inf"))
-    if LSE:
-        # Padded rows, and those without keys and sink, hand nothing on.
-        handed = tl.load(d_lse + at, mask=there, other=0.0)
-        found -= tl.where(summed != float("inf"), handed, 0.0)
-    tl.store(t + at, found, mask=there)
-    tl.store(log2_l + at, tl.where(live, summed * LOG2E, float("inf")), mask=there)
+from attn_core.kernels.statistics import of_rows, rows_of
+from attn_core.kernels.tile import add, facts_of, line_of, put, taken
+from attn_core.kernels.weights import EITHER, FULL, PARTIAL, finite, pull, seen_of, weigh
 
 
 @triton.jit
 def d_keys(
     query, key, value, d_out, d_key, d_value,
     d_query,  # where FUSED, float32 zeros (B, Hq, Tq, D) that dQ is added to; else nothing
-    statistics,  # m, log2 l, t: (B, Hq, Tq); of rows that may see no key log2 l is +inf
+    statistics,  # as `delta` has left them
     arrays,  # mask operands, score operands, (bias,), its strides, (seed,)
     numbers,  # scale, threshold, keep_scale
     lengths,  # kv_lengths, q_lengths, offsets
@@ -188,76 +67,156 @@ def d_keys(
     tile, rest = pid % tiles, pid // tiles
     kv_heads = heads // group
     b, kv_head = rest // kv_heads, rest % kv_heads
-    k_at = tile * N + tl.arange(0, N)
     k = taken(key, strides[2], b, kv_head, tile * N, k_len, N, D, PAD, False, DESCRIPTORS)
+    v = k  # which stands for what nobody reads
     if KEY:
         v = taken(value, strides[3], b, kv_head, tile * N, k_len, N, DV, PAD_V, False, DESCRIPTORS)
     facts = facts_of(b, lengths, length_strides, q_len, k_len, KV_LENGTHS, Q_LENGTHS)
     order, stop_full, stop = line_of(schedule, map_strides, b, kv_head, tile, width)
     start = tl.load(order)
-    if KEY:
-        dk = tl.zeros((N, PAD), tl.float32)
-    if VALUE:
-        dv = tl.zeros((N, PAD_V), tl.float32)
-    for MASKED in tl.static_range(2):
-        begin, end = 0, stop_full
-        if MASKED:
-            begin, end = stop_full, stop
-        # One loop for all heads of the group: two, one in the other, would fill their pipeline anew
-        # for each head, and have the sums in registers while they do.
-        for n in tl.range(0, (end - begin) * group):
-            i = begin + n // group
-            head = kv_head * group + n % group
-            h = tl.zeros((1, 1), tl.int32) + head
-            j = start + i
-            if MASKED or not RUN:
-                j = tl.load(order + i)
-            row = j * M + tl.arange(0, M)
-            q, do = _rows_of(
-                query, d_out, statistics[1], strides, b, head, j * M, heads, q_len,
-                M, D, DV, PAD, PAD_V, MASKED == 0 and SCORE is None and not BIAS, DESCRIPTORS,
+    dk, dv = _nothing(N, PAD, KEY), _nothing(N, PAD_V, VALUE)
+    told = (
+        k, v, query, d_out, d_query, statistics, arrays, numbers, strides, tables,
+        (b, kv_head, tile), facts, (order, start), heads, group, q_len,
+    )  # fmt: skip
+    AT_ONCE: tl.constexpr = FUSED or k.dtype == tl.float32
+    if AT_ONCE:
+        dk, dv = _along_rows(
+            dk, dv, *told, 0, stop_full, stop_full,
+            D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, SITES, KEY, VALUE, FUSED, RUN,
+            DESCRIPTORS, PRECISION, FULL, False,
+        )  # fmt: skip
+        dk, dv = _along_rows(
+            dk, dv, *told, stop_full, stop_full, stop,
+            D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, SITES, KEY, VALUE, FUSED, RUN,
+            DESCRIPTORS, PRECISION, PARTIAL, False,
+        )  # fmt: skip
+    else:
+        dk, dv = _along_rows(
+            dk, dv, *told, 0, stop_full, stop,
+            D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, SITES, KEY, VALUE, FUSED, RUN,
+            DESCRIPTORS, PRECISION, EITHER, False,
+        )  # fmt: skip
+        good = True
+        if KEY:
+            good = good & finite(dk)
+        if VALUE:
+            good = good & finite(dv)
+        if not good:
+            dk, dv = _nothing(N, PAD, KEY), _nothing(N, PAD_V, VALUE)
+            dk, dv = _along_rows(
+                dk, dv, *told, 0, 0, stop,
+                D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, SITES, KEY, VALUE, FUSED,
+                RUN, DESCRIPTORS, PRECISION, PARTIAL, True,
             )  # fmt: skip
-            # Turned over, so that p and ds are first operands as they come out of products. What is
-            # known of rows is then spread over all threads, and read no sooner than it is needed.
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=tl.float32)
-            m = _of_rows(statistics[0], b, head, j * M, heads, q_len, 0.0, M)
-            log2_l = _of_rows(statistics[1], b, head, j * M, heads, q_len, float("inf"), M)
-            place = (b, h, row[None, :], k_at[:, None], tile * N)
-            p, keep, allowed, found = weigh(
-                s, m[None, :], log2_l[None, :], place, facts, arrays, numbers,
-                M, N, MASK, SCORE, BIAS, DROPOUT, MASKED == 1, True,
-            )  # fmt: skip
-            if VALUE:
-                kept = tl.where(keep, p, 0.0) if DROPOUT else p
-                dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
-            if KEY:
-                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=tl.float32)
-                t = _of_rows(statistics[2], b, head, j * M, heads, q_len, 0.0, M)
-                dz, ds = pull(
-                    p, keep, allowed, found, dp, t[None, :], numbers,
-                    SCORE, BIAS, DROPOUT, MASKED == 1,
-                )  # fmt: skip
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-            if FUSED:
-                known = k
-                if MASKED == 1 or BIAS or SCORE is not None:
-                    known = seen_of(k, allowed, 1)
-                dq = tl.dot(tl.trans(ds.to(k.dtype)), known, input_precision=PRECISION)
-                add(
-                    dq * numbers[0], d_query, strides[6], b, head, j * M, q_len,
-                    M, D, PAD, DESCRIPTORS,
-                )  # fmt: skip
-                if len(SITES):
-                    d_tables(dz, allowed, found, tables, SITES)
     # The same tile, worked out anew, so that no compiler knows it for the same: where it begins, in
     # every form in which that is asked for, would else wait in registers while the loops run.
-    first = (pid + tiles) % tiles * N
+    first, rest = (pid + tiles) % tiles * N, (pid + tiles) // tiles - 1
+    kv_heads = (heads + group) // group - 1
+    b, kv_head = rest // kv_heads, rest % kv_heads
     if KEY:
         put(dk * numbers[0], d_key, strides[4], b, kv_head, first, k_len, N, D, PAD)
     if VALUE:
         if DROPOUT:
             dv = dv * numbers[2]
         put(dv, d_value, strides[5], b, kv_head, first, k_len, N, DV, PAD_V)
+
+
+@triton.jit
+def _nothing(N: tl.constexpr, PAD: tl.constexpr, MADE: tl.constexpr):
+    """What has been added up of a tile of keys before anything has; of what is not made one 0."""
+    return tl.zeros((N, PAD), tl.float32) if MADE else tl.zeros((1, 1), tl.float32)
+
+
+@triton.jit
+def _along_rows(
+    dk, dv,  # what has been added up
+    k, v,
+    query, d_out, d_query, statistics, arrays, numbers, strides, tables,  # as d_keys has them
+    place,  # b, key head, tile
+    facts,
+    line,  # where the numbers of its tiles stand, and the first of them
+    heads, group, q_len,
+    begin, stop_full, stop,  # of its tiles, of all that are full, and of these
+    D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+    MASK: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    SITES: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, FUSED: tl.constexpr,
+    RUN: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    KIND: tl.constexpr,  # of these tiles
+    AGAIN: tl.constexpr,  # whether it is done again, with care
+):  # fmt: skip
+    """(dK, dV) of a tile of keys along tiles of rows."""
+    b, kv_head, tile = place
+    order, start = line
+    k_at = tile * N + tl.arange(0, N)
+    # One loop for all heads of the group: two, one in the other, would fill their pipeline anew
+    # for each head, and have the sums in registers while they do.
+    STAGES: tl.constexpr = 1 if AGAIN else None  # it is rare, and must not take registers
+    turn, lane = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+    for _ in tl.range(0, (stop - begin) * group, num_stages=STAGES, disable_licm=AGAIN):
+        i, head = begin + turn, kv_head * group + lane
+        lane += 1  # counted: of a group that is not known, a division takes 40 instructions
+        turn += (lane == group).to(tl.int32)
+        lane = tl.where(lane == group, 0, lane)
+        h = tl.zeros((1, 1), tl.int32) + head
+        j = _tile_of(order, start, i, stop_full, RUN, KIND)
+        row = j * M + tl.arange(0, M)
+        RAW: tl.constexpr = KIND == EITHER or (KIND == FULL and SCORE is None and not BIAS)
+        q = rows_of(
+            query, statistics[1], strides[0], b, head, j * M, heads, q_len,
+            M, D, PAD, RAW, DESCRIPTORS,
+        )  # fmt: skip
+        if not AGAIN:
+            do = rows_of(
+                d_out, statistics[1], strides[1], b, head, j * M, heads, q_len,
+                M, DV, PAD_V, RAW, DESCRIPTORS,
+            )  # fmt: skip
+        # Turned over, so that p and ds are first operands as they come out of products. What is
+        # known of rows is then spread over all threads, and read no sooner than it is needed.
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=tl.float32)
+        m = of_rows(statistics[0], b, head, j * M, heads, q_len, M)
+        log2_l = of_rows(statistics[1], b, head, j * M, heads, q_len, M)
+        at = (b, h, row[None, :], k_at[:, None], tile * N)
+        p, keep, allowed, found = weigh(
+            s, m[None, :], log2_l[None, :], at, facts, arrays, numbers, i >= stop_full,
+            M, N, MASK, SCORE, BIAS, DROPOUT, KIND, True,
+        )  # fmt: skip
+        if AGAIN:  # late: with nothing on its way, it would wait in registers
+            do = rows_of(
+                d_out, statistics[1], strides[1], b, head, j * M, heads, q_len,
+                M, DV, PAD_V, RAW, DESCRIPTORS,
+            )  # fmt: skip
+        if VALUE:
+            kept = tl.where(keep, p, 0.0) if DROPOUT else p
+            dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+        if KEY:
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=tl.float32)
+            t = of_rows(statistics[2], b, head, j * M, heads, q_len, M)
+            dz, ds = pull(
+                p, keep, allowed, found, dp, t[None, :], numbers, SCORE, BIAS, DROPOUT, KIND
+            )
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        if FUSED:
+            known = k
+            if KIND == PARTIAL or BIAS or SCORE is not None:
+                known = seen_of(k, allowed, 1)
+            dq = tl.dot(tl.trans(ds.to(k.dtype)), known, input_precision=PRECISION)
+            add(dq * numbers[0], d_query, strides[6], b, head, j * M, q_len, M, D, PAD, DESCRIPTORS)
+            if len(SITES):
+                d_tables(dz, allowed, found, tables, SITES)
+    return dk, dv
+
+
+@triton.jit
+def _tile_of(order, start, i, stop_full, RUN: tl.constexpr, KIND: tl.constexpr):
+    """The number of the tile at place i of its line; RUN: full ones are neighbours."""
+    if not RUN or KIND == PARTIAL:
+        return tl.load(order + i)
+    elif KIND == FULL:
+        return start + i
+    else:
+        return tl.load(order + i, mask=i >= stop_full, other=start + i)
 
 
 @triton.jit
@@ -283,50 +242,113 @@ def d_query(
     kv_head = head // group
     h = tl.zeros((1, 1), tl.int32) + head
     row = tile * M + tl.arange(0, M)
-    m = _of_rows(statistics[0], b, head, tile * M, heads, q_len, 0.0, M)
-    log2_l = _of_rows(statistics[1], b, head, tile * M, heads, q_len, float("inf"), M)
-    t = _of_rows(statistics[2], b, head, tile * M, heads, q_len, 0.0, M)
-    q, do = _rows_of(
-        query, d_out, statistics[1], strides, b, head, tile * M, heads, q_len,
-        M, D, DV, PAD, PAD_V, False, False,
-    )  # fmt: skip
+    m = of_rows(statistics[0], b, head, tile * M, heads, q_len, M)
+    log2_l = of_rows(statistics[1], b, head, tile * M, heads, q_len, M)
+    t = of_rows(statistics[2], b, head, tile * M, heads, q_len, M)
     facts = facts_of(b, lengths, length_strides, q_len, k_len, KV_LENGTHS, Q_LENGTHS)
     order, stop_full, stop = line_of(schedule, map_strides, b, kv_head, tile, width)
     start = tl.load(order)
+    told = (
+        key, value, (m, log2_l, t), arrays, numbers, strides, tables,
+        (b, kv_head, h, row), facts, (order, start), k_len,
+    )  # fmt: skip
+    AT_ONCE: tl.constexpr = len(SITES) > 0 or query.dtype.element_ty == tl.float32  # as of d_keys
+    q = rows_of(
+        query, statistics[1], strides[0], b, head, tile * M, heads, q_len,
+        M, D, PAD, not AT_ONCE, False,
+    )  # fmt: skip
+    do = rows_of(
+        d_out, statistics[1], strides[1], b, head, tile * M, heads, q_len,
+        M, DV, PAD_V, not AT_ONCE, False,
+    )  # fmt: skip
     dq = tl.zeros((M, PAD), tl.float32)
-    for MASKED in tl.static_range(2):
-        begin, end = 0, stop_full
-        if MASKED:
-            begin, end = stop_full, stop
-        for i in tl.range(begin, end):
-            j = start + i
-            if MASKED or not RUN:
-                j = tl.load(order + i)
-            k_at = j * N + tl.arange(0, N)
-            k = taken(
-                key, strides[2], b, kv_head, j * N, k_len, N, D, PAD, MASKED == 0, DESCRIPTORS
-            )
-            v = taken(
-                value, strides[3], b, kv_head, j * N, k_len, N, DV, PAD_V, MASKED == 0, DESCRIPTORS
-            )
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
-            place = (b, h, row[:, None], k_at[None, :], j * N)
-            p, keep, allowed, found = weigh(
-                s, m[:, None], log2_l[:, None], place, facts, arrays, numbers,
-                M, N, MASK, SCORE, BIAS, DROPOUT, MASKED == 1, False,
+    if AT_ONCE:
+        dq = _along_keys(
+            dq, q, do, *told, 0, stop_full, stop_full,
+            D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, SITES, RUN, DESCRIPTORS,
+            PRECISION, FULL, False,
+        )  # fmt: skip
+        dq = _along_keys(
+            dq, q, do, *told, stop_full, stop_full, stop,
+            D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, SITES, RUN, DESCRIPTORS,
+            PRECISION, PARTIAL, False,
+        )  # fmt: skip
+    else:
+        dq = _along_keys(
+            dq, q, do, *told, 0, stop_full, stop,
+            D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, SITES, RUN, DESCRIPTORS,
+            PRECISION, EITHER, False,
+        )  # fmt: skip
+        if not finite(dq):
+            first, b, head = _anew(pid, tiles, heads, M, 2)
+            q = rows_of(
+                query, statistics[1], strides[0], b, head, first, heads, q_len,
+                M, D, PAD, False, False,
             )  # fmt: skip
-            dz, ds = pull(
-                p, keep, allowed, found, dp, t[:, None], numbers,
-                SCORE, BIAS, DROPOUT, MASKED == 1,
+            do = rows_of(
+                d_out, statistics[1], strides[1], b, head, first, heads, q_len,
+                M, DV, PAD_V, False, False,
             )  # fmt: skip
-            if MASKED == 1 or BIAS or SCORE is not None:
-                k = seen_of(k, allowed, 0)
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-            if len(SITES):
-                d_tables(dz, allowed, found, tables, SITES)
-    first = (tiles - 1 - (pid + tiles) % tiles) * M  # the same tile, as in d_keys
+            dq = _along_keys(
+                tl.zeros((M, PAD), tl.float32), q, do, *told, 0, 0, stop,
+                D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, SITES, RUN, DESCRIPTORS,
+                PRECISION, PARTIAL, True,
+            )  # fmt: skip
+    first, b, head = _anew(pid, tiles, heads, M, 1)
     put(dq * numbers[0], d_query, strides[4], b, head, first, q_len, M, D, PAD)
+
+
+@triton.jit
+def _anew(pid, tiles, heads, M: tl.constexpr, TURNS: tl.constexpr):
+    """(first row, b, head) of a program of d_query, as no compiler knows them from before: as in
+    d_keys, or addresses would wait in registers for the second time that they are asked for."""
+    at, rest = (pid + TURNS * tiles) % tiles, (pid + TURNS * tiles) // tiles - TURNS
+    return (tiles - 1 - at) * M, rest // heads, rest % heads
+
+
+@triton.jit
+def _along_keys(
+    dq,  # what has been added up
+    q, do,
+    key, value,
+    statistics,  # of the tile's rows
+    arrays, numbers, strides, tables,  # as d_query has them
+    place,  # b, key head, query head (1, 1), row (M,)
+    facts,
+    line,  # as of _along_rows, and so on
+    k_len,
+    begin, stop_full, stop,
+    D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+    MASK: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    SITES: tl.constexpr, RUN: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    KIND: tl.constexpr, AGAIN: tl.constexpr,
+):  # fmt: skip
+    """dQ of a tile of rows along tiles of keys."""
+    b, kv_head, h, row = place
+    m, log2_l, t = statistics
+    order, start = line
+    WHOLE: tl.constexpr = KIND == FULL
+    STAGES: tl.constexpr = 1 if AGAIN else None
+    for i in tl.range(begin, stop, num_stages=STAGES, disable_licm=AGAIN):
+        j = _tile_of(order, start, i, stop_full, RUN, KIND)
+        k_at = j * N + tl.arange(0, N)
+        k = taken(key, strides[2], b, kv_head, j * N, k_len, N, D, PAD, WHOLE, DESCRIPTORS)
+        v = taken(value, strides[3], b, kv_head, j * N, k_len, N, DV, PAD_V, WHOLE, DESCRIPTORS)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
+        at = (b, h, row[:, None], k_at[None, :], j * N)
+        p, keep, allowed, found = weigh(
+            s, m[:, None], log2_l[:, None], at, facts, arrays, numbers, i >= stop_full,
+            M, N, MASK, SCORE, BIAS, DROPOUT, KIND, False,
+        )  # fmt: skip
+        dz, ds = pull(p, keep, allowed, found, dp, t[:, None], numbers, SCORE, BIAS, DROPOUT, KIND)
+        if KIND == PARTIAL or (KIND == FULL and (BIAS or SCORE is not None)):
+            k = seen_of(k, allowed, 0)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        if len(SITES):
+            d_tables(dz, allowed, found, tables, SITES)
+    return dq
 
 
 def sites_of(indices: Iterable[int]) -> tuple[tuple[int, int, int], ...]:
@@ -364,96 +386,3 @@ def d_tables(dz, allowed, found, tables, SITES: tl.constexpr):
         if at.shape[0] == 1:
             moved = tl.sum(moved, 0, keep_dims=True)
         tl.atomic_add(tables[ARGUMENT] + at, moved, sem="relaxed")
-
-
-@triton.jit
-def d_bias(
-    query, key, value, d_out, into, statistics, arrays, numbers, lengths, strides,
-    into_strides,  # of the gradient, 0 where the bias does not span an axis
-    length_strides, batch, heads, group, q_len, k_len, tall, wide,
-    B: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,  # spanned axes
-    D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
-    MASK: tl.constexpr, SCORE: tl.constexpr,
-    KV_LENGTHS: tl.constexpr, Q_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The gradient of a bias, float32: a program has a tile of it, and goes along the rest."""
-    pid = tl.program_id(0)
-    i0, j0, b0, h0 = 0, 0, 0, 0
-    if KEYS:
-        j0, pid = pid % wide, pid // wide
-    if ROWS:
-        i0, pid = pid % tall, pid // tall
-    if H:
-        h0, pid = pid % heads, pid // heads
-    if B:
-        b0 = pid
-    acc = tl.zeros((M, N), tl.float32)
-    for db in tl.range(0, 1 if B else batch):
-        b = b0 + db
-        facts = facts_of(b, lengths, length_strides, q_len, k_len, KV_LENGTHS, Q_LENGTHS)
-        for dh in tl.range(0, 1 if H else heads):
-            head = h0 + dh
-            h = tl.zeros((1, 1), tl.int32) + head
-            for di in tl.range(0, 1 if ROWS else tall):
-                row = (i0 + di) * M + tl.arange(0, M)
-                m = _of_rows(statistics[0], b, head, (i0 + di) * M, heads, q_len, 0.0, M)
-                log2_l = _of_rows(
-                    statistics[1], b, head, (i0 + di) * M, heads, q_len, float("inf"), M
-                )
-                t = _of_rows(statistics[2], b, head, (i0 + di) * M, heads, q_len, 0.0, M)
-                q, do = _rows_of(
-                    query, d_out, statistics[1], strides, b, head, (i0 + di) * M, heads, q_len,
-                    M, D, DV, PAD, PAD_V, False, False,
-                )  # fmt: skip
-                count = 1 if KEYS else wide
-                if KEYS and q.dtype == tl.float32:
-                    # Once; which the compiler must not know. Without a loop it reads whole rows
-                    # ahead of these products, and has no registers for them. Of 16 bits it has.
-                    count = tl.minimum(wide, 1)
-                for dj in tl.range(0, count):
-                    first = (j0 + dj) * N
-                    k_at = first + tl.arange(0, N)
-                    k = taken(
-                        key, strides[2], b, head // group, first, k_len, N, D, PAD, False, False
-                    )
-                    v = taken(
-                        value,
-                        strides[3],
-                        b,
-                        head // group,
-                        first,
-                        k_len,
-                        N,
-                        DV,
-                        PAD_V,
-                        False,
-                        False,
-                    )
-                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
-                    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
-                    place = (b, h, row[:, None], k_at[None, :], first)
-                    p, keep, allowed, found = weigh(
-                        s, m[:, None], log2_l[:, None], place, facts, arrays, numbers,
-                        M, N, MASK, SCORE, True, DROPOUT, True, False,
-                    )  # fmt: skip
-                    dz, _ = pull(
-                        p, keep, allowed, found, dp, t[:, None], numbers,
-                        SCORE, True, DROPOUT, True,
-                    )  # fmt: skip
-                    acc += dz
-    row, k_at = i0 * M + tl.arange(0, M), j0 * N + tl.arange(0, N)
-    inside = (row[:, None] < q_len) & (k_at[None, :] < k_len)
-    if not ROWS:
-        acc = tl.sum(acc, 0, keep_dims=True)
-        inside = (k_at < k_len)[None, :]
-        row = tl.zeros((1,), tl.int32)
-    if not KEYS:
-        acc = tl.sum(acc, 1, keep_dims=True)
-        inside = (row < q_len)[:, None] if ROWS else tl.full((1, 1), 1, tl.int1)
-        k_at = tl.zeros((1,), tl.int32)
-    b0, h0 = tl.full((1, 1), b0, tl.int64), tl.full((1, 1), h0, tl.int64)
-    at = into + b0 * into_strides[0] + h0 * into_strides[1]
-    at += row[:, None].to(tl.int64) * into_strides[2] + k_at[None, :].to(tl.int64) * into_strides[3]
-    tl.store(at, acc, mask=inside)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from triton import next_power_of_2
 from triton.compiler import ASTSource
 
-from attn_core.kernels import backward, forward, schedule
+from attn_core.kernels import backward, bias, forward, schedule, statistics
 from attn_core.kernels.configs import Config
 from attn_core.kernels.reach import Form, reach
 from attn_core.kernels.samples import operands_of, tree_of
@@ -233,8 +233,8 @@ def _combine(c: _Call) -> _Made:
 
 def _delta(c: _Call) -> _Made:
     positional = (
-        *(c.array, c.array, "*fp32", "*i8", *["*fp32"] * 3, ROWS, ROWS),
-        *(c.size, c.size, c.size),
+        *(c.array, c.array, "*fp32", "*i8", "*fp32", "*fp32", ("*fp32",) * 3, ROWS, ROWS),
+        *(c.size, c.size),
     )
     constants = {
         "DV": c.pads["DV"],
@@ -242,7 +242,7 @@ def _delta(c: _Call) -> _Made:
         "M": c.config.rows,
         "LSE": c.sample.sinks,
     }
-    return backward.delta, positional, constants
+    return statistics.delta, positional, constants
 
 
 def _gradient(c: _Call) -> tuple[Sequence[Any], dict[str, Any]]:
@@ -333,7 +333,7 @@ def _d_bias(c: _Call) -> _Made:
     )
     spans = zip(("B", "H", "ROWS", "KEYS"), "bhqk", strict=True)
     return (
-        backward.d_bias,
+        bias.d_bias,
         positional,
         {**constants, **{name: axis in c.sample.bias for name, axis in spans}},
     )

@@ -242,6 +242,7 @@ def _triton(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Accoun
     from attn_core.backends.torch import triton_forward, triton_launch
     from attn_core.kernels.configs import Config
     from attn_core.kernels.reach import Form, reach
+    from attn_core.kernels.statistics import LINE
 
     batch, q_len, k_len = found
     device = torch.device(p.device, p.place if p.device == "cuda" else None)
@@ -281,7 +282,9 @@ def _triton(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Accoun
     forward = 9 * rows + schedule(way.rows, way.shape.keys) + parts
     ordered, way_back = torch.are_deterministic_algorithms_enabled(), config("fused")
     shapes = [config(kernel) for kernel in ("d_keys", "d_query")]
-    backward = 14 * rows
+    # What is known of a row stands in lines of whole tiles.
+    lines = batch * p.heads * -(-q_len // LINE.value) * LINE.value
+    backward = 6 * rows + 12 * lines
     if way_back.instead and not ordered:
         # dQ is added up in float32, and rounded when all of it is there.
         shapes = [way_back]

@@ -34,7 +34,9 @@ from attn_core.backends.torch.triton_call import (
     tiled,
 )
 from attn_core.kernels import backward as _kernels
+from attn_core.kernels.bias import d_bias
 from attn_core.kernels.configs import Config
+from attn_core.kernels.statistics import LINE, delta
 from attn_core.language.duals import Derivative, differentiate
 from attn_core.spec import Operands
 
@@ -68,22 +70,22 @@ class _Backward:
         self.c = c = Call(ask, scale, x)
         d_out = torch.zeros_like(saved.out) if up.out is None else up.out
         g, o = c.heads_first(d_out), c.heads_first(saved.out)
-        self.t = t = torch.empty_like(saved.m)
-        log2_l = torch.empty_like(t)
+        line = cdiv(c.q_len, LINE.value) * LINE.value
+        told = torch.empty(3, c.batch, c.heads, line, dtype=torch.float32, device=c.device)
+        self.t = told[2, :, :, : c.q_len]
         alive = saved.alive.contiguous().view(torch.int8)
-        d_lse = t if up.lse is None else up.lse.to(torch.float32).contiguous()
+        d_lse = saved.m if up.lse is None else up.lse.to(torch.float32).contiguous()
         shape = c.config("delta")
-        tiles = cdiv(c.q_len, shape.rows)
         launcher.launch(
-            *(_kernels.delta, tiles * c.batch * c.heads, shape),
-            *(o, g, d_lse, alive, saved.log_l, t, log2_l, o.stride(), g.stride()),
-            *(c.heads, c.q_len, tiles),
+            *(delta, line // shape.rows * c.batch * c.heads, shape),
+            *(o, g, d_lse, alive, saved.m, saved.log_l, told.unbind(), o.stride(), g.stride()),
+            *(c.heads, c.q_len),
             DV=c.v_width,
             PAD_V=c.options["PAD_V"],
             M=shape.rows,
             LSE=up.lse is not None,
         )
-        self.statistics = (saved.m, log2_l, t)
+        self.statistics = told.unbind()
         bias, seed = (c.bias,), (c.seed,)  # either tuples stand in a tuple, or none
         self.arrays = (arguments(x.mask), arguments(x.score), bias, c.bias_strides, seed)
         self.sizes = (c.heads, c.group, c.q_len, c.k_len)
@@ -214,7 +216,7 @@ class _Backward:
         for yes, n in zip(spans, (c.batch, c.heads, tall, wide), strict=True):
             programs *= n if yes else 1
         launcher.launch(
-            *(_kernels.d_bias, programs, shape),
+            *(d_bias, programs, shape),
             *(*self.given, into, self.statistics, self.arrays, c.numbers, c.lengths),
             *(self.strides, spanned(into), c.length_strides, c.batch, *self.sizes, tall, wide),
             M=shape.rows,

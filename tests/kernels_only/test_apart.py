@@ -98,10 +98,13 @@ def test_through_descriptors(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(o["DESCRIPTORS"] for _, _, o in ran if "DESCRIPTORS" in o)
 
 
-def test_poison_stays_where_nobody_looks(ran: Ran) -> None:
-    given = {"query": QUERY.clone(), "key": KEY.clone(), "value": VALUE.clone()}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_poison_stays_where_nobody_looks(dtype: torch.dtype, ran: Ran) -> None:
+    """Of 16 bits each of the two goes along its rows again, by what it has added up itself."""
+    arrays = {"query": QUERY, "key": KEY, "value": VALUE}
+    given: dict[str, Any] = {n: x.to(dtype, copy=True) for n, x in arrays.items()}
     given |= CASES["lengths"]
-    up, up_lse = draw(B, HQ, TQ, D), draw(B, HQ, TQ)
+    up, up_lse = draw(B, HQ, TQ, D).to(dtype), draw(B, HQ, TQ)
     want = found(by_kernel, given, up, up_lse)
     given["key"][1, :, 13:], given["value"][1, :, 13:] = torch.nan, torch.inf
     given["query"][1, :, 5:] = torch.nan

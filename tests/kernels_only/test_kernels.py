@@ -20,9 +20,16 @@ def test_forward_and_backward(name: str) -> None:
     compare({"query": QUERY, "key": KEY, "value": VALUE, **CASES[name]})
 
 
-@pytest.mark.parametrize("name", ["plain", "lengths", "softcap", "sinks"])
+HALVES: dict[str, dict[str, Any]] = {
+    "no scale": {"scale": 0.0, "mask": masks.causal(), "query_offset": 0},
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "lengths", "softcap", "sinks", "documents", "a scale below 0", "no scale"]
+)
 def test_half_precision(name: str) -> None:
-    given = {"query": QUERY, "key": KEY, "value": VALUE, **CASES[name]}
+    given = {"query": QUERY, "key": KEY, "value": VALUE, **HALVES.get(name, CASES.get(name))}
     given = {
         n: x.half() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for n, x in given.items()
@@ -73,6 +80,46 @@ def test_logits_that_log_2_would_round(place: str) -> None:
             )
         )
     compare({**given, "scale": 1.0})
+
+
+HIDDEN: dict[str, tuple[int, int]] = {"query": (1, 5), "up": (1, 5), "key": (1, 13)}
+HIDDEN["value"] = HIDDEN["key"]
+"""Batch, and behind which row or key nobody looks."""
+
+
+@pytest.mark.parametrize("poison", [torch.nan, -torch.inf, 65504.0])
+@pytest.mark.parametrize("place", HIDDEN)
+def test_each_poison_alone(place: str, poison: float) -> None:
+    """Rows that see no key reach dK by query and dV by d_out, keys that no row sees reach dQ: each
+    of these sums is looked at by itself. What is finite is multiplied by zeros the first time."""
+    given = {"query": QUERY.half(), "key": KEY.half(), "value": VALUE.half(), **CASES["lengths"]}
+    up, up_lse = draw(B, HQ, TQ, D).half(), draw(B, HQ, TQ)
+    want = found(by_kernel, given, up, up_lse)
+    batch, first = HIDDEN[place]
+    spoilt = up if place == "up" else given[place]
+    spoilt[batch, :, first:] = poison
+    got = found(by_kernel, given, up, up_lse)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")
+@pytest.mark.parametrize("place", ["query", "key", "value", "up"])
+def test_nan_goes_as_far_as_when_looked_at_at_once(place: str) -> None:
+    """One row or key that is seen: 16 bits, told at the end, say no more and no less of NaN than
+    float32 does, which looks at each tile."""
+    arrays = {"query": QUERY, "key": KEY, "value": VALUE, "up": draw(B, HQ, TQ, D)}
+    arrays[place] = arrays[place].clone()
+    arrays[place][0, :, 66] = torch.nan
+    up_lse, spread = draw(B, HQ, TQ), []
+    for dtype in (torch.float32, torch.float16):
+        given: dict[str, Any] = {n: x.to(dtype) for n, x in arrays.items()}
+        up = given.pop("up")
+        given |= {"mask": masks.causal(), "query_offset": 0}
+        spread.append([x.isnan() for x in found(by_kernel, given, up, up_lse)])
+    assert any(x.any() for x in spread[0])
+    for a, b in zip(*spread, strict=True):
+        assert torch.equal(a, b)
 
 
 WHOLE = 128

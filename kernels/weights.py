@@ -1,0 +1,131 @@
+"""What a tile weighs, and what flows back into it: what the backward kernels have in common.
+
+    p  = exp(s - m) / l                dz = p (dp' - t)     ds = dz (d score / d s)
+
+A tile of logits comes in as products, and is one of three kinds:
+
+    FULL       known to be full: no mask is evaluated
+    PARTIAL    taken for partial, and everything selected by who is allowed: who is not has a p, a
+               dz and a ds of 0, whatever stands there
+    EITHER     told as the kernel runs. Who is not allowed has a logit of -inf and a p of 0, and is
+               selected no more: where what flows back is not finite, or the statistics of the row
+               are not, 0 times it is NaN, and who adds it up must begin again
+
+Nothing else comes of EITHER: it is what PARTIAL makes of the tile, or NaN.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attn_core.kernels.tile import LOG2E, allowed_of, judged, kept_of
+
+FULL, PARTIAL, EITHER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def weigh(
+    s,  # (M, N): query times key, neither scaled nor scored; TURNED, as all here, (N, M)
+    m,  # of each row, (M, 1)
+    log2_l,
+    place,  # b, h (1, 1), row (M, 1), k (1, N), the first key's position
+    facts,  # offset, rows_seen, keys_seen, q_len, k_len
+    arrays,  # mask operands, score operands, (bias,), its strides, (seed,)
+    numbers,  # scale, threshold, keep_scale
+    partial,  # of EITHER alone: whether it is
+    M: tl.constexpr,
+    N: tl.constexpr,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,  # of a score, its derivative: value, slope, then sites
+    BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    KIND: tl.constexpr,  # FULL, PARTIAL or EITHER
+    TURNED: tl.constexpr,
+):
+    """(p, what dropout keeps, where keys are seen, the derivative's results), (M, N).
+
+    Of EITHER where keys are seen is left open.
+    """
+    TALL: tl.constexpr = N if TURNED else M
+    WIDE: tl.constexpr = M if TURNED else N
+    b, h, row, k, first = place
+    scale, threshold, _ = numbers
+    SELECTED: tl.constexpr = KIND == PARTIAL or (KIND == FULL and (BIAS or SCORE is not None))
+    PLAIN: tl.constexpr = SCORE is None and not BIAS
+    at = (b, h, row, k)
+    if KIND == EITHER and PLAIN:
+        # Of the product, so that scale and difference stay one operation: what -inf is after it.
+        # A scale of 0 makes it NaN.
+        allowed, found = tl.full((TALL, WIDE), 1, tl.int1), (s,)
+        if partial:
+            here = allowed_of(b, h, row, k, facts[0], facts[1], facts[2], arrays[0], MASK)
+            s = tl.where(here, s, tl.where(scale > 0, float("-inf"), float("inf")))
+        s = s * scale
+    elif KIND == EITHER:
+        s = s * scale
+        if partial:
+            s, allowed, found = judged(s, at, facts, arrays, TALL, WIDE, MASK, SCORE, BIAS, True)
+            s = tl.where(allowed, s, float("-inf"))
+        else:
+            s, allowed, found = judged(s, at, facts, arrays, TALL, WIDE, MASK, SCORE, BIAS, False)
+            s = tl.where(allowed, s, float("-inf"))
+    else:
+        s = s * scale
+        s, allowed, found = judged(
+            s, at, facts, arrays, TALL, WIDE, MASK, SCORE, BIAS, KIND == PARTIAL
+        )
+    if SELECTED:
+        # Of a product that is -inf, too, where p is 0 as it is: without these words ptxas spills a
+        # kilobyte of `d_query` (width 64, causal).
+        allowed = allowed & (s != float("-inf"))
+    # Added up in another order than forward, a logit of 1e9 may exceed its row's maximum by tens,
+    # and p must not exceed 1. NaN stays what it is.
+    gap = tl.minimum(s - m, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    p = tl.exp2(gap * LOG2E - log2_l)
+    if SELECTED:
+        p = tl.where(allowed, p, 0.0)
+    keep = allowed
+    if DROPOUT:
+        q = tl.reshape(row + facts[0], (M,))
+        heads = tl.zeros((M,), tl.int32) + tl.reshape(h, (1,))
+        keep = kept_of(arrays[4][0], b, heads, q, first, threshold, M, N)
+        if TURNED:
+            keep = tl.trans(keep)
+    return p, keep, allowed, found
+
+
+@triton.jit
+def pull(
+    p, keep, allowed, found,  # as `weigh` says them
+    dp,  # d_out times value
+    t,  # of each row, (M, 1)
+    numbers,
+    SCORE: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """(dz, ds), (M, N)."""
+    SELECTED: tl.constexpr = KIND == PARTIAL or (KIND == FULL and (BIAS or SCORE is not None))
+    if DROPOUT:
+        dp = tl.where(keep, dp * numbers[2], 0.0)
+    dz = p * (dp - t)
+    if SELECTED:
+        dz = tl.where(allowed, dz, 0.0)
+    ds = dz
+    if SCORE is not None:
+        ds = dz * found[1]
+        if SELECTED:
+            ds = tl.where(allowed, ds, 0.0)
+    return dz, ds
+
+
+@triton.jit
+def seen_of(k, allowed, ROWS: tl.constexpr):
+    """The keys of a tile (N, PAD), zeros those that no row sees; ROWS is the axis of the rows."""
+    seen = tl.max(allowed.to(tl.int32), ROWS) > 0
+    return tl.where(seen[:, None], k, 0.0).to(k.dtype)
+
+
+@triton.jit
+def finite(x):
+    """Whether all of its entries are: neither infinite nor NaN."""
+    return tl.max((tl.abs(x) < float("inf")).to(tl.int32) ^ 1) == 0
