@@ -175,12 +175,11 @@ def _along_rows(
         # Turned over, so that p and ds are first operands as they come out of products. What is
         # known of rows is then spread over all threads, and read no sooner than it is needed.
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=tl.float32)
-        m = of_rows(statistics[0], b, head, j * M, heads, q_len, M)
-        log2_l = of_rows(statistics[1], b, head, j * M, heads, q_len, M)
+        known = _known_of(statistics, b, head, j * M, heads, q_len, M, KIND)
         at = (b, h, row[None, :], k_at[:, None], tile * N)
         p, keep, allowed, found = weigh(
-            s, m[None, :], log2_l[None, :], at, facts, arrays, numbers, i >= stop_full,
-            M, N, MASK, SCORE, BIAS, DROPOUT, KIND, True,
+            s, (known[0][None, :], known[1][None, :], known[2][None, :]), at, facts, arrays,
+            numbers, i >= stop_full, M, N, MASK, SCORE, BIAS, DROPOUT, KIND, AGAIN, True,
         )  # fmt: skip
         if AGAIN:  # late: with nothing on its way, it would wait in registers
             do = rows_of(
@@ -198,14 +197,27 @@ def _along_rows(
             )
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         if FUSED:
-            known = k
+            seen = k
             if KIND == PARTIAL or BIAS or SCORE is not None:
-                known = seen_of(k, allowed, 1)
-            dq = tl.dot(tl.trans(ds.to(k.dtype)), known, input_precision=PRECISION)
+                seen = seen_of(k, allowed, 1)
+            dq = tl.dot(tl.trans(ds.to(k.dtype)), seen, input_precision=PRECISION)
             add(dq * numbers[0], d_query, strides[6], b, head, j * M, q_len, M, D, PAD, DESCRIPTORS)
             if len(SITES):
                 d_tables(dz, allowed, found, tables, SITES)
     return dk, dv
+
+
+@triton.jit
+def _known_of(statistics, b, head, first, heads, q_len, M: tl.constexpr, KIND: tl.constexpr):
+    """m, log2 l and base of a tile's rows, as far as `weigh` wants to know; of what it does not
+    another one stands there."""
+    if KIND == EITHER:
+        base = of_rows(statistics[3], b, head, first, heads, q_len, M)
+        return base, base, base
+    else:
+        m = of_rows(statistics[0], b, head, first, heads, q_len, M)
+        log2_l = of_rows(statistics[1], b, head, first, heads, q_len, M)
+        return m, log2_l, m
 
 
 @triton.jit
@@ -242,14 +254,12 @@ def d_query(
     kv_head = head // group
     h = tl.zeros((1, 1), tl.int32) + head
     row = tile * M + tl.arange(0, M)
-    m = of_rows(statistics[0], b, head, tile * M, heads, q_len, M)
-    log2_l = of_rows(statistics[1], b, head, tile * M, heads, q_len, M)
     t = of_rows(statistics[2], b, head, tile * M, heads, q_len, M)
     facts = facts_of(b, lengths, length_strides, q_len, k_len, KV_LENGTHS, Q_LENGTHS)
     order, stop_full, stop = line_of(schedule, map_strides, b, kv_head, tile, width)
     start = tl.load(order)
     told = (
-        key, value, (m, log2_l, t), arrays, numbers, strides, tables,
+        key, value, t, arrays, numbers, strides, tables,
         (b, kv_head, h, row), facts, (order, start), k_len,
     )  # fmt: skip
     AT_ONCE: tl.constexpr = len(SITES) > 0 or query.dtype.element_ty == tl.float32  # as of d_keys
@@ -263,19 +273,21 @@ def d_query(
     )  # fmt: skip
     dq = tl.zeros((M, PAD), tl.float32)
     if AT_ONCE:
+        known = _known_of(statistics, b, head, tile * M, heads, q_len, M, PARTIAL)
         dq = _along_keys(
-            dq, q, do, *told, 0, stop_full, stop_full,
+            dq, q, do, known, *told, 0, stop_full, stop_full,
             D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, SITES, RUN, DESCRIPTORS,
             PRECISION, FULL, False,
         )  # fmt: skip
         dq = _along_keys(
-            dq, q, do, *told, stop_full, stop_full, stop,
+            dq, q, do, known, *told, stop_full, stop_full, stop,
             D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, SITES, RUN, DESCRIPTORS,
             PRECISION, PARTIAL, False,
         )  # fmt: skip
     else:
+        known = _known_of(statistics, b, head, tile * M, heads, q_len, M, EITHER)
         dq = _along_keys(
-            dq, q, do, *told, 0, stop_full, stop,
+            dq, q, do, known, *told, 0, stop_full, stop,
             D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, SITES, RUN, DESCRIPTORS,
             PRECISION, EITHER, False,
         )  # fmt: skip
@@ -289,8 +301,9 @@ def d_query(
                 d_out, statistics[1], strides[1], b, head, first, heads, q_len,
                 M, DV, PAD_V, False, False,
             )  # fmt: skip
+            known = _known_of(statistics, b, head, first, heads, q_len, M, PARTIAL)
             dq = _along_keys(
-                tl.zeros((M, PAD), tl.float32), q, do, *told, 0, 0, stop,
+                tl.zeros((M, PAD), tl.float32), q, do, known, *told, 0, 0, stop,
                 D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, SITES, RUN, DESCRIPTORS,
                 PRECISION, PARTIAL, True,
             )  # fmt: skip
@@ -310,8 +323,8 @@ def _anew(pid, tiles, heads, M: tl.constexpr, TURNS: tl.constexpr):
 def _along_keys(
     dq,  # what has been added up
     q, do,
-    key, value,
-    statistics,  # of the tile's rows
+    known,  # of the tile's rows, as `weigh` wants it
+    key, value, t,
     arrays, numbers, strides, tables,  # as d_query has them
     place,  # b, key head, query head (1, 1), row (M,)
     facts,
@@ -326,7 +339,6 @@ def _along_keys(
 ):  # fmt: skip
     """dQ of a tile of rows along tiles of keys."""
     b, kv_head, h, row = place
-    m, log2_l, t = statistics
     order, start = line
     WHOLE: tl.constexpr = KIND == FULL
     STAGES: tl.constexpr = 1 if AGAIN else None
@@ -339,8 +351,8 @@ def _along_keys(
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
         at = (b, h, row[:, None], k_at[None, :], j * N)
         p, keep, allowed, found = weigh(
-            s, m[:, None], log2_l[:, None], at, facts, arrays, numbers, i >= stop_full,
-            M, N, MASK, SCORE, BIAS, DROPOUT, KIND, False,
+            s, (known[0][:, None], known[1][:, None], known[2][:, None]), at, facts, arrays,
+            numbers, i >= stop_full, M, N, MASK, SCORE, BIAS, DROPOUT, KIND, AGAIN, False,
         )  # fmt: skip
         dz, ds = pull(p, keep, allowed, found, dp, t[:, None], numbers, SCORE, BIAS, DROPOUT, KIND)
         if KIND == PARTIAL or (KIND == FULL and (BIAS or SCORE is not None)):

@@ -84,8 +84,8 @@ def d_bias(
                     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
                     place = (b, h, row[:, None], k_at[None, :], first)
                     p, keep, allowed, found = weigh(
-                        s, m[:, None], log2_l[:, None], place, facts, arrays, numbers, True,
-                        M, N, MASK, SCORE, True, DROPOUT, PARTIAL, False,
+                        s, (m[:, None], log2_l[:, None], m[:, None]), place, facts, arrays,
+                        numbers, True, M, N, MASK, SCORE, True, DROPOUT, PARTIAL, False, False,
                     )  # fmt: skip
                     dz, _ = pull(
                         p, keep, allowed, found, dp, t[:, None], numbers,

@@ -233,7 +233,7 @@ def _combine(c: _Call) -> _Made:
 
 def _delta(c: _Call) -> _Made:
     positional = (
-        *(c.array, c.array, "*fp32", "*i8", "*fp32", "*fp32", ("*fp32",) * 3, ROWS, ROWS),
+        *(c.array, c.array, "*fp32", "*i8", "*fp32", "*fp32", ("*fp32",) * 4, ROWS, ROWS),
         *(c.size, c.size),
     )
     constants = {
@@ -249,7 +249,7 @@ def _gradient(c: _Call) -> tuple[Sequence[Any], dict[str, Any]]:
     derivative = None if c.score is None else differentiate(c.score)
     held = operands_of(c.score)
     score = device_function(derivative and derivative.tree, True, held)
-    statistics = ("*fp32", "*fp32", "*fp32")
+    statistics = ("*fp32",) * 4
     return (
         (statistics, c.arrays, c.numbers, c.lengths),
         {**c.options, "M": c.config.rows, "N": c.config.keys, "SCORE": score},

@@ -3,6 +3,8 @@
     m          of its logits, as forward said it
     log2 l     of its sum; +inf where a row may see no key
     t          rowsum(dO * O) - d lse
+    base       m log2 e + log2 l: p = exp2(s log2 e - base); NaN where it is FAR from 0, and would
+               have been rounded by more than p may be off
 
 They stand in lines, a line to each head, that are longer than there are rows: a tile that begins
 within one ends there, so that it is read whole, in words of as many bytes as a GPU takes at once.
@@ -14,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attn_core.kernels.forward import FAR
 from attn_core.kernels.tile import LOG2E, taken
 
 LINE = tl.constexpr(256)
@@ -23,12 +26,12 @@ LINE = tl.constexpr(256)
 @triton.jit
 def delta(
     out, d_out, d_lse, alive, m, log_l,
-    statistics,  # m, log2 l, t: (B, Hq, lines)
+    statistics,  # m, log2 l, t, base: (B, Hq, lines)
     o_strides, g_strides, heads, q_len,
     DV: tl.constexpr, PAD_V: tl.constexpr, M: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """What the other kernels want to know of every row, float32: m; log2 l, +inf where a row may
-    see no key, though a sink may have given it a sum; and t = rowsum(dO * O) - d lse.
+    see no key, though a sink may have given it a sum; t = rowsum(dO * O) - d lse; and base.
 
     Behind the last row, to the end of the line, stand rows that see no key.
     """
@@ -47,9 +50,19 @@ def delta(
         handed = tl.load(d_lse + at, mask=there, other=0.0)
         found -= tl.where(summed != float("inf"), handed, 0.0)
     into = bh * (tl.cdiv(q_len, LINE) * LINE) + row
-    tl.store(statistics[0] + into, tl.load(m + at, mask=there, other=0.0))
-    tl.store(statistics[1] + into, tl.where(live, summed * LOG2E, float("inf")))
+    top = tl.load(m + at, mask=there, other=0.0)
+    log2_l = tl.where(live, summed * LOG2E, float("inf"))
+    tl.store(statistics[0] + into, top)
+    tl.store(statistics[1] + into, log2_l)
     tl.store(statistics[2] + into, found)
+    tl.store(statistics[3] + into, base_of(top, log2_l))
+
+
+@triton.jit
+def base_of(m, log2_l):
+    """m log2 e + log2 l, or NaN; +inf of a row that sees no key."""
+    base = tl.fma(m, LOG2E, log2_l)
+    return tl.where((tl.abs(base) < FAR) | (log2_l == float("inf")), base, float("nan"))
 
 
 @triton.jit

@@ -9,9 +9,16 @@ A tile of logits comes in as products, and is one of three kinds:
                dz and a ds of 0, whatever stands there
     EITHER     told as the kernel runs. Who is not allowed has a logit of -inf and a p of 0, and is
                selected no more: where what flows back is not finite, or the statistics of the row
-               are not, 0 times it is NaN, and who adds it up must begin again
+               are not, 0 times it is NaN, and who adds it up must begin AGAIN, by PARTIAL
 
-Nothing else comes of EITHER: it is what PARTIAL makes of the tile, or NaN.
+Nothing else comes of EITHER: it is what PARTIAL makes of the tile AGAIN, bit for bit, or NaN.
+
+    p  = exp2(s log2 e - base)         where base is a number (`statistics.py`): one operation, and
+                                       of a plain product its scale is part of it
+    p  = exp2(min(s - m, 0) log2 e - log2 l)
+                                       where it is NaN, and in float32. Added up in another order
+                                       than forward, a logit of 1e9 may exceed its row's maximum by
+                                       tens, and p must not exceed 1
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attn_core.kernels.statistics import base_of
 from attn_core.kernels.tile import LOG2E, allowed_of, judged, kept_of
 
 FULL, PARTIAL, EITHER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -27,8 +35,7 @@ FULL, PARTIAL, EITHER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 @triton.jit
 def weigh(
     s,  # (M, N): query times key, neither scaled nor scored; TURNED, as all here, (N, M)
-    m,  # of each row, (M, 1)
-    log2_l,
+    statistics,  # m, log2 l, base of each row, (M, 1); of EITHER base is read, of others m, log2 l
     place,  # b, h (1, 1), row (M, 1), k (1, N), the first key's position
     facts,  # offset, rows_seen, keys_seen, q_len, k_len
     arrays,  # mask operands, score operands, (bias,), its strides, (seed,)
@@ -41,6 +48,7 @@ def weigh(
     BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     KIND: tl.constexpr,  # FULL, PARTIAL or EITHER
+    AGAIN: tl.constexpr,
     TURNED: tl.constexpr,
 ):
     """(p, what dropout keeps, where keys are seen, the derivative's results), (M, N).
@@ -51,17 +59,19 @@ def weigh(
     WIDE: tl.constexpr = M if TURNED else N
     b, h, row, k, first = place
     scale, threshold, _ = numbers
+    m, log2_l, base = statistics
     SELECTED: tl.constexpr = KIND == PARTIAL or (KIND == FULL and (BIAS or SCORE is not None))
     PLAIN: tl.constexpr = SCORE is None and not BIAS
     at = (b, h, row, k)
+    product, unit = s, LOG2E
+    if PLAIN:
+        unit = scale * LOG2E
     if KIND == EITHER and PLAIN:
-        # Of the product, so that scale and difference stay one operation: what -inf is after it.
-        # A scale of 0 makes it NaN.
+        # Of the product: what -inf is after the scale, of which 0 makes it NaN.
         allowed, found = tl.full((TALL, WIDE), 1, tl.int1), (s,)
         if partial:
             here = allowed_of(b, h, row, k, facts[0], facts[1], facts[2], arrays[0], MASK)
-            s = tl.where(here, s, tl.where(scale > 0, float("-inf"), float("inf")))
-        s = s * scale
+            product = tl.where(here, s, tl.where(scale > 0, float("-inf"), float("inf")))
     elif KIND == EITHER:
         s = s * scale
         if partial:
@@ -75,14 +85,22 @@ def weigh(
         s, allowed, found = judged(
             s, at, facts, arrays, TALL, WIDE, MASK, SCORE, BIAS, KIND == PARTIAL
         )
+    if not PLAIN:
+        product = s
     if SELECTED:
         # Of a product that is -inf, too, where p is 0 as it is: without these words ptxas spills a
         # kilobyte of `d_query` (width 64, causal).
         allowed = allowed & (s != float("-inf"))
-    # Added up in another order than forward, a logit of 1e9 may exceed its row's maximum by tens,
-    # and p must not exceed 1. NaN stays what it is.
-    gap = tl.minimum(s - m, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    p = tl.exp2(gap * LOG2E - log2_l)
+    if KIND == EITHER:
+        p = tl.exp2(product * unit - base)
+    elif AGAIN:
+        base = base_of(m, log2_l)
+        far = base != base
+        if PLAIN:  # a scale near the greatest of float32 may make an infinite unit
+            far = far | (tl.abs(tl.zeros((1, 1), tl.float32) + unit) == float("inf"))
+        p = tl.exp2(tl.where(far, _log2(s, m, log2_l), product * unit - base))
+    else:
+        p = tl.exp2(_log2(s, m, log2_l))
     if SELECTED:
         p = tl.where(allowed, p, 0.0)
     keep = allowed
@@ -93,6 +111,13 @@ def weigh(
         if TURNED:
             keep = tl.trans(keep)
     return p, keep, allowed, found
+
+
+@triton.jit
+def _log2(s, m, log2_l):
+    """Of exp(s - m) / l, at most 1; NaN stays what it is."""
+    gap = tl.minimum(s - m, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return gap * LOG2E - log2_l
 
 
 @triton.jit

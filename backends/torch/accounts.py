@@ -284,7 +284,7 @@ def _triton(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Accoun
     shapes = [config(kernel) for kernel in ("d_keys", "d_query")]
     # What is known of a row stands in lines of whole tiles.
     lines = batch * p.heads * -(-q_len // LINE.value) * LINE.value
-    backward = 6 * rows + 12 * lines
+    backward = 6 * rows + 16 * lines
     if way_back.instead and not ordered:
         # dQ is added up in float32, and rounded when all of it is there.
         shapes = [way_back]

@@ -71,7 +71,7 @@ class _Backward:
         d_out = torch.zeros_like(saved.out) if up.out is None else up.out
         g, o = c.heads_first(d_out), c.heads_first(saved.out)
         line = cdiv(c.q_len, LINE.value) * LINE.value
-        told = torch.empty(3, c.batch, c.heads, line, dtype=torch.float32, device=c.device)
+        told = torch.empty(4, c.batch, c.heads, line, dtype=torch.float32, device=c.device)
         self.t = told[2, :, :, : c.q_len]
         alive = saved.alive.contiguous().view(torch.int8)
         d_lse = saved.m if up.lse is None else up.lse.to(torch.float32).contiguous()
