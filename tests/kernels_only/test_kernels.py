@@ -13,6 +13,7 @@ from kernel_cases import CASES, HK, HQ, KEY, QUERY, SINKS, TK, TQ, VALUE, B, D
 import attn_core
 from attn_core import Dropout, masks
 from attn_core.backends.torch import triton_call, triton_launch
+from attn_core.kernels import forward as forward_kernels
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -120,6 +121,19 @@ def test_nan_goes_as_far_as_when_looked_at_at_once(place: str) -> None:
     assert any(x.any() for x in spread[0])
     for a, b in zip(*spread, strict=True):
         assert torch.equal(a, b)
+
+
+def test_logits_that_fade_are_nobodys_concern(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row may begin far below where it ends, as by ALiBi: its keys are gone along once."""
+
+    def again(*_: Any) -> Any:
+        raise AssertionError("a row was gone along again")
+
+    if triton_launch.INTERPRETED:
+        monkeypatch.setattr(forward_kernels, "_exactly", again)
+    score = attn_core.score(lambda s, b, h, q, k: s - 300.0 * (191 - k))
+    given = {"query": QUERY, "key": draw(B, HK, 192, D), "value": draw(B, HK, 192, D)}
+    compare({**{name: x.half() for name, x in given.items()}, "score": score})
 
 
 WHOLE = 128
