@@ -10,12 +10,12 @@ exp(x) is exp2(x log2 e), product and difference are one operation, and m is kep
 
     m' = max(m, log2 e max s)     P = exp2(s log2 e - m')
 
-What m' was rounded by is the same for all of a row, and nobody sees it; of a logit of 1e9 it is
-tens, though, by which P would exceed 1. A row whose m is FAR from 0 in the end is gone along once
-more, `exact`: there the product comes after the difference. On the way there m may be what it likes
-(of distances, as ALiBi has them, it begins at -1e5), since all of that fades; but where it is so
-HUGE that P would be no number of 16 bits the row's sum becomes NaN, and it is gone along again.
-Without a score or a bias a positive scale is part of that product.
+A GPU does not round that product by itself, and what m' was rounded by is the same for all of a
+row: P and l have it alike. But of a logit of 1e9 it is tens, by which P would exceed 1, and the
+backward pass takes m for what it is. A row whose m comes to be HIGH or DEEP gets a sum of NaN, and
+is gone along once more, `exact`: there the product comes after the difference. (By the distances of
+ALiBi a row begins at -1e4, and ends near 0.) Without a score or a bias a positive scale is part of
+that product.
 
 Full and partial tiles stand in one loop, the partial ones behind a branch: two loops would empty
 and fill their pipeline twice, which of a window's or a document's few tiles is a good part.
@@ -41,11 +41,9 @@ import triton.language as tl
 
 from attn_core.kernels.tile import LOG2E, facts_of, judged, kept_of, line_of, taken
 
-FAR = tl.constexpr(512.0)
-"""A maximum, in units of log 2: 2^-24 of it is a sixteenth of what float16 rounds P by."""
-
-HUGE = tl.constexpr(67108864.0)
-"""A maximum, in the same units, beyond which P may be more than 4."""
+HIGH, DEEP = tl.constexpr(512.0), tl.constexpr(-65536.0)
+"""Maxima, in units of log 2: 2^-24 of them is 1/16 of what float16 rounds by, 1/2 of what bfloat16
+does. Rows that end between -512 and DEEP are what a finite bias has left of hidden ones."""
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -166,12 +164,9 @@ def forward(
         AT_ONCE, AT_ONCE,
     )  # fmt: skip
     # Taken from where nobody looks, what is not finite is still not finite here: 0 times it is NaN.
-    if not AT_ONCE:
-        far = (total != total) | ((tl.abs(m) >= FAR * LN2) & (m != float("-inf")))
-        odd = tl.max((tl.abs(acc) < float("inf")).to(tl.int32) ^ 1, 1)
-        odd = tl.max(tl.where(far, 2, odd))
-        if odd != 0:
-            exact = odd == 2
+    if not AT_ONCE:  # noqa: SIM102 - known before compiling, so that the rest is not compiled
+        if tl.max((tl.abs(acc) < float("inf")).to(tl.int32) ^ 1) != 0:
+            exact = tl.max((total != total).to(tl.int32)) != 0
             m, total, acc = along(
                 q, key, value, (k_strides, v_strides), place, facts, arrays,
                 (order, first, first, stop), (scale, threshold), k_len, exact,
@@ -298,10 +293,10 @@ def _exactly(s, m, unit):
 
 @triton.jit
 def _swiftly(s, m, unit):
-    """The same with m in units of log 2. Earlier sums are worth NaN where m' is HUGE."""
+    """The same with m in units of log 2. Earlier sums are worth NaN where m' is HIGH or DEEP."""
     top = tl.maximum(m, tl.max(s, 1) * unit)
     base = tl.where(top == float("-inf"), 0.0, top)
-    fade = tl.where(tl.abs(base) < HUGE, tl.exp2(m - base), float("nan"))
+    fade = tl.where((base < HIGH) & (base > DEEP), tl.exp2(m - base), float("nan"))
     return top, tl.exp2(s * unit - base[:, None]), fade
 
 

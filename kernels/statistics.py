@@ -3,12 +3,10 @@
     m          of its logits, as forward said it
     log2 l     of its sum; +inf where a row may see no key
     t          rowsum(dO * O) - d lse
-    base       m log2 e + log2 l: p = exp2(s log2 e - base); NaN where it is FAR from 0, and would
-               have been rounded by more than p may be off
+    base       m log2 e + log2 l: p = exp2(s log2 e - base); NaN where that is FAR from 0
 
 They stand in lines, a line to each head, that are longer than there are rows: a tile that begins
 within one ends there, so that it is read whole, in words of as many bytes as a GPU takes at once.
-Beside the loop of `d_keys` that was a third of what a tile took, where sizes were odd.
 """
 
 from __future__ import annotations
@@ -16,11 +14,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attn_core.kernels.forward import FAR
 from attn_core.kernels.tile import LOG2E, taken
 
 LINE = tl.constexpr(256)
 """A head's statistics stand in lines of a multiple of this: the most rows that a tile may have."""
+
+FAR = tl.constexpr(512.0)
+"""What base is rounded by then, 2^-24 of it, is a sixteenth of what float16 rounds p by."""
 
 
 @triton.jit

@@ -46,6 +46,7 @@ from attn_core.backends.jax.philox import multiply
 from attn_core.backends.jax.reference import within
 from attn_core.language.values import Dropout
 from attn_core.registry import UnsupportedError
+from attn_core.spec import Facts
 
 # Under jit the conformance suite asks every option against the same judge, alone and in pairs (its
 # form jit, which make test runs): here those questions that it has not.
@@ -475,10 +476,10 @@ def test_describe():
     x = jnp.ones((2, 3), jnp.bfloat16)
     assert backend.owns(x)
     assert not backend.owns(np.ones(3))
-    assert backend.describe(x) == ((2, 3), "bfloat16", jax.devices()[0].platform, False)
+    assert backend.describe(x) == Facts((2, 3), "bfloat16", jax.devices()[0].platform)
     seen = []
     jax.jit(lambda x: seen.append((backend.owns(x), backend.describe(x))))(x)
-    assert seen == [(True, ((2, 3), "bfloat16", jax.default_backend(), False))]
+    assert seen == [(True, Facts((2, 3), "bfloat16", jax.default_backend()))]
     assert not backend.tracing()
 
 
