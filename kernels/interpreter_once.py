@@ -45,7 +45,9 @@ _TOLD: dict[tuple[int, ...], tuple[Any, Any]] = {(): (core.constexpr(1), core.tu
 def _typed(self: Any, element_ty: Any, shape: Any) -> None:
     """The type of a block."""
     sizes = tuple(s.value if isinstance(s, core.constexpr) else s for s in shape)
-    key = element_ty.name, getattr(element_ty, "address_space", None), sizes
+    # Of 2.0, which is no size, the hash is that of 2.
+    kinds = tuple(map(type, sizes))
+    key = element_ty.name, getattr(element_ty, "address_space", None), sizes, kinds
     known = _TYPES.get(key)
     if known is None:
         _new_type(self, element_ty, shape)

@@ -65,6 +65,7 @@ def test_types_are_tritons(entries: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_is_no_shape_is_refused_in_tritons_words(
     sizes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tl.block_type(tl.float32, [2])  # which 2.0 must not be taken for
     words = []
     for _ in range(2):
         with pytest.raises((TypeError, ValueError)) as raised:
