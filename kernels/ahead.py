@@ -28,7 +28,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from dataclasses import replace
 from difflib import get_close_matches
-from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -288,32 +287,15 @@ def begin() -> None:
 def digest(job: Job) -> str:
     """Of all that decides what comes of a job: the kernel's source and that of every function it
     calls, what its arguments are, configuration, target, and the versions of the compilers."""
-    from attn_core.kernels.signatures import source
+    from attn_core.kernels.signatures import hash_in_order, source
 
-    _hash_in_order()
+    hash_in_order()
     config = job.chosen
     # AMD's assembler is LLVM, which is within Triton.
     cuda = job.target.startswith("sm_")
     tools = (version("triton"), hazards.assembler(job.target)[1:] if cuda else "")
     told = (source(job, config).hash(), config.compiled, job.target, tools)
     return sha256(repr(told).encode()).hexdigest()[:16]
-
-
-@cache
-def _hash_in_order() -> None:
-    """Has Triton hash every function of the kernels, in one order.
-
-    A function's hash holds the constants of those that it calls only where they had a hash before
-    it had: left alone, `d_query` has another one where it is the first kernel of a process.
-    """
-    from triton import JITFunction
-
-    from attn_core.kernels import backward, forward, rules, schedule, tile
-
-    for module in (rules, tile, forward, backward, schedule):
-        for each in vars(module).values():
-            if isinstance(each, JITFunction):
-                each.cache_key  # noqa: B018 - it is kept
 
 
 def compiled(job: Job, texts: bool = False, known: Finding | None = None) -> Finding:

@@ -21,12 +21,13 @@ as many rows in a tile as a group has queries, so that there are three of it (`J
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from triton import next_power_of_2
+from triton import JITFunction, next_power_of_2
 from triton.compiler import ASTSource
 
-from attn_core.kernels import backward, bias, forward, schedule, statistics
+from attn_core.kernels import backward, bias, forward, rules, schedule, statistics, tile, weights
 from attn_core.kernels.configs import Config
 from attn_core.kernels.reach import Form, reach
 from attn_core.kernels.samples import operands_of, tree_of
@@ -73,6 +74,19 @@ def source(job: Job, config: Config) -> ASTSource:
         known[(names.index(name),)] = constants.pop(name)
     assert not constants, constants
     return ASTSource(kernel, signature, known, attributes)
+
+
+@cache
+def hash_in_order() -> None:
+    """Has Triton hash every function of the kernels, in one order.
+
+    A function's hash holds the constants of those that it calls only where they had a hash before
+    it had: left alone, `d_query` has another one where it is the first kernel of a process.
+    """
+    for module in (rules, tile, forward, statistics, weights, backward, bias, schedule):
+        for each in vars(module).values():
+            if isinstance(each, JITFunction):
+                each.cache_key  # noqa: B018 - it is kept
 
 
 def _told(given: Any, at: tuple[int, ...], known: Any, attributes: Any) -> Any:
