@@ -42,7 +42,7 @@ import triton.language as tl
 from attn_core.kernels.tile import LOG2E, facts_of, judged, kept_of, line_of, taken
 
 HIGH, DEEP = tl.constexpr(512.0), tl.constexpr(-65536.0)
-"""Maxima, in units of log 2: 2^-24 of them is 1/16 of what float16 rounds by, and as much as bfloat16
+"""Maxima, in units of log 2: 2^-24 of them is 1/16 of what float16 rounds by, and all that bfloat16
 does. Rows that end between -512 and DEEP are what a finite bias has left of hidden ones."""
 
 LN2 = tl.constexpr(0.6931471805599453)
