@@ -86,7 +86,7 @@ ifneq ($(strip $(FRAMEWORKS)),)
 endif
 ifneq ($(filter torch,$(FRAMEWORKS)),)
 	@if $(BIN)/python -c "import triton" 2>/dev/null; then \
-		set -ex; $(INTERPRETED) --tier smoke; $(INTERPRETED) --case=-float16; \
+		set -ex; $(INTERPRETED) --tier smoke; $(INTERPRETED) --case=-float16 --case=-bfloat16; \
 	else echo "triton is missing: its kernels were not judged"; fi
 endif
 ifneq ($(strip $(FRAMEWORKS)),)

@@ -90,8 +90,12 @@ class Config:
 
     @property
     def launch(self) -> dict[str, int]:
-        """What a launch is given beside its arguments."""
-        found = {"num_warps": self.warps, "num_stages": self.stages}
+        """What a launch is given beside its arguments.
+
+        A product and a sum are one operation where kernels do not say otherwise. Triton leaves that
+        to a variable of the environment, and from 3.10 on will not do it unless it is told to.
+        """
+        found = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
         return {**found, "maxnreg": self.registers} if self.registers else found
 
     @property

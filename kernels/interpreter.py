@@ -4,18 +4,23 @@ bounds of loops    it takes them by `int()` of an array of one entry, which NumP
                    allow at 2.4: such a bound is handed over as the number it is
 sums by TMA        of what may be done through a tensor descriptor it knows reading and writing:
                    adding is done by the atomics that it has
+a comparison       of scalars, spread over a block, has become int32: Triton 3.9 takes no such mask
 
-What it does too often is in `interpreter_once.py`.
+bfloat16 is in `interpreter_bfloat16.py`, what it does too often in `interpreter_once.py`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import triton
 import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
+
+BFLOAT16 = True
+"""Whether bfloat16 is what it is on a GPU."""
 
 _patch = interpreter._patch_lang_tensor
 
@@ -49,10 +54,24 @@ def _reduced(self: Any, kind: Any, descriptor: Any, value: Any, indices: Any) ->
     return self.create_atomic_rmw(operation, at, value, mask, order, ir.MEM_SYNC_SCOPE.GPU)
 
 
+_splat = interpreter.InterpreterBuilder.create_splat
+
+
+def _spread(self: Any, block: Any, scalar: Any) -> Any:
+    if scalar.data.dtype == np.bool_:
+        scalar = interpreter.TensorHandle(scalar.data, tl.int1)
+    return _splat(self, block, scalar)
+
+
 if triton.knobs.runtime.interpret:
     interpreter._patch_lang_tensor = _patched
+    interpreter.InterpreterBuilder.create_splat = _spread
     if not hasattr(interpreter.InterpreterBuilder, "create_descriptor_reduce"):
         interpreter.InterpreterBuilder.create_descriptor_reduce = _reduced
+    from attn_core.kernels import interpreter_bfloat16
+
+    interpreter_bfloat16.replace()
+    BFLOAT16 = interpreter_bfloat16.RIGHT
     if triton.__version__.startswith("3.6."):  # whose functions those are
         from attn_core.kernels import interpreter_once
 

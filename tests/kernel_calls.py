@@ -61,6 +61,15 @@ def found(call: Any, given: dict[str, Any], up: torch.Tensor, up_lse: torch.Tens
     return [output.out.detach(), output.lse.detach(), *torch.autograd.grad(loss, leaves)]
 
 
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def narrowed(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Whatever is floating point in this dtype."""
+    floats = (n for n, x in given.items() if isinstance(x, torch.Tensor) and x.is_floating_point())
+    return given | {n: given[n].to(dtype) for n in floats}
+
+
 def widened(x: Any) -> Any:
     if isinstance(x, torch.Tensor) and x.is_floating_point():
         return x.double()

@@ -117,7 +117,12 @@ def test_an_entry_is_read_as_it_was_spelled() -> None:
     assert configs.read(text, "yours") == given
     assert text.count("programs = ") == 2  # of decoding alone
     assert "programs = 4" in text
-    assert config.launch == {"num_warps": 8, "num_stages": 2, "maxnreg": 200}
+    assert config.launch == {
+        "num_warps": 8,
+        "num_stages": 2,
+        "enable_fp_fusion": True,
+        "maxnreg": 200,
+    }
     with pytest.raises(ValueError, match="one of `instead` and `refused`"):
         configs.read(f"entries = [{configs.spelled(entry._replace(refused='no'))}]", "yours")
 

@@ -105,8 +105,10 @@ def narrower(device: str, dtype: str, width: int, index: int = 0) -> str:
     Args:
         width: the wider of D and Dv.
     """
-    if device != "cuda" or dtype not in ("float16", "bfloat16", "float32"):
+    if dtype not in ("float16", "bfloat16", "float32"):
         return ""
+    if device != "cuda":
+        return _interpreted(dtype)
     with _LOCK:
         found = finding().on(index).narrower
     for bad, most, wrong in found:
@@ -114,6 +116,17 @@ def narrower(device: str, dtype: str, width: int, index: int = 0) -> str:
         if (dtype == bad and most <= _PLAIN) or (alike and most > _PLAIN and width > most // 2):
             return f"{wrong} It was {bad} of width {most}."
     return ""
+
+
+def _interpreted(dtype: str) -> str:
+    from attn_core.kernels import interpreter
+
+    if dtype != "bfloat16" or interpreter.BFLOAT16:
+        return ""
+    return (
+        "the dtype must be float32 or float16 in the interpreter of this version of Triton, which "
+        "takes bfloat16 for an integer. Got bfloat16."
+    )
 
 
 # What torch.compiler.assume_constant_result does, without loading torch's compiler (and triton).

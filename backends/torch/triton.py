@@ -24,7 +24,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def refusals(p: Problem) -> list[str]:
     reasons = []
     wrong = probe.problem(p.device, p.place)
-    if not wrong and p.device == "cuda":
+    if not wrong:
         # One of two, decided here: torch.compile wants numbers that it knows.
         wide = WIDEST if max(p.width, p.v_width) > WIDEST // 2 else WIDEST // 4
         wrong = probe.narrower(p.device, p.dtype, wide, p.place)
@@ -32,11 +32,6 @@ def refusals(p: Problem) -> list[str]:
         reasons.append(wrong)
     if p.dtype not in _DTYPES:
         reasons.append(f"the dtype must be one of {', '.join(_DTYPES)}. Got {p.dtype}.")
-    if p.dtype == "bfloat16" and p.device == "cpu":
-        reasons.append(
-            "the dtype must be float32 or float16 in Triton's interpreter, which multiplies "
-            "bfloat16 wrongly. Got bfloat16."
-        )
     if p.width > WIDEST or p.v_width > WIDEST:
         reasons.append(f"D and Dv must be at most {WIDEST}. Got {p.width} and {p.v_width}.")
     if p.return_weights:

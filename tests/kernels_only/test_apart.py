@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_calls import DEVICE, by_kernel, compare, described, draw, found
+from kernel_calls import DEVICE, HALVES, by_kernel, compare, described, draw, found, narrowed
 from kernel_cases import CASES, HQ, KEY, QUERY, TQ, VALUE, B, D
 
 from attn_core import attention, masks
@@ -64,16 +64,13 @@ def test_every_option(name: str, ran: Ran) -> None:
     assert ran.backward() == [*PARTS, "d_query", *bias]
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", ["plain", "lengths", "everything"])
-def test_half_precision(name: str, ran: Ran) -> None:
+def test_half_precision(name: str, dtype: torch.dtype, ran: Ran) -> None:
     given = {"query": QUERY, "key": KEY, "value": VALUE, **CASES[name]}
     if name == "everything":
         del given["dropout"]  # in half precision its own rounding is the larger part
-    given = {
-        n: x.half() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-        for n, x in given.items()
-    }
-    compare(given)
+    compare(narrowed(given, dtype))
     assert ran.backward()[:2] == PARTS
 
 
@@ -98,7 +95,7 @@ def test_through_descriptors(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(o["DESCRIPTORS"] for _, _, o in ran if "DESCRIPTORS" in o)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_poison_stays_where_nobody_looks(dtype: torch.dtype, ran: Ran) -> None:
     """Of 16 bits each of the two goes along its rows again, by what it has added up itself."""
     arrays = {"query": QUERY, "key": KEY, "value": VALUE}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_calls import DEVICE, compare, draw, found, ids
+from kernel_calls import DEVICE, HALVES, compare, draw, found, ids, narrowed
 from kernel_calls import by_kernel as ours
 
 import attn_core
@@ -159,9 +159,10 @@ def test_more_splits_than_tiles(launched: list[Any], monkeypatch: pytest.MonkeyP
     assert dict(launched)["combine"]["splits"] == 16
 
 
-def test_half_precision(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision(dtype: torch.dtype, short: None, monkeypatch: pytest.MonkeyPatch) -> None:
     split_into(2, monkeypatch)
-    compare({"query": QUERY.half(), "key": KEY.half(), "value": VALUE.half()})
+    compare(narrowed({"query": QUERY, "key": KEY, "value": VALUE}, dtype))
 
 
 def test_poison_stays_where_nobody_looks(short: None, monkeypatch: pytest.MonkeyPatch) -> None:

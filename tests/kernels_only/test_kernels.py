@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_calls import DEVICE, by_kernel, compare, draw, found
+from kernel_calls import DEVICE, HALVES, by_kernel, compare, draw, found, narrowed
 from kernel_cases import CASES, HK, HQ, KEY, QUERY, SINKS, TK, TQ, VALUE, B, D
 
 import attn_core
@@ -21,21 +21,16 @@ def test_forward_and_backward(name: str) -> None:
     compare({"query": QUERY, "key": KEY, "value": VALUE, **CASES[name]})
 
 
-HALVES: dict[str, dict[str, Any]] = {
-    "no scale": {"scale": 0.0, "mask": masks.causal(), "query_offset": 0},
-}
+NO_SCALE = {"no scale": {"scale": 0.0, "mask": masks.causal(), "query_offset": 0}}
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
     "name", ["plain", "lengths", "softcap", "sinks", "documents", "a scale below 0", "no scale"]
 )
-def test_half_precision(name: str) -> None:
-    given = {"query": QUERY, "key": KEY, "value": VALUE, **HALVES.get(name, CASES.get(name))}
-    given = {
-        n: x.half() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-        for n, x in given.items()
-    }
-    compare(given)
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    given = {"query": QUERY, "key": KEY, "value": VALUE, **(CASES | NO_SCALE)[name]}
+    compare(narrowed(given, dtype))
 
 
 def test_the_other_layout_and_strides_of_every_kind() -> None:
@@ -48,7 +43,7 @@ def test_the_other_layout_and_strides_of_every_kind() -> None:
     compare({**dict(zip(("query", "key", "value"), apart, strict=True)), **options})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_poison_stays_where_nobody_looks(dtype: torch.dtype) -> None:
     """Of 16 bits by going along the keys again, once a sum is not finite; of float32 at once."""
     options = CASES["lengths"]
@@ -64,14 +59,15 @@ def test_poison_stays_where_nobody_looks(dtype: torch.dtype) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("place", ["everywhere", "before", "behind"])
-def test_logits_that_log_2_would_round(place: str) -> None:
+def test_logits_that_log_2_would_round(place: str, dtype: torch.dtype) -> None:
     """Of eight millions, next to which log 2 of 1 is rounded to 1 or 2; or of -1e9, a tile of which
     stands before or behind the keys that everything comes from."""
-    key = torch.randint(0, 4, (B, HK, 192, D), device=DEVICE).half()
-    query = torch.zeros(B, HQ, TQ, D, device=DEVICE).half()
+    key = torch.randint(0, 4, (B, HK, 192, D), device=DEVICE).to(dtype)
+    query = torch.zeros(B, HQ, TQ, D, device=DEVICE).to(dtype)
     query[..., 0] = 1
-    given: dict[str, Any] = {"query": query, "key": key, "value": draw(B, HK, 192, D).half()}
+    given: dict[str, Any] = {"query": query, "key": key, "value": draw(B, HK, 192, D).to(dtype)}
     if place == "everywhere":
         query[..., 1:9], key[..., 1:9] = 1024, 1024
     else:
@@ -113,14 +109,14 @@ def test_nan_goes_as_far_as_when_looked_at_at_once(place: str) -> None:
     arrays[place] = arrays[place].clone()
     arrays[place][0, :, 66] = torch.nan
     up_lse, spread = draw(B, HQ, TQ), []
-    for dtype in (torch.float32, torch.float16):
+    for dtype in (torch.float32, *HALVES):
         given: dict[str, Any] = {n: x.to(dtype) for n, x in arrays.items()}
         up = given.pop("up")
         given |= {"mask": masks.causal(), "query_offset": 0}
         spread.append([x.isnan() for x in found(by_kernel, given, up, up_lse)])
     assert any(x.any() for x in spread[0])
-    for a, b in zip(*spread, strict=True):
-        assert torch.equal(a, b)
+    for a, *rest in zip(*spread, strict=True):
+        assert all(torch.equal(a, b) for b in rest)
 
 
 def test_logits_that_fade_are_nobodys_concern(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_calls import alike, bound, described
+from kernel_calls import HALVES, alike, bound, described, narrowed
 from triton import cdiv, next_power_of_2
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -227,11 +227,11 @@ def test_groups_and_numbers_of_queries(way: str, group: int) -> None:
         compare(given, way)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("way", WAYS)
-def test_half_precision(way: str) -> None:
+def test_half_precision(way: str, dtype: torch.dtype) -> None:
     given = question(3, 3, **completed(CASES["sinks"], 3, 3))
-    given = {n: x.half() if isinstance(x, torch.Tensor) else x for n, x in given.items()}
-    compare(given, way)
+    compare(narrowed(given, dtype), way)
 
 
 def test_the_other_layout() -> None:
