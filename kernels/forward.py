@@ -296,8 +296,10 @@ def _exactly(s, m, unit):
 @triton.jit
 def _swiftly(s, m, unit):
     """The same with m in units of log 2. Earlier sums are worth NaN where m' is HIGH or DEEP."""
-    top = tl.maximum(m, tl.max(s, 1) * unit)
-    base = tl.where(top == float("-inf"), 0.0, top)
+    most = tl.max(s, 1)
+    top = tl.maximum(m, most * unit)
+    # Of a logit near the least of float32 the product is -inf: no row without keys, but a DEEP one.
+    base = tl.where(tl.maximum(m, most) == float("-inf"), 0.0, top)
     fade = tl.where((base < HIGH) & (base > DEEP), tl.exp2(m - base), float("nan"))
     return top, tl.exp2(s * unit - base[:, None]), fade
 
