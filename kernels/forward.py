@@ -131,17 +131,19 @@ def forward(
         kv_head = pack // group
         there = lane < M
     else:
-        # Lanes beyond the group repeat its last head: what they see, its own rows see as well.
+        # Lanes beyond the group repeat its last head, its queries too, by which a score may hide
+        # keys: what they see, its own rows see as well.
         h = pack * group + tl.minimum(lane // ROWS, group - 1)
         kv_head = pack
         there = lane // ROWS < group
     row = tile * ROWS + lane % ROWS
-    there = there & (row < q_len)
+    asked = row < q_len
+    there = there & asked
 
     column, column_v = tl.arange(0, PAD), tl.arange(0, PAD_V)
     q_at = query + b.to(tl.int64) * q_strides[0] + h[:, None].to(tl.int64) * q_strides[1]
     q_at += row[:, None].to(tl.int64) * q_strides[2] + column[None, :].to(tl.int64) * q_strides[3]
-    q = tl.load(q_at, mask=there[:, None] & (column < D)[None, :], other=0.0)
+    q = tl.load(q_at, mask=asked[:, None] & (column < D)[None, :], other=0.0)
 
     lengths = (kv_lengths, q_lengths, offsets)
     facts = facts_of(b, lengths, length_strides, q_len, k_len, KV_LENGTHS, Q_LENGTHS)
@@ -294,8 +296,10 @@ def _exactly(s, m, unit):
 @triton.jit
 def _swiftly(s, m, unit):
     """The same with m in units of log 2. Earlier sums are worth NaN where m' is HIGH or DEEP."""
-    top = tl.maximum(m, tl.max(s, 1) * unit)
-    base = tl.where(top == float("-inf"), 0.0, top)
+    most = tl.max(s, 1)
+    top = tl.maximum(m, most * unit)
+    # Of a logit near the least of float32 the product is -inf: no row without keys, but a DEEP one.
+    base = tl.where(tl.maximum(m, most) == float("-inf"), 0.0, top)
     fade = tl.where((base < HIGH) & (base > DEEP), tl.exp2(m - base), float("nan"))
     return top, tl.exp2(s * unit - base[:, None]), fade
 

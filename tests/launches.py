@@ -96,12 +96,18 @@ DOCUMENTS = {
     "kv_lengths": torch.tensor([3, 2999, 0, 70]),
     "q_lengths": torch.tensor([1, 0, 1, 1]),
 }
+SLOPED = {
+    "mask": masks.causal(),
+    "score": scores.alibi(torch.randn(14)),
+    "sinks": torch.randn(14),
+}
 DECODED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "plain, decode, even": ((1, 16, 16, 16, 4096, 64, 64), {}),
     "plain, decode, odd": ((1, 6, 2, 13, 2999, 64, 64), {}),
     "plain, decode, odd, one query": ((1, 14, 2, 1, 16399, 64, 64), {}),
     "causal, decode, odd, one query": ((1, 14, 2, 1, 16399, 64, 64), {"mask": masks.causal()}),
     "documents, decode, odd": ((4, 6, 2, 11, 2999, 64, 64), DOCUMENTS),
+    "alibi, decode, odd, one query": ((1, 14, 2, 1, 16399, 64, 64), SLOPED),
 }
 """Sizes and options, in the order of `Job.sizes`: what the check has compiled in its place."""
 

@@ -237,6 +237,12 @@ def test_infinite_and_huge_floats_at_ties():
         assert z == max(x, y)
 
 
+@pytest.mark.parametrize("op", [attn_core.minimum, attn_core.maximum])
+def test_nan_on_either_side_of_an_extreme_is_nan(op):
+    for x, y, z in float_table_of(op, [math.nan, 0.5], [math.nan, -math.inf, math.inf]):
+        assert math.isnan(z) == (math.isnan(x) or math.isnan(y)), (x, y)
+
+
 # Kinds -----------------------------------------------------------------------------------------
 
 

@@ -134,7 +134,7 @@ class _Backward:
         """dQ, dK, dV, and the gradients of the score's arrays where they are asked for."""
         c, x = self.c, self.x
         dq = torch.zeros(x.query.shape, dtype=torch.float32, device=c.device)
-        into = _Tables(x.score, self.derivative if tables else None)
+        into = _Tables(x.score, self.derivative) if tables else _Tables((), None)
         dk, dv = self._keys(c.config("fused"), dq, into)
         return dq.to(c.q.dtype), dk, dv, into.found()
 
@@ -181,7 +181,7 @@ class _Backward:
     def query(self, tables: bool) -> tuple[Array, list[Array]]:
         """dQ, and the gradients of the score's arrays where they are asked for."""
         c, x = self.c, self.x
-        into = _Tables(x.score, self.derivative if tables else None)
+        into = _Tables(x.score, self.derivative) if tables else _Tables((), None)
         dq = torch.empty(x.query.shape, dtype=c.q.dtype, device=c.device)
         dq_h = c.heads_first(dq)
         shape = c.config("d_query")
@@ -247,19 +247,21 @@ class _Tables:
 
     def __init__(self, given: Sequence[Array], derivative: Derivative | None) -> None:
         self.given = given
-        # Of an empty table nothing is looked up, but a place to add to there must be.
-        sizes = [a.shape if a.numel() else (1,) * a.dim() for a in given]
-        self.into = [
-            torch.zeros(n, dtype=torch.float32, device=a.device)
-            for n, a in zip(sizes, given, strict=True)
-        ]
         sites = () if derivative is None else derivative.sites
+        self.into: dict[int, Array] = {}
+        for n in {s.operand for s in sites}:
+            # Of an empty table nothing is looked up, but a place to add to there must be.
+            a = given[n]
+            size = a.shape if a.numel() else (1,) * a.dim()
+            self.into[n] = torch.zeros(size, dtype=torch.float32, device=a.device)
         self.sites = _kernels.sites_of(s.indices for s in sites)
         self.places = tuple(
             n for s in sites for n in (self.into[s.operand], *self.into[s.operand].shape)
         )
 
     def found(self) -> list[Array]:
-        """Each as its array has it."""
-        pairs = zip(self.into, self.given, strict=True)
-        return [g.to(a.dtype) if a.numel() else torch.zeros_like(a) for g, a in pairs]
+        """Each as its array has it; zeros of those that no look-up hands anything on to."""
+        return [
+            self.into[n].to(a.dtype) if n in self.into and a.numel() else torch.zeros_like(a)
+            for n, a in enumerate(self.given)
+        ]

@@ -165,7 +165,7 @@ def _rows_of(c: Call, way: Cut, o: Array, rows: _Rows) -> None:
         SCORE=device_function(ask.score, x.score, score=True),
         BIAS=x.bias is not None,
         WHOLE=c.k_len % 16 == 0 and (x.bias is not None or c.q_len > FEW),
-        SINKS=x.sinks is not None,
+        SINKS=x.sinks is not None and way.splits == 1,  # else they join in `combine`
         LATE=plain and _NORMAL <= c.scale <= 1 / _NORMAL,
         RUN=neighbours(ask.mask, "k"),
         DESCRIPTORS=described,

@@ -28,7 +28,7 @@ from attn_core.backends.torch.chunked_backward import Saved, Upstream
 from attn_core.backends.torch.chunked_parts import Ask, read
 from attn_core.backends.torch.tiles import Tiles
 from attn_core.conformance import run
-from attn_core.kernels import interpreter
+from attn_core.kernels import configs, interpreter
 from attn_core.language.rules import HOST, Rules
 from attn_core.spec import Operands
 
@@ -304,6 +304,34 @@ def test_deterministic_algorithms_leave_atomics_out(
     assert atomics
     torch.testing.assert_close(found, other, rtol=1e-5, atol=1e-5)
     assert found.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_tables_that_want_no_gradient_are_given_no_room_for_one(
+    fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table may be as large as all logits together; and ids never want one."""
+    made: list[tuple[int, ...]] = []
+    zeros = torch.zeros
+
+    def spy(*args: Any, **options: Any) -> torch.Tensor:
+        found = zeros(*args, **options)
+        made.append(tuple(found.shape))
+        return found
+
+    monkeypatch.setattr(torch, "zeros", spy)
+    given, slopes = draw(B, HQ, TQ, TK), SLOPES.clone().requires_grad_()
+    ids = torch.arange(TK, device=DEVICE)
+    table, places, each = (attn_core.operand(x) for x in (given, ids, slopes))
+    plain = attn_core.score(lambda s, b, h, q, k: s + table[b, h, attn_core.row, k])
+    placed = attn_core.score(lambda s, b, h, q, k: s - each[h] * (places[k] > 3))
+    leaves = [x.clone().requires_grad_() for x in (QUERY, KEY, VALUE)]
+    with configs.fusing(fused):
+        call(*leaves, score=plain).sum().backward()
+        assert given.shape not in made
+        call(*leaves, score=placed).sum().backward()
+    assert ids.shape not in made
+    assert slopes.shape in made
 
 
 # --- What goes wrong says where. ------------------------------------------------------------------

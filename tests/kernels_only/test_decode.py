@@ -176,6 +176,23 @@ def test_poison_stays_where_nobody_looks(short: None, monkeypatch: pytest.Monkey
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_a_score_hides_by_its_size_is_hidden_from_empty_lanes_too(
+    dtype: torch.dtype, launched: list[Any]
+) -> None:
+    """A lane without a head has no query of its own, and must not look where nobody does."""
+    query, key, value = (x.to(dtype) for x in (QUERY[:, :, :1], KEY, VALUE))
+    score = attn_core.score(lambda s, b, h, q, k: attn_core.where(s > -0.1, s, -torch.inf))
+    given = {"query": query, "key": key, "score": score}
+    s = torch.einsum("bgntd,bgkd->bgntk", query.unflatten(1, (HK, -1)).double(), key.double())
+    hidden = (s * D**-0.5 < -0.2).all((2, 3))
+    assert hidden.sum() > 4
+    want = ours(value=value, **given)
+    got = ours(value=torch.where(hidden[..., None], torch.nan, value), **given)
+    assert torch.equal(got.out, want.out)
+    assert dict(launched)["forward"]["PACK"] == 4
+
+
 def test_splits_fill_the_device() -> None:
     assert decode.splits(8, 1000, 264) == 32  # 256 programs
     assert decode.splits(264, 1000, 264) == 1

@@ -79,6 +79,27 @@ def test_logits_that_log_2_would_round(place: str, dtype: torch.dtype) -> None:
     compare({**given, "scale": 1.0})
 
 
+@pytest.mark.parametrize("rows", [TQ, 2])
+@pytest.mark.parametrize("way", ["bias", "score"])
+def test_rows_of_the_least_float32(way: str, rows: int) -> None:
+    """What is added where others hide is data: a row that has nothing else gives the mean of its
+    values, though in units of log 2 its logits are -inf, as those of a row without keys are. Other
+    rows have a whole tile of it, and numbers behind that."""
+    least = torch.finfo(torch.float32).min
+    given: dict[str, Any] = {"query": QUERY[:, :, :rows].half(), "key": KEY.half()}
+    given |= {"value": VALUE.half(), "kv_lengths": [TK, 0]}
+    if way == "bias":
+        bias = draw(rows, TK)
+        bias[1], bias[:, :64] = least, least
+        given["bias"] = bias
+    else:
+        given |= {"query_offset": 0}
+        given["score"] = attn_core.score(
+            lambda s, b, h, q, k: attn_core.where((q == 1) | (k < 64), least, s)
+        )
+    compare(given)
+
+
 HIDDEN: dict[str, tuple[int, int]] = {"query": (1, 5), "up": (1, 5), "key": (1, 13)}
 HIDDEN["value"] = HIDDEN["key"]
 """Batch, and behind which row or key nobody looks."""
