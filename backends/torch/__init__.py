@@ -13,7 +13,7 @@ import torch
 from attn_core.api import attention
 from attn_core.backends.torch import accounts, chunked, held, native, reference, triton
 from attn_core.backends.torch import pytrees as _pytrees
-from attn_core.backends.torch.arrays import DTYPES
+from attn_core.backends.torch.arrays import DTYPES, tracing
 from attn_core.backends.torch.documents import attention_module, scaled_dot_product_attention
 from attn_core.backends.torch.layer_parts import known
 from attn_core.backends.torch.philox import keep
@@ -31,6 +31,7 @@ __all__ = [
     "keep",
     "known",
     "scaled_dot_product_attention",
+    "tracing",
 ]
 
 NAME = "torch"
@@ -100,11 +101,6 @@ def describe(x: Any) -> Facts:
     needs_grad = x.requires_grad and torch.is_grad_enabled()
     dtype, device = _NAMES.get(x.dtype) or str(x.dtype), x.device
     return Facts(tuple(x.shape), dtype, device.type, needs_grad, device.index or 0)
-
-
-def tracing() -> bool:
-    """Whether torch.compile is tracing this very Python code."""
-    return torch.compiler.is_compiling()
 
 
 def admit(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
