@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from attn_core.cli_terminal import progress, refused, told
+from attn_core.cli_terminal import page, progress, refused, told
 
 Finding = Any
 """As of attn_core.kernels.ahead, which is imported when it is asked for."""
@@ -80,7 +80,7 @@ def compile_kernels(
     where there is no compiler for a target."""
     from attn_core.kernels import ahead, hazards
 
-    console = Console()
+    console = page()
     targets = target or list(ahead.TARGETS)
     try:
         asked = list(
@@ -322,7 +322,7 @@ def show_configs(
             ahead.known_width(width)
         except ValueError as error:
             raise refused(error) from error
-    console = Console()
+    console = page()
     place = configs.user_file()
     mine = len(configs.yours())
     console.print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,9 +12,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from attn_core import config
 
+_WIDE = 400
+"""Columns that no table fills."""
+
 
 def backends(incomplete: str) -> list[str]:
     return [name for name in config.BACKENDS if name.startswith(incomplete)]
+
+
+def page() -> Console:
+    """Where tables go: in a pipe or a file, where nothing wraps, as wide as they are."""
+    screen = Console()
+    return screen if screen.is_terminal or "COLUMNS" in os.environ else Console(width=_WIDE)
 
 
 def refused(error: Exception, status: int = 2) -> typer.Exit:

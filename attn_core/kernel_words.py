@@ -133,7 +133,12 @@ def _function(node: ast.expr, words: str, *first: str, **more: Any) -> Callable[
                 f"{words!r} must speak of {', '.join(sorted(known))} or of "
                 f"{', '.join(vocabulary)}. Got {below.id!r}."
             )
-        if isinstance(below, ast.Attribute | ast.Lambda | ast.Subscript):
+        if isinstance(below, ast.Lambda):
+            raise ValueError(
+                f"{words!r} must be what a function of {', '.join([*first, 'b, h, q and k'])} "
+                f"returns, as {ast.unparse(below.body)!r}. Got the function."
+            )
+        if isinstance(below, ast.Attribute | ast.Subscript):
             raise ValueError(
                 f"{words!r} must look nothing up: there are no arrays here. "
                 f"Got {ast.unparse(below)!r}."

@@ -238,6 +238,7 @@ def test_scores_as_words() -> None:
         ("ids[q] == ids[k]", "must"),
         ("q <", "must be an expression"),
         ("q.real < 3", "must look nothing up"),
+        ("lambda b, h, q, k: q >= k", "returns, as 'q >= k'. Got the function."),
         ("__import__('os')", "Got '__import__'"),
         ("q + k", "must"),
     ],
@@ -245,6 +246,15 @@ def test_scores_as_words() -> None:
 def test_words_that_are_no_mask(words: str, said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         kernel_words.mask_of(words)
+
+
+def test_in_a_pipe_a_table_is_not_cut(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    run = CliRunner().invoke(app, ["kernels", "configs", "--target", "sm_90"])
+    assert run.exit_code == 0, run.output
+    lines = run.output.splitlines()
+    assert lines[1].split()[:5] == ["kernel", "for", "widths", "bits", "classes"]
+    assert "shipped: measured on NVIDIA H200, Triton" in lines[2]
 
 
 def test_the_command_shows_configurations(place: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from attn_core.api import attention
 from attn_core.backends.torch import accounts, chunked, held, native, reference, triton
 from attn_core.backends.torch import pytrees as _pytrees
-from attn_core.backends.torch.arrays import DTYPES
+from attn_core.backends.torch.arrays import DTYPES, tracing
 from attn_core.backends.torch.documents import attention_module, scaled_dot_product_attention
 from attn_core.backends.torch.layer_parts import known
 from attn_core.backends.torch.philox import keep
@@ -31,6 +31,7 @@ __all__ = [
     "keep",
     "known",
     "scaled_dot_product_attention",
+    "tracing",
 ]
 
 NAME = "torch"
@@ -57,6 +58,12 @@ _NAMES = {
     )
 }
 _CALLS = count()
+_PARTS = {
+    "DTensor": "give what each device holds, x.to_local(), cut along the batch or heads (which "
+    "masks, scores and dropout then count from 0 on each)",
+    "MaskedTensor": "give its numbers, x.get_data(), and what it hides as a mask or a bias of -inf",
+}
+"""torch's subclasses that say of their parts how to compute, and know nothing of our operators."""
 
 _pytrees.register()
 # oneMKL chooses the kernel of each function at its first call. When that call runs on several
@@ -97,14 +104,12 @@ def describe(x: Any) -> Facts:
             f"a tensor must be dense, of layout torch.strided. Got {kind}: pad it, and give "
             "`kv_lengths=` and `q_lengths=`; or pack it, and give attn_core.masks.segments(ids)."
         )
+    kind = type(x).__name__
+    if kind in _PARTS:
+        raise TypeError(f"a tensor must be one of plain numbers. Got a {kind}: {_PARTS[kind]}.")
     needs_grad = x.requires_grad and torch.is_grad_enabled()
     dtype, device = _NAMES.get(x.dtype) or str(x.dtype), x.device
     return Facts(tuple(x.shape), dtype, device.type, needs_grad, device.index or 0)
-
-
-def tracing() -> bool:
-    """Whether torch.compile is tracing this very Python code."""
-    return torch.compiler.is_compiling()
 
 
 def admit(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:

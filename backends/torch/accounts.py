@@ -100,7 +100,7 @@ def _native(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Accoun
     narrow, wide = WIDTH[p.dtype] // 8, WIDTH[p.accumulation] // 8
     statistics = batch * p.heads * q_len * wide
     results = batch * p.heads * q_len * p.v_width * narrow
-    whole = native._kind(p, torch.compiler.is_compiling()) != "tiles"
+    whole = native._kind(p) != "tiles"
     block_q, block_k = _tile(p, found)
     forward, backward = statistics, 2 * statistics
     if p.device == "cpu":

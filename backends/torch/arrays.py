@@ -19,6 +19,17 @@ DTYPES = {
 }
 
 
+def tracing() -> bool:
+    """Whether torch.compile is tracing this very Python code, or sizes may be symbols otherwise.
+
+    Symbols can be looked up in no cache. `make_fx(tracing_mode="symbolic")` makes them, too.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    fake: Any = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return fake is not None and fake.shape_env is not None
+
+
 class Reading(ArrayReading):
     """Reads trees with torch tensors; floats are in the accumulation dtype.
 

@@ -333,8 +333,11 @@ class _Attend(torch.autograd.Function):
         *given, out, m, log_l, alive = ctx.saved_tensors
         needed = ctx.needs_input_grad[3:]
         wanted = [*needed[:_DIFFERENTIABLE], *needed[_FIXED + masks :]]
-        saved = (out, m, log_l, alive)
-        found = _Pull.apply(ask, scale, wanted, *saved, *upstream[:3], *given)
+        saved, up = [out, m, log_l, alive], upstream[:3]
+        if torch.compiler.is_compiling():  # of all that there is this pass alone
+            found = _backward_op(ask.written(), scale, wanted, *_packed(given), saved, *up)
+        else:
+            found = _Pull.apply(ask, scale, wanted, *saved, *up, *given)
         return None, None, None, *_spread(found, wanted, masks)
 
     @staticmethod

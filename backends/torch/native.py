@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from attn_core.backends.torch import chunked
+from attn_core.backends.torch.arrays import tracing
 from attn_core.spec import WIDTH, AttentionOutput, Operands, Problem
 from attn_core.whole import beside, whole
 
@@ -42,7 +43,7 @@ def refusals(p: Problem) -> list[str]:
     if p.device != "cpu":
         if p.return_lse:
             reasons.append("`return_lse` must be left out on cuda. Got True.")
-        if _kind(p, torch.compiler.is_compiling()) == "tiles":
+        if _kind(p) == "tiles":
             reasons.append(
                 "on cuda the mask must allow everything, or be causal() with Tq = Tk and a scale "
                 "above 0. Got another mask, or lengths, or a scale that is not."
@@ -52,7 +53,7 @@ def refusals(p: Problem) -> list[str]:
 
 def attend(p: Problem, x: Operands) -> AttentionOutput:
     compiling = torch.compiler.is_compiling()
-    kind = _kind(p, compiling)
+    kind = _kind(p)
     if kind == "tiles" or p.return_lse or (p.device == "cpu" and _recorded(p, compiling)):
         # The same kernels, bound so that derivatives of derivatives, and jvp, are refused by name.
         return chunked.attend(p, x, kind)
@@ -77,7 +78,7 @@ def _recorded(p: Problem, compiling: bool) -> bool:
     return not compiling and torch._C._are_functorch_transforms_active()
 
 
-def _kind(p: Problem, compiling: bool) -> str:
+def _kind(p: Problem) -> str:
     """As `Ask.kernel`; torch.compile, which would trace it, looks through no mask."""
-    kind = whole(p, look=not compiling) or "tiles"
+    kind = whole(p, look=not tracing()) or "tiles"
     return "tiles" if kind == "causal" and p.scale < _LEAST else kind

@@ -81,7 +81,7 @@ def forward(ask: Ask, scale: float, x: Operands) -> tuple[Array, ...] | None:
         if clean.look():
             out, m, _ = _rows(w, clean)
     alive = m != -torch.inf
-    log_l = torch.where(alive, 0.0, torch.inf)
+    log_l = torch.zeros_like(m).masked_fill_(~alive, torch.inf)
     shown = m.clone() if ask.lse else m.new_empty(0)
     m = m.masked_fill_(~alive, 0.0)
     return out, shown, x.query.new_empty(0), m, log_l, alive

@@ -24,7 +24,7 @@ def constant(x: Any, dtype: torch.dtype, device: torch.device) -> Array:
     there they are made on the device, as runs of equal steps.
     """
     if device.type == "cpu":
-        return torch.as_tensor(x, dtype=dtype)
+        return torch.as_tensor(x, dtype=dtype, device=device)  # whatever the process' default
     x = np.asarray(x)
     options: dict[str, Any] = {"dtype": dtype, "device": device}
     if not x.ndim:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from threading import RLock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,9 @@ INTERPRETED = not isinstance(_forward.forward, triton.JITFunction)
 """Whether kernels run in Triton's interpreter: decided when they were defined, at import."""
 
 assert interpreter  # imported for what it does
+
+_ALONE = RLock()
+"""Held while kernels are interpreted: where it stands Triton knows once, for all threads."""
 
 
 def consistent() -> bool:
@@ -110,6 +114,7 @@ def launching(what: str, ask: Ask, x: Operands) -> Iterator[None]:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
         if INTERPRETED:  # it computes with NumPy, which warns of what the kernels mean
+            stack.enter_context(_ALONE)
             stack.enter_context(np.errstate(all="ignore"))
         try:
             yield

@@ -84,6 +84,32 @@ def test_tensors_without_one_shape_or_strides_are_refused(make, kind):
         attn_core.attention(make(), make(), make())
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_masked_tensors_are_refused(impl):
+    query = torch.ones(1, 2, 3, 4)
+    hidden = torch.masked.masked_tensor(torch.ones(3, 3), torch.ones(3, 3) > 0)
+    with pytest.raises(TypeError, match=r"plain numbers. Got a MaskedTensor: .*get_data\(\)"):
+        attn_core.attention(query, query, query, bias=hidden, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_tensors_of_several_devices_are_refused(impl, tmp_path):
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        query = distribute_tensor(torch.ones(1, 2, 3, 4), mesh, [Shard(1)])
+        with pytest.raises(TypeError, match=r"plain numbers. Got a DTensor: .*to_local\(\)"):
+            attn_core.attention(query, query, query, impl=impl)
+        local = query.to_local()
+        assert attn_core.attention(local, local, local, impl=impl).shape == (1, 2, 3, 4)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_foreign_operand_is_named_without_ticks_in_ticks():
     query = torch.ones(1, 2, 3, 4)
     mask = attn_core.Mask(*(lambda m: (m.tree, ("text",)))(masks.segments([0, 0, 1])))
