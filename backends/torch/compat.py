@@ -96,11 +96,7 @@ def _folded(query: Any, key: Any, value: Any, grouped: bool) -> tuple[Any, Any, 
     for name, x in given.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"`{name}` must be a tensor. Got {type(x).__name__}.")
-        if x.is_nested:
-            raise TypeError(
-                f"`{name}` must be a dense tensor. Got a nested one: pad it, and call "
-                "attn_core.attention with kv_lengths and q_lengths."
-            )
+        _dense(name, x, "pad it, and call attn_core.attention with kv_lengths and q_lengths")
         if x.dim() < 2:
             raise ValueError(f"`{name}` must have rank 2 or more. Got {tuple(x.shape)}.")
     rank = max(3, *[x.dim() for x in given.values()])
@@ -128,6 +124,13 @@ def _folded(query: Any, key: Any, value: Any, grouped: bool) -> tuple[Any, Any, 
         x = x.expand((*lead, count, *x.shape[-2:]))
         spread.append(x.reshape((math.prod(lead), *x.shape[-3:])) if len(lead) != 1 else x)
     return spread[0], spread[1], spread[2], lead
+
+
+def _dense(name: str, x: Any, instead: str) -> None:
+    """A tensor of one shape and strides."""
+    if x.is_nested or x.layout is not torch.strided:
+        kind = "a nested one" if x.is_nested else f"one of layout {x.layout}"
+        raise TypeError(f"`{name}` must be a dense tensor. Got {kind}: {instead}.")
 
 
 def _broadcast(shapes: list[Any], what: str, given: dict[str, Any]) -> tuple[Any, ...]:
@@ -158,6 +161,7 @@ def _mask(attn_mask: Any, query: Any, full: tuple[Any, ...]) -> dict[str, Any]:
     """attn_mask as `mask` or `bias` of rank 4; `full` is (..., Hq, Tq, Tk)."""
     if not isinstance(attn_mask, torch.Tensor):
         raise TypeError(f"`attn_mask` must be a tensor. Got {type(attn_mask).__name__}.")
+    _dense("attn_mask", attn_mask, "pad it, or make it dense")
     names = [str(x.dtype).removeprefix("torch.") for x in (attn_mask, query)]
     documents_mask(names[0], names[1], tuple(attn_mask.shape), full, "attn_mask")
     rank = max(len(full), 4)

@@ -328,6 +328,11 @@ def test_nested_tensors_are_refused():
     nested = torch.nested.nested_tensor([torch.zeros(3, 8)], layout=torch.jagged)
     with pytest.raises(TypeError, match="dense tensor"):
         ours(nested, nested, nested)
+    for mask in (nested, torch.ones(5, 5).to_sparse()):
+        with pytest.raises(TypeError, match=r"^`attn_mask` must be a dense tensor. Got (a|one)"):
+            ours(X, X, X, attn_mask=mask)
+    with pytest.raises(TypeError, match=r"^`query` must be a dense tensor. Got one of layout"):
+        ours(X.to_sparse(), X, X)
 
 
 # Conventions by source -------------------------------------------------------------------------
