@@ -28,7 +28,16 @@ def softcap(cap: Any) -> Score:
         raise TypeError(f"`cap` must be a number or a scalar array. Got {type(cap).__name__}.")
     if isinstance(cap, (int, float, np.generic)) and not 0 < float(cap) < float("inf"):
         raise ValueError(f"`cap` must be positive and finite. Got {cap}.")
-    return score(lambda s, b, h, q, k: cap * tanh(s / cap))
+    if isinstance(cap, (int, float, np.generic)):
+        return score(lambda s, b, h, q, k: cap * tanh(s / cap))
+    if len(cap.shape):
+        raise TypeError(
+            "`cap` must be a number or a scalar array; caps that differ are looked up in an "
+            f"operand, by a score of your own. Got shape {tuple(cap.shape)}."
+        )
+    # Looked up, as torch.compile knows no product of an expression with a tensor.
+    held = operand(cap)
+    return score(lambda s, b, h, q, k: held[()] * tanh(s / held[()]))
 
 
 def alibi(slopes: Any = None, *, heads: int | None = None) -> Score:

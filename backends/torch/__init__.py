@@ -58,12 +58,14 @@ _NAMES = {
     )
 }
 _CALLS = count()
-_PARTS = {
+_NO_NUMBERS = {
+    "CausalBias": 'give masks.causal() as the mask, with query_offset="start" for upper left and '
+    '"end" for lower right',
     "DTensor": "give what each device holds, x.to_local(), cut along the batch or heads (which "
     "masks, scores and dropout then count from 0 on each)",
     "MaskedTensor": "give its numbers, x.get_data(), and what it hides as a mask or a bias of -inf",
 }
-"""torch's subclasses that say of their parts how to compute, and know nothing of our operators."""
+"""torch's subclasses whose entries are not what they stand for, and what to give instead."""
 
 _pytrees.register()
 # oneMKL chooses the kernel of each function at its first call. When that call runs on several
@@ -105,8 +107,10 @@ def describe(x: Any) -> Facts:
             "`kv_lengths=` and `q_lengths=`; or pack it, and give attn_core.masks.segments(ids)."
         )
     kind = type(x).__name__
-    if kind in _PARTS:
-        raise TypeError(f"a tensor must be one of plain numbers. Got a {kind}: {_PARTS[kind]}.")
+    if kind in _NO_NUMBERS:
+        raise TypeError(
+            f"a tensor must be one of plain numbers. Got a {kind}: {_NO_NUMBERS[kind]}."
+        )
     needs_grad = x.requires_grad and torch.is_grad_enabled()
     dtype, device = _NAMES.get(x.dtype) or str(x.dtype), x.device
     return Facts(tuple(x.shape), dtype, device.type, needs_grad, device.index or 0)

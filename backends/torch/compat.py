@@ -7,6 +7,7 @@ torch's conventions, where they differ from ours, and how each is kept:
 | any leading dimensions, broadcast like a matmul's, heads at -3 | folded to (B, H, T, D) |
 | `attn_mask` boolean, True = attend; a float one is added | `mask`, `bias` |
 | `is_causal` starts at the first key, whatever the lengths | `query_offset="start"` |
+| `causal_upper_left`, `causal_lower_right` as `attn_mask` | causal from the "start", the "end" |
 | grouped heads only with `enable_gqa=True`, else heads broadcast | heads are checked first |
 | `dropout_p` draws from torch's generator, and 1.0 drops everything | a seed is drawn from it |
 """
@@ -43,7 +44,7 @@ def scaled_dot_product_attention(
     Args:
         query, key, value: tensors of rank 2 or more, of one dtype. Leading dimensions broadcast.
         attn_mask: broadcast to (..., Hq, Tq, Tk), of any rank. Boolean, True = attend; a float
-            one is added to the scores, -inf hides, and it receives its gradient.
+            one is added to the scores, -inf hides, and it receives its gradient. Or a CausalBias.
         dropout_p: share of the weights that is dropped, whether or not a module is in training.
             The seed is drawn from torch's generator of query's device, so `torch.manual_seed`
             governs it; the mask is that of `attn_core.Dropout`, not torch's. 1.0 gives zeros.
@@ -62,7 +63,11 @@ def scaled_dot_product_attention(
     """
     q, k, v, lead = _folded(query, key, value, bool(enable_gqa))
     kwargs: dict[str, Any] = {}
-    if attn_mask is not None:
+    if type(attn_mask).__name__ == "CausalBias":
+        if is_causal:
+            raise ValueError("`is_causal` must be False beside a CausalBias. Got True.")
+        kwargs.update(_causal_bias(attn_mask, q.shape[2], k.shape[2]))
+    elif attn_mask is not None:
         kwargs.update(_mask(attn_mask, query, (*lead, q.shape[1], q.shape[2], k.shape[2])))
     if is_causal:
         causal = masks.causal()
@@ -91,11 +96,7 @@ def _folded(query: Any, key: Any, value: Any, grouped: bool) -> tuple[Any, Any, 
     for name, x in given.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"`{name}` must be a tensor. Got {type(x).__name__}.")
-        if x.is_nested:
-            raise TypeError(
-                f"`{name}` must be a dense tensor. Got a nested one: pad it, and call "
-                "attn_core.attention with kv_lengths and q_lengths."
-            )
+        _dense(name, x, "pad it, and call attn_core.attention with kv_lengths and q_lengths")
         if x.dim() < 2:
             raise ValueError(f"`{name}` must have rank 2 or more. Got {tuple(x.shape)}.")
     rank = max(3, *[x.dim() for x in given.values()])
@@ -125,6 +126,13 @@ def _folded(query: Any, key: Any, value: Any, grouped: bool) -> tuple[Any, Any, 
     return spread[0], spread[1], spread[2], lead
 
 
+def _dense(name: str, x: Any, instead: str) -> None:
+    """A tensor of one shape and strides."""
+    if x.is_nested or x.layout is not torch.strided:
+        kind = "a nested one" if x.is_nested else f"one of layout {x.layout}"
+        raise TypeError(f"`{name}` must be a dense tensor. Got {kind}: {instead}.")
+
+
 def _broadcast(shapes: list[Any], what: str, given: dict[str, Any]) -> tuple[Any, ...]:
     """The common shape of equally long ones, 1 stretching."""
     common = []
@@ -139,10 +147,21 @@ def _broadcast(shapes: list[Any], what: str, given: dict[str, Any]) -> tuple[Any
     return tuple(common)
 
 
+def _causal_bias(given: Any, q_len: int, k_len: int) -> dict[str, Any]:
+    """What one of torch.nn.attention.bias stands for: its own entries are no numbers at all."""
+    if given.variant.name == "UPPER_LEFT":
+        return {"mask": masks.causal(), "query_offset": "start"}
+    sizes = given.seq_len_q, given.seq_len_kv
+    if sizes != (q_len, k_len):
+        raise ValueError(f"`attn_mask` must be of (Tq, Tk) = {(q_len, k_len)}. Got {sizes}.")
+    return {"mask": masks.causal(), "query_offset": "end"}
+
+
 def _mask(attn_mask: Any, query: Any, full: tuple[Any, ...]) -> dict[str, Any]:
     """attn_mask as `mask` or `bias` of rank 4; `full` is (..., Hq, Tq, Tk)."""
     if not isinstance(attn_mask, torch.Tensor):
         raise TypeError(f"`attn_mask` must be a tensor. Got {type(attn_mask).__name__}.")
+    _dense("attn_mask", attn_mask, "pad it, or make it dense")
     names = [str(x.dtype).removeprefix("torch.") for x in (attn_mask, query)]
     documents_mask(names[0], names[1], tuple(attn_mask.shape), full, "attn_mask")
     rank = max(len(full), 4)

@@ -10,6 +10,7 @@ import numpy as np
 import pages
 import pytest
 import torch
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import attn_core
 from attn_core import compat, reference
@@ -91,6 +92,31 @@ def test_mask_and_causal_both_apply(added):
     want = theirs(q, k, v, mask, is_causal=True)
     torch.testing.assert_close(ours(q, k, v, mask, is_causal=True), want)
     assert not torch.allclose(want, theirs(q, k, v, mask), atol=1e-3)
+
+
+@pytest.mark.parametrize("made", [causal_upper_left, causal_lower_right])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_torchs_causal_biases(made, heads):
+    """Tensors whose entries nobody has written: of two heads one was added as it was."""
+    generator = torch.Generator().manual_seed(0)
+    arrays = [torch.randn(2, heads, n, 8, generator=generator) for n in (5, 9, 9)]
+    found = []
+    for function in (ours, theirs):
+        leaves = [x.clone().requires_grad_() for x in arrays]
+        out = function(*leaves, attn_mask=made(5, 9))
+        found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for mine, its in zip(*found, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(lambda *x: ours(*x, attn_mask=made(5, 9)), backend="aot_eager")
+    torch.testing.assert_close(compiled(*arrays), found[0][0].detach())
+    with pytest.raises(ValueError, match="`is_causal` must be False beside a CausalBias"):
+        ours(*arrays, attn_mask=made(5, 9), is_causal=True)
+
+
+def test_a_causal_bias_of_other_sizes_is_refused():
+    x = torch.zeros(1, 2, 5, 8)
+    with pytest.raises(ValueError, match=r"`attn_mask` must be of .* \(5, 5\). Got \(5, 9\)"):
+        ours(x, x, x, attn_mask=causal_lower_right(5, 9))
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o not in ("enable_gqa", "more_queries")])
@@ -302,6 +328,11 @@ def test_nested_tensors_are_refused():
     nested = torch.nested.nested_tensor([torch.zeros(3, 8)], layout=torch.jagged)
     with pytest.raises(TypeError, match="dense tensor"):
         ours(nested, nested, nested)
+    for mask in (nested, torch.ones(5, 5).to_sparse()):
+        with pytest.raises(TypeError, match=r"^`attn_mask` must be a dense tensor. Got (a|one)"):
+            ours(X, X, X, attn_mask=mask)
+    with pytest.raises(TypeError, match=r"^`query` must be a dense tensor. Got one of layout"):
+        ours(X.to_sparse(), X, X)
 
 
 # Conventions by source -------------------------------------------------------------------------

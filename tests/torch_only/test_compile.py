@@ -184,6 +184,19 @@ def test_rates_scales_and_caps_may_be_arguments(dynamic: Any) -> None:
     assert frames(capped, calls, dynamic=dynamic) == [1, 2, 3]
 
 
+def test_a_learnt_cap_is_an_argument() -> None:
+    cap = torch.tensor(2.0, requires_grad=True)
+
+    def f(cap: Any) -> Any:
+        return attention(q, k, v, score=scores.softcap(cap))
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    got, want = [torch.autograd.grad(g(cap).square().sum(), cap)[0] for g in (compiled, f)]
+    assert want.abs() > 1e-3
+    torch.testing.assert_close(got, want)
+    assert frames(f, [(torch.tensor(x),) for x in (0.5, 2.0, 3.0)]) == [1, 1, 1]
+
+
 # --- Symbolic shapes. -----------------------------------------------------------------------------
 
 LENGTHS = [(5, 7), (9, 8), (17, 40), (33, 35), (3, 4)]

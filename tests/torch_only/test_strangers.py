@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.attention.bias
 
 import attn_core
 from attn_core import masks, scores
@@ -90,6 +91,15 @@ def test_masked_tensors_are_refused(impl):
     query = torch.ones(1, 2, 3, 4)
     hidden = torch.masked.masked_tensor(torch.ones(3, 3), torch.ones(3, 3) > 0)
     with pytest.raises(TypeError, match=r"plain numbers. Got a MaskedTensor: .*get_data\(\)"):
+        attn_core.attention(query, query, query, bias=hidden, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_torchs_causal_biases_are_refused(impl):
+    """The hint for their rank would have had numbers added that nobody has written."""
+    query = torch.ones(2, 2, 3, 4)
+    hidden = torch.nn.attention.bias.causal_lower_right(3, 3)
+    with pytest.raises(TypeError, match=r"Got a CausalBias: give masks.causal\(\) .* upper left"):
         attn_core.attention(query, query, query, bias=hidden, impl=impl)
 
 
