@@ -67,6 +67,9 @@ _LEAST = 16
 _UNTOLD = ("combine", "schedule", "facts")
 """Kernels that are told nothing of sizes: odd ones are all (`signatures.py`)."""
 
+_UNBIASED = (*configs.PREPARING, "combine", "delta")
+"""Kernels that read no bias."""
+
 _SERIALIZED = re.compile(r"\bC751[0-5]\b")
 
 
@@ -79,6 +82,7 @@ class Job(NamedTuple):
             launch tells the compiler. With what it knows it takes other registers: either may
             spill where the other does not.
         queries: of `decode`: 1 or, with 0, up to 16 (`signatures.py`).
+        loose: whether rows of a bias begin anywhere, and not at multiples of 16.
     """
 
     kernel: str
@@ -90,11 +94,15 @@ class Job(NamedTuple):
     config: Config | None = None
     even: bool = True
     queries: int = 0
+    loose: bool = False
 
     @property
     def sizes(self) -> str:
         """In words."""
-        return ("even" if self.even else "odd") + (", one query" if self.queries == 1 else "")
+        words = ["even" if self.even else "odd"]
+        words += ["one query"] if self.queries == 1 else []
+        words += ["loose bias"] if self.loose else []
+        return ", ".join(words)
 
     @property
     def chosen(self) -> Config:
@@ -105,6 +113,10 @@ class Job(NamedTuple):
             tile, launch = self._replace(kernel="forward").chosen, configs.PREPARED
             return replace(launch, rows=tile.rows, keys=tile.keys)
         return self._entry.config
+
+    @property
+    def mask_class(self) -> str:
+        return configs.LOOSE if self.loose else self.sample.mask_class
 
     @property
     def refused(self) -> str:
@@ -118,7 +130,7 @@ class Job(NamedTuple):
     @property
     def _asked(self) -> tuple[str, str, int, int, str, str]:
         sizes = (self.width, self.v_width, self.dtype)
-        return self.kernel, self.target, *sizes, self.sample.mask_class
+        return self.kernel, self.target, *sizes, self.mask_class
 
 
 class Finding(NamedTuple):
@@ -220,9 +232,13 @@ def _ways(job: Job) -> Iterator[Job]:
         untold = job.kernel in _UNTOLD
     if not untold:
         yield job
-    yield job._replace(even=False)
+    odd = [job._replace(even=False)]
     if job.kernel == configs.DECODE:
-        yield job._replace(even=False, queries=1)
+        odd.append(job._replace(even=False, queries=1))
+    yield from odd
+    if job.sample.bias and job.kernel not in _UNBIASED:
+        loose = [each._replace(loose=True) for each in odd]
+        yield from (each for each in loose if not each.refused)
 
 
 def known_target(name: str) -> None:

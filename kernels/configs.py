@@ -38,12 +38,13 @@ its own for each."""
 
 KERNELS = ("forward", DECODE, "combine", "delta", KEYS, *PARTS, "d_query", FUSED, "d_bias")
 
-CLASSES = ("none", "positions", "mask", "score", "table", "dropout", "more")
-NONE, POSITIONS, MASK, SCORE, TABLE, DROPOUT, MORE = CLASSES
+CLASSES = ("none", "positions", "mask", "score", "table", "dropout", "more", "loose")
+NONE, POSITIONS, MASK, SCORE, TABLE, DROPOUT, MORE, LOOSE = CLASSES
 """What a tile costs beside its products: nothing; a mask of positions alone; one that looks arrays
 up, or lengths; a score, with any mask; an array that a mask or score looks up at every entry, by
 row and key at once; dropout, with a mask of positions at most; a bias, or dropout with anything
-more."""
+more; and that where a bias is read number by number, since 16 do not divide where its rows begin:
+an entry of the class before it is one of this class, too."""
 
 VARIABLE = "ATTN_CORE_KERNEL_CONFIGS"
 """The environment variable that names another file of yours."""
@@ -137,12 +138,13 @@ class Entry(NamedTuple):
     refused: str = ""
 
     def fits(self, kernel: str, architecture: str, width: int, bits: int, mask_class: str) -> bool:
+        named = {MORE, LOOSE} if mask_class == LOOSE else {mask_class}
         return (
             self.kernel == kernel
             and (architecture in self.on or ANY in self.on)
             and (not self.widths or width in self.widths)
             and self.bits in (0, bits)
-            and (not self.classes or mask_class in self.classes)
+            and (not self.classes or not named.isdisjoint(self.classes))
         )
 
 
@@ -153,6 +155,7 @@ def class_of(
     score: bool,
     table: bool = False,
     bias: bool = False,
+    loose: bool = False,
     dropout: bool = False,
 ) -> str:
     """The class of a problem.
@@ -162,7 +165,10 @@ def class_of(
         positions: whether its mask is of positions alone: no operands, and no lengths.
         score, bias, dropout: whether it has them.
         table: whether mask or score look an array up at every entry (`looks_up_entries`).
+        loose: whether there is a bias whose rows begin anywhere.
     """
+    if bias and loose:
+        return LOOSE
     if bias or (dropout and (score or (mask and not positions))):
         return MORE
     if dropout or table:

@@ -65,7 +65,8 @@ def _row(finding: Finding) -> dict[str, Any]:
         "problem": job.sample.name,
         "sizes": "even" if job.even else "odd",
         "queries": job.queries,
-        "class": job.sample.mask_class,
+        "loose": job.loose,
+        "class": job.mask_class,
         "config": asdict(finding.config),
         "seconds": round(finding.seconds, 2),
         **{name: getattr(finding, name) for name in _OF_FINDING},
@@ -78,6 +79,7 @@ def _finding(row: Mapping[str, Any]) -> Finding:
         sample=SAMPLES[row["problem"]],
         even=row["sizes"] == "even",
         queries=row.get("queries", 0),
+        loose=row.get("loose", False),
         **{name: row[name] for name in _OF_JOB},
     )
     said = {name: row[name] for name in _OF_FINDING}

@@ -6,7 +6,11 @@ are aligned and lie row by row. Its sizes come in two kinds (`Job.even`), since 
 other registers for each:
 
     even    16 divides every size, and each query head has keys of its own: a group is 1
-    odd     nothing is known of any size, but that rows of a bias are as far apart as even ones
+    odd     nothing is known of any size
+
+Rows of a bias are multiples of 16 apart in both, since a bias is often padded so that 16 bytes of
+it may be read at once. Where it is not, kernels are others, and of odd sizes they are compiled for
+such rows too (`Job.loose`).
 
 A cache that grows must not have its kernels compiled again and again. So forward is told nothing
 of sizes but whether 16 divides the number of keys, and in decoding not even that unless there is a
@@ -120,14 +124,8 @@ class _Call:
         # A stride of 0 is a multiple of 16.
         self.length_strides: tuple[Any, ...]
         self.length_strides = (1, 1, WHOLE) if sample.lengths else (WHOLE, WHOLE, WHOLE)
-        # Also of odd sizes: rows of a bias that begin anywhere spill in nearly every table's tile
-        # (docs/KERNELS.md), and are not what tiles are chosen for.
-        spans = (1 if n == "k" else WHOLE for n in "bhqk")
         self.bias = self.array if sample.bias else self.none
-        self.bias_strides = tuple(
-            stride if axis in sample.bias else WHOLE
-            for axis, stride in zip("bhqk", spans, strict=True)
-        )
+        self.bias_strides = self.spanned("i32" if job.loose else WHOLE)
         self.sinks = "*fp32" if sample.sinks else self.none
         self.seed = "*i64" if sample.dropout else self.none
         threshold = "i32" if sample.dropout else WHOLE  # none is 0
@@ -156,6 +154,14 @@ class _Call:
             "DROPOUT": sample.dropout,
             "PRECISION": "ieee",
         }
+
+    def spanned(self, stride: Any) -> tuple[Any, ...]:
+        """Strides of an array of the bias' axes, given that of all but the keys'."""
+        spans = (1 if axis == "k" else stride for axis in "bhqk")
+        # Along an axis that it does not span it is 0.
+        return tuple(
+            n if axis in self.sample.bias else WHOLE for axis, n in zip("bhqk", spans, strict=True)
+        )
 
     def tile(self, count: int, wide: str = "PAD", dtype: str = "") -> Any:
         """An array that is read by tiles of so many rows, of the job's dtype or another one."""
@@ -223,6 +229,8 @@ def _decode(c: _Call) -> _Made:
         c.length_strides = (1, 1, 1)
     if c.job.queries == 1:
         rows, pack = 16, 8
+        # Of one row nothing is said of how far rows are apart: 0.
+        c.bias_strides = (*c.bias_strides[:2], WHOLE, c.bias_strides[3])
     elif c.job.even:
         rows, pack = 16, 1
     else:
@@ -342,7 +350,8 @@ def _d_query(c: _Call) -> _Made:
 def _d_bias(c: _Call) -> _Made:
     told, constants = _gradient(c)
     positional = (
-        *(*[c.array] * 4, "*fp32", *told, (ROWS,) * 4, c.bias_strides),
+        # The gradient has no gaps, wherever the bias has some.
+        *(*[c.array] * 4, "*fp32", *told, (ROWS,) * 4, c.spanned(c.size)),
         *(c.length_strides, c.size, *c.counts),
     )
     spans = zip(("B", "H", "ROWS", "KEYS"), "bhqk", strict=True)

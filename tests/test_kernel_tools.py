@@ -17,6 +17,7 @@ import attn_core
 from attn_core import kernel_words, masks, scores
 from attn_core.cli import app
 from attn_core.kernels import configs
+from attn_core.kernels.ahead import Job
 from attn_core.kernels.configs import Config, Entry
 from attn_core.kernels.samples import SAMPLES
 from attn_core.language.text import parse, text
@@ -170,7 +171,20 @@ def test_classes_follow_what_a_problem_has() -> None:
     assert found["softcap"] == found["scored documents"] == "score"
     assert found["dropout"] == "dropout"
     assert found["bias"] == found["everything"] == "more"
-    assert set(found.values()) == set(configs.CLASSES)
+    assert {*found.values(), "loose"} == set(configs.CLASSES)
+    job = Job("forward", "sm_90", SAMPLES["bias"], 64, 64, "bfloat16", even=False, loose=True)
+    assert job.mask_class == "loose"
+
+
+def test_a_loose_bias_has_the_entries_of_any_bias_where_it_has_none() -> None:
+    about = ("sm_80", 128, 128, "bfloat16")
+    loose = MINE._replace(on=("sm_80",), classes=("loose",))
+    for kernel in configs.KERNELS:
+        if kernel not in ("forward", "decode"):
+            assert configs.choose(kernel, *about, "loose") == configs.choose(kernel, *about, "more")
+    with configs.trying(loose):
+        assert configs.choose("forward", *about, "loose") == loose.config
+        assert configs.choose("forward", *about, "more") != loose.config
 
 
 @pytest.mark.parametrize(

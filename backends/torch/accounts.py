@@ -255,6 +255,8 @@ def _triton(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Accoun
         score=p.score is not None,
         bias=p.bias is not None,
         dropout=p.rate > 0,
+        # As one that lies row by row.
+        loose=p.bias is not None and p.bias[3] and k_len % 16 > 0,
     )
 
     def config(kernel: str) -> Config:

@@ -78,6 +78,7 @@ class Call:
             score=ask.score is not None,
             bias=x.bias is not None,
             dropout=ask.rate > 0,
+            loose=x.bias is not None and loose(bias),
         )
         self.options = {
             "D": self.width,
@@ -168,6 +169,15 @@ def neighbours(mask: Tree | None, *along: str) -> bool:
 def _word(n: int) -> int:
     """32 bits as int32 has them: an argument's type would follow from its value."""
     return n - 2**32 if n >= 2**31 else n
+
+
+def loose(bias: Array) -> bool:
+    """Whether its keys are read one by one: compilers know of no row that it begins at a multiple
+    of 16 bytes."""
+    *apart, along = spanned(bias)
+    if along == 0:
+        return False
+    return along > 1 or any(n % 16 for n in apart) or bias.data_ptr() % 16 > 0
 
 
 def spanned(x: Array) -> tuple[int, ...]:

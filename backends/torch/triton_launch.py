@@ -71,6 +71,7 @@ class Kind(NamedTuple):
         mask: "", "positions" (of those alone) or "operands" (it looks arrays up).
         table: whether mask or score look an array up at every entry.
         lengths, score, bias, dropout: whether they are given.
+        loose: whether rows of the bias begin anywhere (`triton_call.loose`).
     """
 
     widths: tuple[int, int]
@@ -81,6 +82,7 @@ class Kind(NamedTuple):
     score: bool
     bias: bool
     dropout: bool
+    loose: bool = False
 
 
 def config(kernel: str, device: torch.device, kind: Kind) -> Config:
@@ -91,6 +93,7 @@ def config(kernel: str, device: torch.device, kind: Kind) -> Config:
         score=kind.score,
         table=kind.table,
         bias=kind.bias,
+        loose=kind.loose,
         dropout=kind.dropout,
     )
     return configs.choose(kernel, architecture(device), *kind.widths, kind.dtype, mask_class)

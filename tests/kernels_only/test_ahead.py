@@ -31,20 +31,22 @@ FUSED = ("sm_80", "sm_90", "gfx942")
 @pytest.mark.parametrize("target", ahead.TARGETS)
 def test_what_is_shipped_compiles_clean(target: str) -> None:
     asked = list(ahead.jobs([target], KERNELS, ("causal", "everything"), few=True))
-    # Decoding is compiled for one query too; of tiles of 16 rows even and odd sizes are one.
-    first = 17 if target == "sm_80" else 18
+    # Decoding is compiled for one query too; of tiles of 16 rows even and odd sizes are one. Of
+    # each kernel with a bias there is one whose rows begin anywhere, of decoding there are two.
+    first = 22 if target == "sm_80" else 23
     assert len(asked) == first
     kernels = [*ALONE.get(target, ()), *(("fused",) if target in FUSED else ())]
     for kernel in kernels:
         asked += ahead.jobs([target], [kernel], ["everything"], few=True)
-    assert len(asked) == first + 2 * len(kernels) - ("combine" in kernels)
+    biased = sum(kernel in ("fused", "d_bias") for kernel in kernels)
+    assert len(asked) == first + 2 * len(kernels) - ("combine" in kernels) + biased
     found = ahead.run(asked)
     assert [finding.job for finding in found] == asked
     assert [finding for finding in found if finding.problems] == []
     # A tile of one class has the registers of a kernel that does something.
     assert all((f.registers or 0) > 32 for f in found if f.job.kernel != "combine")
     hopper = [f for f in found if f.job.target == "sm_90" and f.job.kernel == "forward"]
-    assert len(hopper) == (4 if target == "sm_90" else 0)
+    assert len(hopper) == (5 if target == "sm_90" else 0)
     assert all(finding.wgmma[0] > 0 and finding.wgmma[1] > 0 for finding in hopper)
 
 
@@ -132,6 +134,21 @@ def test_what_is_never_launched_is_not_compiled() -> None:
         assert list(ahead.jobs(["sm_90"], ["fused"], [name], [256], ["bfloat16"])) == (
             [] if refused else [job, job._replace(even=False)]
         )
+
+
+def test_a_bias_has_rows_that_begin_anywhere() -> None:
+    """Where a kernel reads one."""
+    about = ("bias", "everything"), (64,), ("bfloat16",)
+    for kernel in ahead.KERNELS:
+        loose = [job for job in ahead.jobs(["sm_80"], [kernel], *about) if job.loose]
+        read = kernel in ("forward", "decode", "d_keys", "d_query", "fused", "d_bias")
+        assert [job.sizes for job in loose] == (
+            [] if not read
+            else 2 * ["odd, loose bias", "odd, one query, loose bias"] if kernel == "decode"
+            else 2 * ["odd, loose bias"]
+        )  # fmt: skip
+    without = ("causal", "documents", "dropout")
+    assert not any(job.loose for job in ahead.jobs(["sm_80"], (), without))
 
 
 def test_names_that_nothing_has_are_refused() -> None:

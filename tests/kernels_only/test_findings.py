@@ -45,7 +45,9 @@ def test_a_finding_comes_back_as_it_was(tmp_path: Path) -> None:
         CAUSAL, Config(64, 32, 4, 2, True, registers=200), 1.25, 255, 24, 4096, 128, ("C7510",),
         (4, 2), digest="0123456789abcdef",
     )  # fmt: skip
-    one = CAUSAL._replace(kernel="decode", even=False, queries=1)
+    one = CAUSAL._replace(
+        kernel="decode", sample=SAMPLES["bias"], even=False, queries=1, loose=True
+    )
     other = Finding(one, Config(16, 16, 4, 1, programs=4), 0.5, digest="ab")
     none = Finding(
         CAUSAL._replace(kernel="d_keys"), Config(16, 16, 4, 1), 0.5, error="no", digest="c"
@@ -71,6 +73,8 @@ def test_a_digest_is_of_all_that_decides() -> None:
         CAUSAL._replace(sample=SAMPLES["causal"]._replace(dropout=True)),
         CAUSAL._replace(dtype="bfloat16"),
         CAUSAL._replace(even=False),
+        CAUSAL._replace(sample=SAMPLES["bias"], even=False),
+        CAUSAL._replace(sample=SAMPLES["bias"], even=False, loose=True),
         CAUSAL._replace(width=128, v_width=128, config=config),
         CAUSAL._replace(config=Config(*vars(config).values())),
         CAUSAL._replace(config=Config(**{**vars(config), "programs": 4})),

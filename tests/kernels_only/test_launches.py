@@ -9,6 +9,10 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import torch
+
+from attn_core.backends.torch.triton_call import loose
+
 SCRIPT = Path(__file__).resolve().parent.parent / "launches.py"
 WAYS = ("even", "odd")
 SHARED = 232_448
@@ -39,8 +43,11 @@ def test_every_launch_compiles_for_hopper() -> None:
     assert all(kernels[name] | {"schedule"} == both for name in sampled)
     decoded = {name: found for name, found in kernels.items() if "decode" in name}
     assert len(decoded.pop("decode")) == 7
-    assert {name.partition(", decode, ")[2] for name in decoded} == {*WAYS, "odd, one query"}
+    asked = {*WAYS, "odd, one query", "odd, one query, loose bias"}
+    assert {name.partition(", decode, ")[2] for name in decoded} == asked
     assert all({"forward", "combine"} < found for found in decoded.values())
+    for way in (*WAYS, "odd, loose bias"):
+        assert kernels[f"bias, {way}"] | {"schedule"} == {*both, "d_bias"}
     parted = (both - {"d_keys"}) | {"d_key", "d_value"}
     assert kernels["apart"] == {*parted, "d_bias"}
     assert all(kernels[f"dropout apart, {way}"] | {"schedule"} == parted for way in WAYS)
@@ -53,3 +60,13 @@ def test_every_launch_compiles_for_hopper() -> None:
         count = {kernel: len(made[case, kernel]) for kernel in kernels[case]}
         assert count == {**facts, "schedule": 2, "forward": 2, "combine": 1}
     assert len(made["a prompt of any length", "forward"]) == 2
+
+
+def test_a_bias_is_loose_where_its_keys_are_read_one_by_one() -> None:
+    bias = torch.zeros(2, 3, 32, 48)
+    # An axis of one entry has no stride, and of one key there is nothing to read at once.
+    for whole in (bias, bias[..., :47], bias[:1, :1, :1, :47], bias[..., :1], bias[:, :, 1:]):
+        assert not loose(whole)
+    assert not loose(torch.zeros(1, 1, 1, 47))
+    for anywhere in (bias[..., 1:], bias.transpose(2, 3), torch.zeros(1, 1, 2, 47)):
+        assert loose(anywhere)
