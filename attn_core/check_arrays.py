@@ -80,7 +80,11 @@ def as_mask(backend: Any, mask: Any, source: str, full: tuple[Any, ...]) -> Mask
             "write attn_core.mask(fn), or call it if it makes a mask."
         )
     if not hasattr(mask, "dtype") or not hasattr(mask, "shape"):
-        raise TypeError(f"`mask` must be a Mask or a boolean array. Got {type(mask).__name__}.")
+        hint = ""
+        if callable(getattr(mask, "mask_mod", None)):  # flex_attention's BlockMask
+            hint = ": write attn_core.mask(fn) with the function that it was made of"
+        name = type(mask).__name__
+        raise TypeError(f"`mask` must be a Mask or a boolean array. Got {name}{hint}.")
     host_or_same("mask", mask, source)
     facts = describe(backend, False, mask)
     if facts.dtype != "bool":

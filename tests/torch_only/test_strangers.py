@@ -103,6 +103,15 @@ def test_torchs_causal_biases_are_refused(impl):
         attn_core.attention(query, query, query, bias=hidden, impl=impl)
 
 
+def test_a_mask_of_flex_attention_is_told_what_to_write():
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    query = torch.ones(1, 1, 128, 4)
+    hidden = create_block_mask(lambda b, h, q, k: q >= k, 1, 1, 128, 128, device="cpu")
+    with pytest.raises(TypeError, match=r"Got BlockMask: write attn_core.mask\(fn\) with"):
+        attn_core.attention(query, query, query, mask=hidden)
+
+
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_tensors_of_several_devices_are_refused(impl, tmp_path):
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
