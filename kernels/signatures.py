@@ -389,7 +389,7 @@ def _schedule(c: _Call) -> _Made:
 def _facts(c: _Call) -> _Made:
     positional = (*("*i32", "*i64", "*i32", "*i32"), (1, 1, 1), *["i32"] * 5)
     names = ("KV_LENGTHS", "Q_LENGTHS", "OFFSETS", "END")
-    constants = {"FAR": 2**30, **dict.fromkeys(names, True), "COUNT": 128}
+    constants = {"FAR": 2**28, **dict.fromkeys(names, True), "COUNT": 128}
     return schedule.facts, positional, constants
 
 
