@@ -1,29 +1,29 @@
-"""The backward kernels: each tile is computed again from the statistics (m, log l) of its rows.
+"""The backward kernels: each tile is recomputed from the statistics (m, log l) of its rows.
 
     p  = exp(s - m) / l                dV = p'^T dO         p' = p, dropped and rescaled as it was
     dp = dO V^T                        dz = p (dp' - t)     t = rowsum(dO * O) - d lse
     dQ = scale ds K                    dK = scale ds^T Q    ds = dz (d score / d s)
 
-Every gradient has a kernel that goes along whatever it is a sum over, so that each number is added
-up by one program in one order: no atomics, and a run like any other.
+Every gradient has a kernel that walks whatever it is a sum over, so that each number is added up by
+one program in one order: no atomics, and every run gives the same bits.
 
     d_keys      a tile of keys along its live tiles of rows, for every head of its group
     d_query     a tile of rows along its live tiles of keys
-    d_bias      (`bias.py`) a tile of the bias along all that it is the same for
+    d_bias      (`bias.py`) a tile of the bias along all that it is broadcast over
 
-What that costs is two products more, so that `d_keys` can do the work of `d_query` too (FUSED): it
-has ds at hand, and adds every tile's share of dQ by atomics, in float32 and in an order that no two
-runs share. `d_tables`, the gradients of arrays that a score looks up, where a place may be found
-from anywhere, adds so wherever it is called.
+That costs two products more. So `d_keys` can do the work of `d_query` too (FUSED): it has ds at
+hand, and adds every tile's share of dQ by atomics, in float32 and in an order that differs from run
+to run. `d_tables`, the gradients of arrays that a score looks up, always adds by atomics, since any
+tile may look up any entry.
 
-Full and partial tiles stand in one loop, as in the forward pass, and nobody looks at first whether
-a row sees a key or a key is seen by a row: what lies there is multiplied by a p of 0, and where the
-sums are not finite then, they are made again (AGAIN), by a loop in which every tile is taken for
-partial, and rows that see no key come in as zeros, and keys that no row sees. What comes out is the
-same whatever stands where nobody looks, and takes longer where that is NaN.
+Full and partial tiles share one loop, as in the forward pass, and at first it does not ask whether
+a row sees a key or a key is seen by a row: what is there is multiplied by a p of 0. Where the sums
+are not finite then, they are made again (AGAIN), by a loop that takes every tile for partial and
+reads zeros for rows that see no key and for keys that no row sees. The result is the same whatever
+hidden entries hold, and takes longer where that is NaN or infinite.
 
-What is added by atomics cannot be taken back, and beside products of float32 looking is nothing:
-there two loops look at once, one along full tiles and one along partial ones.
+What is added by atomics cannot be taken back, and in float32 asking costs little beside the
+products: there two loops ask at once, one along full tiles and one along partial ones.
 """
 
 from __future__ import annotations

@@ -1,35 +1,35 @@
-"""The forward kernel: a tile of query rows goes along its live tiles of keys.
+"""The forward kernel: a tile of query rows walks its live tiles of keys.
 
 One program has one tile of rows. It reads from the schedule (`attn_core.schedule`) which tiles of
-keys are full, where no mask is evaluated, and which are partial, and keeps for each row the maximum
-m of its logits, the sum l of exp(s - m), and the weighted sum of values:
+keys are full (no mask is evaluated) and which are partial, and keeps for each row the maximum m of
+its logits, the sum l of exp(s - m), and the weighted sum of values:
 
     m' = max(m, max s)     l' = l exp(m - m') + sum exp(s - m')     acc' = acc exp(m - m') + P V
 
-exp(x) is exp2(x log2 e), product and difference are one operation, and m is kept in units of log 2:
+exp(x) is exp2(x log2 e); product and difference are one FMA if m is kept in units of log 2:
 
     m' = max(m, log2 e max s)     P = exp2(s log2 e - m')
 
-A GPU does not round that product by itself, and what m' was rounded by is the same for all of a
-row: P and l have it alike. But of a logit of 1e9 it is tens, by which P would exceed 1, and the
-backward pass takes m for what it is. A row whose m comes to be HIGH or DEEP gets a sum of NaN, and
-is gone along once more, `exact`: there the product comes after the difference. (By the distances of
-ALiBi a row begins at -1e4, and ends near 0.) Without a score or a bias a positive scale is part of
-that product.
+An FMA does not round that product, and the rounding error of m' is the same for all of a row, so
+that it cancels in P / l. But for a logit of 1e9 it is tens: P would exceed 1, and the backward pass
+takes m at its word. So a row whose m becomes HIGH or DEEP gets a sum of NaN, and its tile of rows
+runs once more, `exact`: there the product comes after the difference. (With ALiBi's distances a row
+may begin at -1e4, and end near 0.) Without a score or a bias a positive scale is part of that
+product.
 
-Full and partial tiles stand in one loop, the partial ones behind a branch: two loops would empty
-and fill their pipeline twice, which of a window's or a document's few tiles is a good part.
+Full and partial tiles share one loop, the partial ones behind a branch: two loops would fill and
+drain their pipeline twice, a good part of the time if a window or a document has few tiles.
 
 Masks select, they never add. And 0 times NaN is NaN: the value of a key that no row of the tile may
-see must come in as 0. Finding out who that is takes longer than the products, so nobody looks at
-first; where a sum is not finite then, the rows go `along` their keys once more, CAREFUL this time.
-What comes out is the same, bit for bit, whatever stands where nobody looks, and takes longer where
-that is NaN. Products of float32 take so long that looking is nothing beside them: it is careful and
-exact at once.
+see must be read as 0. Finding those keys takes longer than the products, so at first none is looked
+for; if a sum is not finite then, the rows walk `along` their keys once more, CAREFUL this time. The
+result is the same, bit for bit, whatever hidden values are, and takes longer where they are NaN or
+infinite. In float32 products take so long that looking costs little beside them: its only pass is
+careful and exact.
 
 Rows may be those of all heads of a group, one below the other: then keys are read once for the
-group, which is what decoding spends its time on. And the tiles of a row may be shared out among
-several programs, whose (m, l, acc) `combine` puts together.
+group, and reading is what decoding spends its time on. And the tiles of a row may be split among
+several programs, whose (m, l, acc) `combine` merges.
 
 There is one kernel: masks, scores and options are compiled into it or left out of it.
 """
@@ -42,8 +42,8 @@ import triton.language as tl
 from attn_core.kernels.tile import LOG2E, facts_of, judged, kept_of, line_of, taken
 
 HIGH, DEEP = tl.constexpr(512.0), tl.constexpr(-65536.0)
-"""Maxima, in units of log 2: 2^-24 of them is 1/16 of what float16 rounds by, and all that bfloat16
-does. Rows that end between -512 and DEEP are what a finite bias has left of hidden ones."""
+"""Row maxima in units of log 2. 2^-24 of HIGH is 1/16 of float16's rounding, 2^-24 of DEEP all of
+bfloat16's. Rows that end between -512 and DEEP are what a finite bias has left of hidden ones."""
 
 LN2 = tl.constexpr(0.6931471805599453)
 

@@ -1,13 +1,13 @@
-"""Schedules on the device: of each row (or column) of tiles those that are live, full ones first.
+"""Schedules on the device: the live tiles of each row (or column) of tiles, full ones first.
 
-    facts       lengths held within what there is, and where queries begin: what kernels are told
-    reduced     a table in grains of a tile, the least and the greatest of each
-    schedule    a program to each row of tiles, along all of its tiles
+    facts       lengths clamped to [0, T], and where queries begin, as the kernels read them
+    reduced     the least and the greatest entry of a table in every grain of it
+    schedule    one program to each row (or column) of tiles, along all of its tiles
 
-A schedule (`attn_core.schedule`) of arrays on the device is made of them there, in one launch and
-without a word to the host. Whether a tile is live or full is what the interval reading says, as a
-device function (`reach.py`). The program goes along its row twice and counts on: first it writes
-those that are full, then those that are live and not full, each in the order of the keys.
+A schedule (`attn_core.schedule`) that depends on arrays of the device is made there, in one launch
+and without waiting for the host. The interval reading, as a device function (`reach.py`), says
+which tiles are live and which are full. The program walks its tiles twice (once if it reads them
+all together): it lists the full ones, then those that are live but not full, in ascending order.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 
 AT_ONCE = 4096
-"""Entries that a program reads together: tiles times the entries of each one's range."""
+"""Entries that a program reads together: tiles times the entries in the range of each."""
 
 OF_TABLES = 1024
-"""The same of `reduced`, each of whose entries has an address of its own."""
+"""The same for `reduced`, where each entry has an address of its own."""
 
 
 # The compiler is told nothing of sizes: it would gain nothing, and a cache that grows would wait

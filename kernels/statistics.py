@@ -1,12 +1,12 @@
-"""What is known of rows, backward: their statistics, and the rows themselves.
+"""What the backward kernels read of rows: their statistics, and tiles of the rows themselves.
 
-    m          of its logits, as forward said it
-    log2 l     of its sum; +inf where a row may see no key
+    m          the row maximum of the logits, as forward left it
+    log2 l     of the row's sum; +inf where a row may see no key
     t          rowsum(dO * O) - d lse
     base       m log2 e + log2 l: p = exp2(s log2 e - base); NaN where that is FAR from 0
 
-They stand in lines, a line to each head, that are longer than there are rows: a tile that begins
-within one ends there, so that it is read whole, in words of as many bytes as a GPU takes at once.
+They are stored in lines, one to each head, padded to a multiple of LINE rows: a tile never crosses
+the end of a line, so that loads need no bounds check and are as wide as a GPU allows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LINE = tl.constexpr(256)
 """A head's statistics stand in lines of a multiple of this: the most rows that a tile may have."""
 
 FAR = tl.constexpr(512.0)
-"""What base is rounded by then, 2^-24 of it, is a sixteenth of what float16 rounds p by."""
+"""At this base its rounding, 2^-24 of it, is a sixteenth of what float16 rounds p by."""
 
 
 @triton.jit

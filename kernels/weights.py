@@ -1,24 +1,24 @@
-"""What a tile weighs, and what flows back into it: what the backward kernels have in common.
+"""The weights p of a tile, and their gradient: what the backward kernels have in common.
 
     p  = exp(s - m) / l                dz = p (dp' - t)     ds = dz (d score / d s)
 
-A tile of logits comes in as products, and is one of three kinds:
+The logits of a tile come in as plain products of query and key. A tile is one of three kinds:
 
     FULL       known to be full: no mask is evaluated
-    PARTIAL    taken for partial, and everything selected by who is allowed: who is not has a p, a
-               dz and a ds of 0, whatever stands there
-    EITHER     told as the kernel runs. Who is not allowed has a logit of -inf and a p of 0, and is
-               selected no more: where what flows back is not finite, or the statistics of the row
-               are not, 0 times it is NaN, and who adds it up must begin AGAIN, by PARTIAL
+    PARTIAL    taken for partial, and everything selected by the mask: where it does not allow a
+               pair, p, dz and ds are 0, whatever the operands hold
+    EITHER     known only as the kernel runs. A pair that is not allowed has a logit of -inf and a p
+               of 0, and nothing more is selected: where the gradient, or the row's statistics, are
+               not finite, 0 times that is NaN, and the caller must begin AGAIN, by PARTIAL
 
-Nothing else comes of EITHER: it is what PARTIAL makes of the tile AGAIN, bit for bit, or NaN.
+EITHER gives nothing else: what PARTIAL makes of the tile AGAIN, bit for bit, or NaN.
 
-    p  = exp2(s log2 e - base)         where base is a number (`statistics.py`): one operation, and
-                                       of a plain product its scale is part of it
+    p  = exp2(s log2 e - base)         where base is a number (`statistics.py`): one FMA, of which
+                                       the scale is a part if there is neither score nor bias
     p  = exp2(min(s - m, 0) log2 e - log2 l)
-                                       where it is NaN, and in float32. Added up in another order
-                                       than forward, a logit of 1e9 may exceed its row's maximum by
-                                       tens, and p must not exceed 1
+                                       where base is NaN, and in float32. Summed in another order
+                                       than in forward, a logit of 1e9 may exceed its row's maximum
+                                       by tens, and p must not exceed 1
 """
 
 from __future__ import annotations
