@@ -127,7 +127,8 @@ def offset_of(
     if isinstance(x, tuple):
         low, high = min((0, *x)), max((0, *x))
         if low < -FAR or high > FAR:
-            raise ValueError(f"`query_offset` must lie within +-{FAR}. Got {low} to {high}.")
+            far = max(x, key=abs)
+            raise ValueError(f"`query_offset` must lie within +-{FAR}. Got {far}.")
         return "given", x, (low, high)
     return "given", x, (-FAR, FAR)
 

@@ -204,10 +204,10 @@ def show(
         typer.Option(help='"softcap(50)", "s * 0.5"; may be repeated, one after another.'),
     ] = None,
     kernel: Annotated[
-        str, typer.Option(help="Of which --ttgir and --ptx are.", autocompletion=_kernels)
+        str, typer.Option(help="Which kernel --ttgir and --ptx print.", autocompletion=_kernels)
     ] = "forward",
     target: Annotated[
-        str, typer.Option(help="For which it is compiled.", autocompletion=_targets)
+        str, typer.Option(help="The GPU that it is compiled for.", autocompletion=_targets)
     ] = "sm_90",
     width: Annotated[int, typer.Option(help="Of query, key and value.")] = 128,
     dtype: Annotated[str, typer.Option(help="Of query, key and value.")] = "bfloat16",

@@ -343,7 +343,7 @@ MISUSES: tuple[Misuse, ...] = (
     Misuse(
         "refused-offset-far",
         ValueError,
-        "`query_offset` must lie within +-268435456. Got 0 to 268435457.",
+        "`query_offset` must lie within +-268435456. Got 268435457.",
         lambda: {"query_offset": 2**28 + 1},
     ),
     Misuse(
