@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
 _BUILDER = interpreter.InterpreterBuilder
@@ -30,7 +31,7 @@ RIGHT = all((*_PLAIN.values(), _reduced))
 
 def widened(bits: Any) -> Any:
     """float32 of bfloat16's bits, which are its upper half."""
-    return (np.asarray(bits, np.uint32) << 16).view(np.float32)
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def narrowed(numbers: Any) -> Any:
@@ -53,32 +54,26 @@ def _refused(what: str) -> NotImplementedError:
     )
 
 
-def _converted(self: Any, src: Any, dst_type: Any, rounding: Any = None) -> Any:
+def _converted(src: Any, dst_type: Any, rounding: Any = None) -> Any:
     old, new = src.dtype.scalar, dst_type.scalar
     if old is new:
         return src
     if (old, new) == (tl.bfloat16, tl.float32):
-        return interpreter.TensorHandle(widened(src.data).reshape(src.data.shape), new)
-    if (old, new) == (tl.float32, tl.bfloat16) and rounding in (None, _nearest()):
-        return interpreter.TensorHandle(narrowed(src.data).reshape(src.data.shape), new)
+        return interpreter.TensorHandle(widened(src.data), new)
+    if (old, new) == (tl.float32, tl.bfloat16) and rounding in (None, ir.ROUNDING_MODE.RTNE):
+        return interpreter.TensorHandle(narrowed(src.data), new)
     raise _refused(f"a conversion from {old} to {new}, {rounding or 'rounded to the nearest'}")
-
-
-def _nearest() -> Any:
-    from triton._C.libtriton import ir
-
-    return ir.ROUNDING_MODE.RTNE
 
 
 def _cast(self: Any, src: Any, dst_type: Any) -> Any:
     if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar):
-        return _converted(self, src, dst_type)
+        return _converted(src, dst_type)
     return _PLAIN["cast_impl"](self, src, dst_type)  # type: ignore[misc]
 
 
 def _rounded(self: Any, src: Any, dst_type: Any, rounding: Any) -> Any:
     if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar):
-        return _converted(self, src, dst_type, rounding)
+        return _converted(src, dst_type, rounding)
     return _PLAIN["create_fp_to_fp"](self, src, dst_type, rounding)  # type: ignore[misc]
 
 
