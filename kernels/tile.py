@@ -176,17 +176,60 @@ def scored(s, allowed, b, h, row, k, offset, operands, FUNCTION: tl.constexpr):
 
 
 @triton.jit
-def kept_of(seed, b, h, q, first, threshold, M: tl.constexpr, N: tl.constexpr):
-    """Dropout's mask, (M, N): word k mod 4 of Philox4x32-10 at (k // 4, q, h, b), k from `first`.
+def kept_of(
+    seed, b, h, q, first, threshold,
+    M: tl.constexpr, N: tl.constexpr, TURNED: tl.constexpr = False,
+):  # fmt: skip
+    """Dropout's mask: word k mod 4 of Philox4x32-10 at (k // 4, q, h, b), k from `first`.
 
     Four neighbours along the keys share one counter, and are made together.
+
+    Args:
+        h, q: of each row, (M,).
+        TURNED: whether the mask is (N, M), and not (M, N).
     """
-    low, high = tl.load(seed).to(tl.uint64), tl.load(seed + 1).to(tl.uint64)
-    zero = tl.zeros((M, N // 4), tl.uint32)
-    quads = (first // 4 + tl.arange(0, N // 4)).to(tl.uint32)[None, :] + zero
-    rows, heads = q.to(tl.uint32)[:, None] + zero, h.to(tl.uint32)[:, None] + zero
-    w0, w1, w2, w3 = tl.philox(low | (high << 32), quads, rows, heads, b.to(tl.uint32) + zero)
-    # Compared first: what moves between threads then is a byte and not a word.
+    key0, key1 = tl.load(seed).to(tl.uint32), tl.load(seed + 1).to(tl.uint32)
+    quads = (first // 4 + tl.arange(0, N // 4)).to(tl.uint32)
+    batch = tl.zeros((1, 1), tl.uint32) + b.to(tl.uint32)
+    AT: tl.constexpr = 0 if TURNED else 1
+    quads = tl.expand_dims(quads, 1 - AT)
+    rows, heads = tl.expand_dims(q.to(tl.uint32), AT), tl.expand_dims(h.to(tl.uint32), AT)
+    w0, w1, w2, w3 = philox(quads, rows, heads, batch, key0, key1)
+    # Keys are other threads' than their words: what moves is a bit of each, two in a number. Joined,
+    # since Triton would sooner repeat the ten rounds where they are needed than move a plain number.
     least = tl.cast(threshold, tl.uint32)
-    kept = tl.join(tl.join(w0 >= least, w2 >= least), tl.join(w1 >= least, w3 >= least))
-    return tl.reshape(kept, (M, N))
+    low = (w0 >= least).to(tl.int32) | ((w1 >= least).to(tl.int32) << 1)
+    high = (w2 >= least).to(tl.int32) | ((w3 >= least).to(tl.int32) << 1)
+    two, bit = tl.join(low, high), 1 + tl.arange(0, 2)
+    if TURNED:
+        two = tl.reshape(tl.permute(two, (0, 2, 1)), (N // 2, M))
+        kept = tl.reshape(two[:, None, :] & bit[None, :, None], (N, M))
+    else:
+        two = tl.reshape(two, (M, N // 2))
+        kept = tl.reshape(two[:, :, None] & bit[None, None, :], (M, N))
+    return kept != 0
+
+
+@triton.jit
+def philox(x0, x1, x2, x3, key0, key1):
+    """The four words of Philox4x32-10 at counters that broadcast; all are uint32 (SPEC, section 7).
+
+    `tl.philox` gives the same. It takes high and low half by a multiplication each, of counters of
+    the tile's shape; here one multiplication gives both, and as long as rows and keys have not met
+    in one word, for two rounds, there is a product for a row or a key and not for each pair.
+    """
+    for n in tl.static_range(10):
+        if n > 0:
+            key0 += 0x9E3779B9
+            key1 += 0xBB67AE85
+        high0, low0 = _halves(x0, 0xD2511F53)
+        high2, low2 = _halves(x2, 0xCD9E8D57)
+        x0, x1, x2, x3 = high2 ^ x1 ^ key0, low2, high0 ^ x3 ^ key1, low0
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _halves(x, FACTOR: tl.constexpr):
+    """(high, low): the words of a product."""
+    product = x.to(tl.uint64) * FACTOR
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)

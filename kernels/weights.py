@@ -107,9 +107,7 @@ def weigh(
     if DROPOUT:
         q = tl.reshape(row + facts[0], (M,))
         heads = tl.zeros((M,), tl.int32) + tl.reshape(h, (1,))
-        keep = kept_of(arrays[4][0], b, heads, q, first, threshold, M, N)
-        if TURNED:
-            keep = tl.trans(keep)
+        keep = kept_of(arrays[4][0], b, heads, q, first, threshold, M, N, TURNED)
     return p, keep, allowed, found
 
 
