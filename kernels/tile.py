@@ -195,8 +195,9 @@ def kept_of(
     quads = tl.expand_dims(quads, 1 - AT)
     rows, heads = tl.expand_dims(q.to(tl.uint32), AT), tl.expand_dims(h.to(tl.uint32), AT)
     w0, w1, w2, w3 = philox(quads, rows, heads, batch, key0, key1)
-    # Keys are other threads' than their words: what moves is a bit of each, two in a number. Joined,
-    # since Triton would sooner repeat the ten rounds where they are needed than move a plain number.
+    # A key's word and its logit are held by different threads: a bit of each word moves, two in a
+    # number. They are joined, since Triton, rather than move a number that is no part of a join,
+    # would compute it where it is needed: the ten rounds by two or four threads.
     least = tl.cast(threshold, tl.uint32)
     low = (w0 >= least).to(tl.int32) | ((w1 >= least).to(tl.int32) << 1)
     high = (w2 >= least).to(tl.int32) | ((w3 >= least).to(tl.int32) << 1)
