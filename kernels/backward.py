@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 
 from attn_core.kernels.statistics import of_rows, rows_of
-from attn_core.kernels.tile import add, facts_of, line_of, put, taken
+from attn_core.kernels.tile import add, bias_of, facts_of, line_of, put, taken
 from attn_core.kernels.weights import EITHER, FULL, PARTIAL, finite, pull, seen_of, weigh
 
 
@@ -174,11 +174,12 @@ def _along_rows(
             )  # fmt: skip
         # Turned over, so that p and ds are first operands as they come out of products. What is
         # known of rows is then spread over all threads, and read no sooner than it is needed.
+        at = (b, h, row[None, :], k_at[:, None], tile * N)
+        added = bias_of(at, facts, arrays, BIAS)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=tl.float32)
         known = _known_of(statistics, b, head, j * M, heads, q_len, M, KIND)
-        at = (b, h, row[None, :], k_at[:, None], tile * N)
         p, keep, allowed, found = weigh(
-            s, (known[0][None, :], known[1][None, :], known[2][None, :]), at, facts, arrays,
+            s, added, (known[0][None, :], known[1][None, :], known[2][None, :]), at, facts, arrays,
             numbers, i >= stop_full, M, N, MASK, SCORE, BIAS, DROPOUT, KIND, AGAIN, True,
         )  # fmt: skip
         if AGAIN:  # late: with nothing on its way, it would wait in registers
@@ -347,11 +348,12 @@ def _along_keys(
         k_at = j * N + tl.arange(0, N)
         k = taken(key, strides[2], b, kv_head, j * N, k_len, N, D, PAD, WHOLE, DESCRIPTORS)
         v = taken(value, strides[3], b, kv_head, j * N, k_len, N, DV, PAD_V, WHOLE, DESCRIPTORS)
+        at = (b, h, row[:, None], k_at[None, :], j * N)
+        added = bias_of(at, facts, arrays, BIAS)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
-        at = (b, h, row[:, None], k_at[None, :], j * N)
         p, keep, allowed, found = weigh(
-            s, (known[0][:, None], known[1][:, None], known[2][:, None]), at, facts, arrays,
+            s, added, (known[0][:, None], known[1][:, None], known[2][:, None]), at, facts, arrays,
             numbers, i >= stop_full, M, N, MASK, SCORE, BIAS, DROPOUT, KIND, AGAIN, False,
         )  # fmt: skip
         dz, ds = pull(p, keep, allowed, found, dp, t[:, None], numbers, SCORE, BIAS, DROPOUT, KIND)

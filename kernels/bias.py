@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from attn_core.kernels.statistics import of_rows, rows_of
-from attn_core.kernels.tile import facts_of, taken
+from attn_core.kernels.tile import bias_of, facts_of, taken
 from attn_core.kernels.weights import PARTIAL, pull, weigh
 
 
@@ -80,11 +80,12 @@ def d_bias(
                         False,
                         False,
                     )
+                    place = (b, h, row[:, None], k_at[None, :], first)
+                    added = bias_of(place, facts, arrays, True)
                     s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
                     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
-                    place = (b, h, row[:, None], k_at[None, :], first)
                     p, keep, allowed, found = weigh(
-                        s, (m[:, None], log2_l[:, None], m[:, None]), place, facts, arrays,
+                        s, added, (m[:, None], log2_l[:, None], m[:, None]), place, facts, arrays,
                         numbers, True, M, N, MASK, SCORE, True, DROPOUT, PARTIAL, False, False,
                     )  # fmt: skip
                     dz, _ = pull(

@@ -38,13 +38,14 @@ its own for each."""
 
 KERNELS = ("forward", DECODE, "combine", "delta", KEYS, *PARTS, "d_query", FUSED, "d_bias")
 
-CLASSES = ("none", "positions", "mask", "score", "table", "dropout", "more", "loose")
-NONE, POSITIONS, MASK, SCORE, TABLE, DROPOUT, MORE, LOOSE = CLASSES
+CLASSES = ("none", "positions", "mask", "score", "table", "dropout", "bias", "more", "loose")
+NONE, POSITIONS, MASK, SCORE, TABLE, DROPOUT, BIAS, MORE, LOOSE = CLASSES
 """What a tile costs beside its products: nothing; a mask of positions alone; one that looks arrays
 up, or lengths; a score, with any mask; an array that a mask or score looks up at every entry, by
-row and key at once; dropout, with a mask of positions at most; a bias, or dropout with anything
-more; and that where a bias is read number by number, since 16 do not divide where its rows begin:
-an entry of the class before it is one of this class, too."""
+row and key at once; dropout, with a mask of positions at most; a bias, with a mask at most that
+looks up no such array; bias or dropout with anything more; and any bias that is read number by
+number, since 16 do not divide where its rows begin. An entry of `more` is one of `bias` and of
+`loose`, too."""
 
 VARIABLE = "ATTN_CORE_KERNEL_CONFIGS"
 """The environment variable that names another file of yours."""
@@ -138,7 +139,7 @@ class Entry(NamedTuple):
     refused: str = ""
 
     def fits(self, kernel: str, architecture: str, width: int, bits: int, mask_class: str) -> bool:
-        named = {MORE, LOOSE} if mask_class == LOOSE else {mask_class}
+        named = {MORE, mask_class} if mask_class in (BIAS, LOOSE) else {mask_class}
         return (
             self.kernel == kernel
             and (architecture in self.on or ANY in self.on)
@@ -169,6 +170,8 @@ def class_of(
     """
     if bias and loose:
         return LOOSE
+    if bias and not (score or table or dropout):
+        return BIAS
     if bias or (dropout and (score or (mask and not positions))):
         return MORE
     if dropout or table:

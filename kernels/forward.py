@@ -39,7 +39,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attn_core.kernels.tile import LOG2E, facts_of, judged, kept_of, line_of, taken
+from attn_core.kernels.tile import LOG2E, bias_of, facts_of, judged, kept_of, line_of, taken
 
 HIGH, DEEP = tl.constexpr(512.0), tl.constexpr(-65536.0)
 """Row maxima in units of log 2. 2^-24 of HIGH is 1/16 of float16's rounding, 2^-24 of DEEP all of
@@ -241,16 +241,17 @@ def along(
         else:
             j = tl.load(order + t)
         k = taken(key, strides[0], b, kv_head, j * N, k_len, N, D, PAD, False, DESCRIPTORS)
+        at = (b, h2, row2, j * N + tl.arange(0, N)[None, :], j * N)
+        added = bias_of(at, facts, arrays, BIAS)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
         if not LATE:
             s = s * numbers[0]
-        at = (b, h2, row2, j * N + tl.arange(0, N)[None, :])
         # From here on -inf says that it is not allowed: one tile less in registers.
         if t >= stop_full:
-            s, allowed, _ = judged(s, at, facts, arrays, M, N, MASK, SCORE, BIAS, True)
+            s, allowed, _ = judged(s, added, at, facts, arrays, M, N, MASK, SCORE, BIAS, True)
             s = tl.where(allowed, s, float("-inf"))
         elif SCORE is not None or BIAS:
-            s, allowed, _ = judged(s, at, facts, arrays, M, N, MASK, SCORE, BIAS, False)
+            s, allowed, _ = judged(s, added, at, facts, arrays, M, N, MASK, SCORE, BIAS, False)
             s = tl.where(allowed, s, float("-inf"))
         if CAREFUL:
             seen = tl.max(s, 0) != float("-inf")

@@ -61,6 +61,7 @@ SAMPLES = {
         Sample("relative", score=_RELATIVE),
         Sample("scored documents", _DOCUMENTS, score=_CAPPED_SLOPES, sinks=True, lengths=True),
         Sample("bias", "q >= k", bias="hqk"),
+        Sample("biased documents", _DOCUMENTS, bias="bhqk", sinks=True, lengths=True),
         Sample("dropout", "q >= k", dropout=True),
         Sample(
             "everything",
@@ -74,7 +75,10 @@ SAMPLES = {
     )
 }
 
-FEW = ("plain", "causal", "documents", "scored documents", "table", "dropout", "everything")
+FEW = (
+    *("plain", "causal", "documents", "scored documents", "table"),
+    *("dropout", "biased documents", "everything"),
+)
 """One of each class: what CI compiles."""
 
 

@@ -103,7 +103,8 @@ def line_of(schedule, map_strides, b, kv_head, tile, width):
 @triton.jit
 def judged(
     s,  # (M, N): scaled
-    place,  # b, h (1, 1) or (M, 1), row (M, 1), k (1, N)
+    added,  # the bias, (M, N), where BIAS
+    place,  # b, h (1, 1) or (M, 1), row (M, 1), k (1, N), the first key's position
     facts,  # offset, rows_seen, keys_seen, q_len, k_len
     arrays,  # mask operands, score operands, (bias,), its strides, (seed,)
     M: tl.constexpr,
@@ -117,9 +118,9 @@ def judged(
 
     Where it is not allowed s is anything.
     """
-    b, h, row, k = place
-    offset, rows_seen, keys_seen, q_len, k_len = facts
-    mask_operands, score_operands, bias, bias_strides, _ = arrays
+    b, h, row, k, _ = place
+    offset, rows_seen, keys_seen, _, _ = facts
+    mask_operands, score_operands, _, _, _ = arrays
     allowed = tl.full((M, N), 1, tl.int1)
     found = (s,)
     if MASKED:
@@ -127,7 +128,6 @@ def judged(
             b, h, row, k, offset, rows_seen, keys_seen, mask_operands, MASK
         )
     if BIAS:
-        added = bias_of(bias[0], b, h, row, k, bias_strides, q_len, k_len)
         allowed = allowed & (added != float("-inf"))
     if SCORE is not None:
         found = scored(s, allowed, b, h, row, k, offset, score_operands, SCORE)
@@ -155,14 +155,24 @@ def allowed_of(b, h, row, k, offset, rows_seen, keys_seen, operands, MASK: tl.co
 
 
 @triton.jit
-def bias_of(bias, b, h, row, k, strides, q_len, k_len):
+def bias_of(place, facts, arrays, BIAS: tl.constexpr):
     """The bias over a tile, float32, by strides that are 0 where it does not span an axis.
 
-    Beyond the last row or key it is 0.
+    Beyond the last row or key it is 0; where there is none it is 0.0.
+
+    Called before the product that it is added to, though not needed sooner: Triton lays a tile out
+    among threads for the first of the two, and where that is the load it computes softmax twice, as
+    the load and as the product have their numbers. And then it is on its way meanwhile.
     """
-    at = b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
-    at = at + row.to(tl.int64) * strides[2] + k.to(tl.int64) * strides[3]
-    return tl.load(bias + at, mask=(row < q_len) & (k < k_len), other=0.0).to(tl.float32)
+    added = 0.0
+    if BIAS:
+        b, h, row, k, _ = place
+        _, _, bias, strides, _ = arrays
+        at = b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
+        at = at + row.to(tl.int64) * strides[2] + k.to(tl.int64) * strides[3]
+        there = (row < facts[3]) & (k < facts[4])
+        added = tl.load(bias[0] + at, mask=there, other=0.0).to(tl.float32)
+    return added
 
 
 @triton.jit

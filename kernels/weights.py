@@ -35,6 +35,7 @@ FULL, PARTIAL, EITHER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 @triton.jit
 def weigh(
     s,  # (M, N): query times key, neither scaled nor scored; TURNED, as all here, (N, M)
+    added,  # the bias (`bias_of`), where BIAS
     statistics,  # m, log2 l, base of each row, (M, 1); of EITHER base is read, of others m, log2 l
     place,  # b, h (1, 1), row (M, 1), k (1, N), the first key's position
     facts,  # offset, rows_seen, keys_seen, q_len, k_len
@@ -62,7 +63,6 @@ def weigh(
     m, log2_l, base = statistics
     SELECTED: tl.constexpr = KIND == PARTIAL or (KIND == FULL and (BIAS or SCORE is not None))
     PLAIN: tl.constexpr = SCORE is None and not BIAS
-    at = (b, h, row, k)
     product, unit = s, LOG2E
     if PLAIN:
         unit = scale * LOG2E
@@ -75,15 +75,19 @@ def weigh(
     elif KIND == EITHER:
         s = s * scale
         if partial:
-            s, allowed, found = judged(s, at, facts, arrays, TALL, WIDE, MASK, SCORE, BIAS, True)
+            s, allowed, found = judged(
+                s, added, place, facts, arrays, TALL, WIDE, MASK, SCORE, BIAS, True
+            )
             s = tl.where(allowed, s, float("-inf"))
         else:
-            s, allowed, found = judged(s, at, facts, arrays, TALL, WIDE, MASK, SCORE, BIAS, False)
+            s, allowed, found = judged(
+                s, added, place, facts, arrays, TALL, WIDE, MASK, SCORE, BIAS, False
+            )
             s = tl.where(allowed, s, float("-inf"))
     else:
         s = s * scale
         s, allowed, found = judged(
-            s, at, facts, arrays, TALL, WIDE, MASK, SCORE, BIAS, KIND == PARTIAL
+            s, added, place, facts, arrays, TALL, WIDE, MASK, SCORE, BIAS, KIND == PARTIAL
         )
     if not PLAIN:
         product = s

@@ -93,7 +93,7 @@ for way in ("even", "odd"):
 
 # Of odd sizes a bias may be padded, so that 16 divides the distance of its rows, or not.
 BIASED = {
-    "even": ((16, 16, 16, 1024, 1024, 64, 64), 1024),
+    "even": ((16, 16, 16, 2048, 2048, 64, 64), 2048),
     "odd": ((2, 6, 3, 299, 299, 64, 64), 304),
     "odd, loose bias": ((2, 6, 3, 299, 299, 64, 64), 299),
 }

@@ -170,21 +170,40 @@ def test_classes_follow_what_a_problem_has() -> None:
     assert found["table"] == found["relative"] == "table"
     assert found["softcap"] == found["scored documents"] == "score"
     assert found["dropout"] == "dropout"
-    assert found["bias"] == found["everything"] == "more"
+    assert found["bias"] == found["biased documents"] == "bias"
+    assert found["everything"] == "more"
     assert {*found.values(), "loose"} == set(configs.CLASSES)
     job = Job("forward", "sm_90", SAMPLES["bias"], 64, 64, "bfloat16", even=False, loose=True)
     assert job.mask_class == "loose"
 
 
-def test_a_loose_bias_has_the_entries_of_any_bias_where_it_has_none() -> None:
-    about = ("sm_80", 128, 128, "bfloat16")
-    loose = MINE._replace(on=("sm_80",), classes=("loose",))
-    for kernel in configs.KERNELS:
-        if kernel not in ("forward", "decode"):
-            assert configs.choose(kernel, *about, "loose") == configs.choose(kernel, *about, "more")
-    with configs.trying(loose):
-        assert configs.choose("forward", *about, "loose") == loose.config
-        assert configs.choose("forward", *about, "more") != loose.config
+@pytest.mark.parametrize("name", ["bias", "loose"])
+def test_a_bias_has_the_entries_of_more_where_it_has_none(name: str) -> None:
+    about = ("none of them", 128, 128, "bfloat16")
+    own = MINE._replace(on=("none of them",), classes=(name,))
+    more = own._replace(classes=("more",), config=Config(16, 16, 4, 1))
+    with configs.trying(more):
+        assert configs.choose("forward", *about, name) == more.config
+    with configs.trying(own):
+        assert configs.choose("forward", *about, name) == own.config
+        assert configs.choose("forward", *about, "more") != own.config
+
+
+@pytest.mark.parametrize(
+    ("found", "name"),
+    [
+        ({}, "bias"),
+        ({"mask": True, "positions": True}, "bias"),
+        ({"mask": True}, "bias"),
+        ({"score": True}, "more"),
+        ({"mask": True, "table": True}, "more"),
+        ({"dropout": True}, "more"),
+        ({"loose": True}, "loose"),
+        ({"loose": True, "score": True, "dropout": True}, "loose"),
+    ],
+)
+def test_what_stands_beside_a_bias_decides_its_class(found: dict[str, bool], name: str) -> None:
+    assert configs.class_of(**{"mask": False, "score": False, **found}, bias=True) == name
 
 
 @pytest.mark.parametrize(
