@@ -111,7 +111,7 @@ class Config:
 PREPARING = ("schedule", "facts", "reduced")
 """Kernels that work out what others are told. They have no products, and no entry in a table."""
 
-PREPARED = Config(0, 0, 4, 1)
+PREPARED = Config(0, 0, 8, 1)
 """How those are launched; the tiles that a schedule is of are another kernel's."""
 
 

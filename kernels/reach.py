@@ -11,10 +11,16 @@ their arrays are names of Triton values, one entry to each tile, and every
 operation on one writes a line. What they say of a tile is therefore what the host says of it.
 
 Only the look-ups are another way. Where the host asks a pyramid for the least and the greatest of a
-range, a tile here reads the range, whose length a tile bounds: (tiles, entries), reduced along the
-entries. Where two or more axes are ranges (a dense table) they are read in grains, as the host
-reads them, which a kernel of its own has reduced before. What no tile bounds, an index that was
-itself looked up, has no such function.
+range, a tile here reads the range, whose length a tile bounds, and reduces it. Where two or more
+axes are ranges (a dense table) they are read in grains, as the host reads them, which a kernel of
+its own has reduced before. What no tile bounds, an index that was itself looked up, has no such
+function.
+
+What tiles read has three axes: (entries / NEAR, tiles, NEAR). Nothing tells Triton along which of
+them neighbours lie in memory, so it spreads a warp along the first (3.6) or the last (3.7), and
+every thread works out all tiles of an axis that the threads do not share out. With tiles in the
+middle they are shared out either way. As (tiles, entries) each thread had all 32 tiles of a step
+with 3.7, and spilled 1.4 KB.
 
     b, h    (1,)      first and last row and key of each tile    (1,) or (tiles,), int32
 """
@@ -37,6 +43,9 @@ ARGUMENTS = (
     *("b", "h", "row_lo", "row_hi", "key_lo", "key_hi"),
     *("offset", "kv_length", "q_length", "operands"),
 )
+
+NEAR = 16
+"""Neighbouring entries of a range that stand along an axis of their own."""
 
 MOST = 1024
 """Entries of a range that are read for one tile; what needs more has no function."""
@@ -252,8 +261,8 @@ class _Ranges:
             value = found[0] != 0 if form.boolean else found[0]
             return value, value
         least, most = (
-            ops.line(f"tl.{which}({value.name}, 1)")
-            for which, value in (("min", found[0]), ("max", found[-1]))
+            ops.line(f"rules.{which}({value.name})")
+            for which, value in (("least", found[0]), ("greatest", found[-1]))
         )
         return (least != 0, most != 0) if form.boolean else (least, most)
 
@@ -265,13 +274,16 @@ class _Ranges:
         counts: Sequence[int],
         sizes: int,
     ) -> Code:
-        """Where each entry of each range stands: (tiles,) or (tiles, entries).
+        """Where each entry of each range stands: (tiles,) or (entries / NEAR, tiles, NEAR).
 
         The ranges of several axes lie one within the other, along one axis of lanes. A lane beyond
         a range reads its last entry again, which changes no extreme.
         """
-        ops, step, wide = self.ops, prod(counts), "[:, None]" if ranged else ""
-        place = ops.line(f"tl.zeros({'(1, 1)' if ranged else '(1,)'}, tl.int64)")
+        ops, step, wide = self.ops, prod(counts), "[None, :, None]" if ranged else ""
+        place = ops.line(f"tl.zeros({'(1, 1, 1)' if ranged else '(1,)'}, tl.int64)")
+        near = min(NEAR, step)
+        lanes = f"tl.arange(0, {step // near})[:, None, None] * {near}"
+        lanes = f"({lanes} + tl.arange(0, {near})[None, None, :])"
         for axis, pair in enumerate(ends):
             if pair is None:
                 continue
@@ -283,7 +295,7 @@ class _Ranges:
             if axis in ranged:
                 count = counts[ranged.index(axis)]
                 step //= count
-                lane = ops.line(f"(tl.arange(0, {prod(counts)}) // {step} % {count})[None, :]")
+                lane = ops.line(f"{lanes} // {step} % {count}")
                 at = ops.line(f"tl.minimum({at.name} + {lane.name}, {right.name}{wide})")
             place = ops.line(f"{place.name} * operands[{sizes + axis}] + {at.name}")
         return place

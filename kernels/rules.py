@@ -67,3 +67,21 @@ def widened(x):
     else:
         found = x
     return found
+
+
+@triton.jit
+def least(x):
+    """Of what each tile reads, (entries, tiles, entries): (tiles,)."""
+    return tl.min(side_by_side(x), 1)
+
+
+@triton.jit
+def greatest(x):
+    """As `least`."""
+    return tl.max(side_by_side(x), 1)
+
+
+@triton.jit
+def side_by_side(x):
+    """(entries, tiles, entries) as (tiles, entries): where each stands stays as it is."""
+    return tl.reshape(tl.permute(x, (1, 0, 2)), (x.shape[1], x.shape[0] * x.shape[2]))
