@@ -33,7 +33,7 @@ from attn_core.check_arrays import (
     show,
     signature,
 )
-from attn_core.check_positions import dropout_of, lengths, offset_of, ranges
+from attn_core.check_positions import dropout_of, lengths, offset_of, ranges, told
 from attn_core.language.tree import Tree
 from attn_core.language.values import Mask
 from attn_core.registry import load
@@ -202,6 +202,7 @@ def _stated(
     if not abs(scale) < (2**1023 if wide == "float64" else 2**127):
         raise ValueError(f"`scale` must be finite in {wide}, in which logits are. Got {scale}.")
 
+    batch, q_len, k_len = [told(backend, size) for size in (batch, q_len, k_len)]
     problem = Problem(
         backend=backend.NAME,
         host=host,

@@ -23,7 +23,7 @@ def fits(shape: tuple[Any, ...], wanted: tuple[Any, ...]) -> bool:
 
 
 def show(shape: tuple[Any, ...]) -> str:
-    inner = ", ".join("?" if size is None else str(size) for size in shape)
+    inner = ", ".join("?" if size is None else f"{size}" for size in shape)
     return f"({inner},)" if len(shape) == 1 else f"({inner})"
 
 

@@ -109,13 +109,14 @@ def offset_of(
             return "zero", None, (0, 0)
         return "end", None, (-(FAR if q_len is None else q_len), FAR if k_len is None else k_len)
     if x is None:
-        equal = q_len is not None and k_len is not None and q_len == k_len
+        equal = q_len is not None and k_len is not None and _same(backend, q_len, k_len)
         reads = (mask is not None and mask.tree.reads("q")) or (
             score is not None and score.tree.reads("q")
         )
         if equal or not reads:
             return "zero", None, (0, 0)
         what = "mask" if mask is not None and mask.tree.reads("q") else "score"
+        q_len, k_len = told(backend, q_len), told(backend, k_len)
         raise ValueError(
             f"`query_offset` must be given where Tq and Tk are not known to be equal and the "
             f'{what} reads the query position: "start" puts query 0 at position 0 (torch, '
@@ -195,5 +196,15 @@ def range_problem(
     return None
 
 
+def _same(backend: Any, a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal; a backend whose sizes may be symbols says so."""
+    return bool(backend.same(a, b)) if hasattr(backend, "same") else bool(a == b)
+
+
+def told(backend: Any, size: Any) -> Any:
+    """A size; None also for a symbol of which its backend knows nothing."""
+    return backend.told(size) if hasattr(backend, "told") else size
+
+
 def known(size: Any) -> str:
-    return "unknown" if size is None else str(size)
+    return "unknown" if size is None else f"{size}"

@@ -15,9 +15,14 @@ A backend is a module `attn_core.backends.<name>` with these verbs, in this orde
     known(x)                        can the values of x be read now, or does something trace them
     keep(threshold, seed, ..)       what dropout keeps, for layers that drop hidden entries
 
-and, where an implementation may turn out not to run when it is first called,
+where an implementation may turn out not to run when it is first called,
 
     fallen(problem, impl)           reasons why "auto" passes it over: what an earlier call found
+
+where sizes may be symbols of a tracer,
+
+    same(a, b)                      are two sizes known to be equal
+    told(size)                      the size, or None where nothing is known of it yet
 
 and two facts: IMPLEMENTATIONS, the names it has, and tracing(), whether the framework
 is tracing Python itself right now. To add one, write that module and add a loader below.

@@ -13,7 +13,7 @@ import torch
 from attn_core.api import attention
 from attn_core.backends.torch import accounts, chunked, held, native, reference, triton
 from attn_core.backends.torch import pytrees as _pytrees
-from attn_core.backends.torch.arrays import DTYPES, tracing
+from attn_core.backends.torch.arrays import DTYPES, same, settle, told, tracing
 from attn_core.backends.torch.documents import attention_module, scaled_dot_product_attention
 from attn_core.backends.torch.layer_parts import known
 from attn_core.backends.torch.philox import keep
@@ -30,7 +30,9 @@ __all__ = [
     "attention_module",
     "keep",
     "known",
+    "same",
     "scaled_dot_product_attention",
+    "told",
     "tracing",
 ]
 
@@ -118,6 +120,8 @@ def describe(x: Any) -> Facts:
 
 def admit(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
     """Under autocast, cast as torch's own scaled_dot_product_attention is: float64 stays."""
+    if tracing() and query.dim() == key.dim() == value.dim() == 4:
+        settle(query, key, value)
     kind = query.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return query, key, value

@@ -54,7 +54,10 @@ def refusals(p: Problem) -> list[str]:
 def attend(p: Problem, x: Operands) -> AttentionOutput:
     compiling = torch.compiler.is_compiling()
     kind = _kind(p)
-    if kind == "tiles" or p.return_lse or (p.device == "cpu" and _recorded(p, compiling)):
+    # Of sizes that nobody knows yet, torch's own operator wants to hear that they are not 0.
+    unknown = None in (p.batch, p.q_len, p.k_len)
+    recorded = p.device == "cpu" and _recorded(p, compiling)
+    if kind == "tiles" or p.return_lse or unknown or recorded:
         # The same kernels, bound so that derivatives of derivatives, and jvp, are refused by name.
         return chunked.attend(p, x, kind)
     q, k, v = _heads_first(p, x.query), _heads_first(p, x.key), _heads_first(p, x.value)
