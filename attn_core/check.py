@@ -81,9 +81,10 @@ def resolve(
             kv_lengths, q_lengths = carried(backend, kv_lengths), carried(backend, q_lengths)
             query_offset = carried(backend, query_offset)
     if host:
-        q, k, v = [describe(backend, host, x) for x in (query, key, value)]
+        q, k, v = [describe(backend, host, "query", x) for x in (query, key, value)]
     else:
-        q, k, v = backend.describe(query), backend.describe(key), backend.describe(value)
+        q, k = backend.describe(query, "`query`"), backend.describe(key, "`key`")
+        v = backend.describe(value, "`value`")
     static = (layout, precision, bool(return_lse), bool(return_weights))
     if (
         (mask is None or (type(mask) is Mask and not mask.arrays))

@@ -59,7 +59,7 @@ def integers(backend: Any, name: str, x: Any, source: str, batch: int | None) ->
         )
     else:
         same_framework(name, x, source)
-        facts = backend.describe(x)
+        facts = backend.describe(x, f"`{name}`")
         if "int" not in facts.dtype:
             raise TypeError(f"`{name}` must be integers. Got {facts.dtype}.")
         shape = facts.shape

@@ -3,7 +3,8 @@
 A backend is a module `attn_core.backends.<name>` with these verbs, in this order:
 
     owns(x)                         is x an array of this framework
-    describe(x) -> Facts            shape, dtype, device; unknown dimensions are None
+    describe(x, name) -> Facts      shape, dtype, device; unknown dimensions are None; `name` is
+                                    what it is called if it is refused
     admit(q, k, v)                  the three as the framework's own attention would take them
     refusals(problem, impl)         reasons why not, empty when it will answer
     ranked(problem)                 its implementations in the order in which "auto" asks them

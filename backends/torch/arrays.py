@@ -30,6 +30,20 @@ def tracing() -> bool:
     return fake is not None and fake.shape_env is not None
 
 
+def dense(name: str, x: Array) -> None:
+    """Raises:
+    TypeError: the tensor has no one shape, or no strides.
+    """
+    if not x.is_nested and x.layout is torch.strided:
+        return
+    kind = "a nested one" if x.is_nested else f"{x.layout}: write x.to_dense()"
+    raise TypeError(
+        f"{name} must be dense, of layout torch.strided. Got {kind}. Rows of several lengths "
+        "are padded, with `kv_lengths=` and `q_lengths=`, or packed, with "
+        "attn_core.masks.segments(ids)."
+    )
+
+
 def same(a: Any, b: Any) -> bool:
     """Whether two sizes are known to be equal: of two that come of data nothing is known."""
     if not tracing():

@@ -45,10 +45,10 @@ def traced(how: str, f: Callable[..., Any], *arguments: Any) -> Callable[..., An
     return torch.export.export(Module(), arguments).module()
 
 
-@pytest.mark.parametrize("how", ("compile", "export"))
+@pytest.mark.parametrize("how", ["compile", "export"])
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("impl", ("auto", "chunked", "reference"))
-@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("impl", ["auto", "chunked", "reference"])
+@pytest.mark.parametrize("masked", [False, True])
 def test_keys_and_values_cut_apart(impl: str, cut: str, how: str, masked: bool) -> None:
     """Two symbols: that they are equal torch sees when it runs, and refuses where they are not."""
     more = {"mask": masks.causal(), "query_offset": "end"} if masked else {}
@@ -60,12 +60,12 @@ def test_keys_and_values_cut_apart(impl: str, cut: str, how: str, masked: bool) 
     g = traced(how, f, query, key, value, AT < 7, AT < 7)
     for n in (7, 1, 0):
         want = attn_core.attention(query, key[:, :, :n], value[:, :, :n], impl="reference", **more)
-        torch.testing.assert_close(g(query, key, value, AT < n, AT < n), want, rtol=0, atol=2e-6)
+        torch.testing.assert_close(g(query, key, value, n > AT, n > AT), want, rtol=0, atol=2e-6)
     with pytest.raises((RuntimeError, AssertionError), match=r"Eq\(u\d+, u\d+\)|u\d+ == u\d+"):
         g(query, key, value, AT < 7, AT < 6)
 
 
-@pytest.mark.parametrize("how", ("compile", "export"))
+@pytest.mark.parametrize("how", ["compile", "export"])
 def test_one_size_for_all_three_needs_no_offset(how: str) -> None:
     def f(x: Any, flags: Any) -> Any:
         x = x[:, :, flags]
@@ -74,10 +74,10 @@ def test_one_size_for_all_three_needs_no_offset(how: str) -> None:
     g = traced(how, f, key, AT < 7)
     for n in (7, 1, 0):
         want = attn_core.attention(*[key[:, :, :n]] * 3, mask=masks.causal())
-        torch.testing.assert_close(g(key, AT < n), want, rtol=0, atol=2e-6)
+        torch.testing.assert_close(g(key, n > AT), want, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("how", ("compile", "export"))
+@pytest.mark.parametrize("how", ["compile", "export"])
 def test_batches_chosen_by_flags(how: str) -> None:
     x = torch.randn(9, 2, 5, 8, generator=RNG)
 
@@ -87,16 +87,18 @@ def test_batches_chosen_by_flags(how: str) -> None:
     g = traced(how, f, x, AT < 7)
     for n in (7, 1, 0):
         want = attn_core.attention(x[:n], x[:n], x[:n], mask=masks.causal())
-        torch.testing.assert_close(g(x, AT < n), want, rtol=0, atol=2e-6)
+        torch.testing.assert_close(g(x, n > AT), want, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("how", ("compile", "export"))
+@pytest.mark.parametrize("how", ["compile", "export"])
 def test_an_offset_that_is_missing_is_asked_for(how: str) -> None:
     def f(q: Any, k: Any, v: Any, flags: Any) -> Any:
         k, v = k[:, :, flags], v[:, :, flags]
         return attn_core.attention(q, k, v, mask=masks.causal())
 
-    with pytest.raises(Exception, match=r"`query_offset` must be given .* Got Tq = 5 and Tk = unknown"):
+    with pytest.raises(
+        Exception, match=r"`query_offset` must be given .* Got Tq = 5 and Tk = unknown"
+    ):
         traced(how, f, query, key, value, AT < 7)(query, key, value, AT < 7)
 
 
@@ -107,7 +109,7 @@ def test_gradients() -> None:
     g = traced("compile", f)
     given = [x.clone().requires_grad_() for x in (query, key, value)]
     for n in (7, 1):
-        found = torch.autograd.grad(g(*given, AT < n, AT < n), given)
-        want = torch.autograd.grad(f(*given, AT < n, AT < n), given)
+        found = torch.autograd.grad(g(*given, n > AT, n > AT), given)
+        want = torch.autograd.grad(f(*given, n > AT, n > AT), given)
         for a, b in zip(found, want, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
