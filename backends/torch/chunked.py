@@ -65,10 +65,27 @@ def attend(
     else:
         extras = (p.return_lse, p.return_weights, kernel, fast, falls)
         ask = Ask(p.layout, p.offset, p.rate, p.mask, p.score, len(x.mask), *extras)
-        found = _Attend.apply(ask, p.scale, len(x.mask), *given)
+        if _functionalized():
+            found = _forward_op(ask.written(), p.scale, *_packed(given))
+        else:
+            found = _Attend.apply(ask, p.scale, len(x.mask), *given)
     return AttentionOutput(
         found[0], found[1] if p.return_lse else None, found[2] if p.return_weights else None
     )
+
+
+def _functionalized() -> bool:
+    """Whether torch.func.functionalize is at work, which knows operators alone.
+
+    What differentiates an operator is a function again, so its derivatives are refused.
+    """
+    kinds = torch._C._functorch.TransformType
+    stack = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    if kinds.Functionalize not in stack:
+        return False
+    if kinds.Grad in stack or kinds.Jvp in stack:
+        raise _refused("derivatives by torch.func under torch.func.functionalize need")
+    return True
 
 
 def sums_wide(group: int, dtype: str) -> bool:
