@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from attn_core.backends.torch import native_tiles
+from attn_core.backends.torch import flops, native_tiles
 from attn_core.backends.torch.chunked_backward import Saved, Upstream, backward
 from attn_core.backends.torch.chunked_forward import forward
 from attn_core.backends.torch.chunked_parts import Ask, Work, operands_of, read, written
@@ -333,6 +333,7 @@ class _Attend(torch.autograd.Function):
     def forward(ask: Ask, scale: float, masks: int, *given: Any) -> tuple[Array, ...]:
         if _real(given):
             return _forward(ask, scale, given)
+        flops.counted()
         return _forward_op(ask.written(), scale, *_packed(given))
 
     @staticmethod
@@ -376,6 +377,7 @@ class _Pull(torch.autograd.Function):
         saved, up, given = tensors[:4], tensors[4:7], tensors[7:]
         if _real(tensors):
             return tuple(_backward(ask, scale, wanted, given, saved, up))
+        flops.counted()
         return tuple(_backward_op(ask.written(), scale, wanted, *_packed(given), list(saved), *up))
 
     @staticmethod
