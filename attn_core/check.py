@@ -167,6 +167,8 @@ def _stated(
     dtype = _dtype(facts)
     batch, heads, kv_heads, q_len, k_len, width, v_width = _shapes(facts, layout)
     accumulation = "float64" if dtype == "float64" else "float32"
+    sizes = (q_len, k_len)
+    batch, q_len, k_len = [told(backend, size) for size in (batch, *sizes)]
     full = (batch, heads, q_len, k_len)
 
     mask = as_mask(backend, mask, source, full)
@@ -177,7 +179,7 @@ def _stated(
     spans = None
     if bias_facts is not None:
         bias_shape = broadcast("bias", bias_facts.shape, full)
-        spans = tuple(size is None or size != 1 for size in bias_shape)
+        spans = tuple([told(backend, size) is None or size != 1 for size in bias_shape])
     sinks_facts = float_array(backend, host, "sinks", sinks, source, accumulation)
     if sinks_facts is not None and not fits(sinks_facts.shape, (heads,)):
         raise ValueError(
@@ -187,9 +189,7 @@ def _stated(
     kv_lengths = lengths(backend, "kv_lengths", kv_lengths, source, batch, "Tk", k_len)
     q_lengths = lengths(backend, "q_lengths", q_lengths, source, batch, "Tq", q_len)
     rate, seed = dropout_of(dropout, source)
-    offset, query_offset, span = offset_of(
-        backend, query_offset, source, batch, q_len, k_len, mask, score
-    )
+    offset, query_offset, span = offset_of(backend, query_offset, source, batch, sizes, mask, score)
     ranges(mask, score, batch, heads, k_len, q_len, span)
 
     if scale is None:
@@ -203,7 +203,6 @@ def _stated(
     if not abs(scale) < (2**1023 if wide == "float64" else 2**127):
         raise ValueError(f"`scale` must be finite in {wide}, in which logits are. Got {scale}.")
 
-    batch, q_len, k_len = [told(backend, size) for size in (batch, q_len, k_len)]
     problem = Problem(
         backend=backend.NAME,
         host=host,

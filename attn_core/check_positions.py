@@ -94,12 +94,17 @@ def offset_of(
     x: Any,
     source: str,
     batch: int | None,
-    q_len: int | None,
-    k_len: int | None,
+    sizes: tuple[Any, Any],
     mask: Mask | None,
     score: Score | None,
 ) -> tuple[str, Any, tuple[int, int]]:
-    """The kind of offset, its operand, and the least and most it can be."""
+    """The kind of offset, its operand, and the least and most it can be.
+
+    Args:
+        sizes: Tq and Tk as the framework has them: of two unknown ones it may know that they are
+            equal. They are compared only where that matters, since torch.compile guards on it.
+    """
+    q_len, k_len = [told(backend, size) for size in sizes]
     if isinstance(x, str):
         if x not in ("start", "end"):
             raise ValueError(
@@ -109,14 +114,12 @@ def offset_of(
             return "zero", None, (0, 0)
         return "end", None, (-(FAR if q_len is None else q_len), FAR if k_len is None else k_len)
     if x is None:
-        equal = q_len is not None and k_len is not None and _same(backend, q_len, k_len)
         reads = (mask is not None and mask.tree.reads("q")) or (
             score is not None and score.tree.reads("q")
         )
-        if equal or not reads:
+        if not reads or _same(backend, *sizes):
             return "zero", None, (0, 0)
         what = "mask" if mask is not None and mask.tree.reads("q") else "score"
-        q_len, k_len = told(backend, q_len), told(backend, k_len)
         raise ValueError(
             f"`query_offset` must be given where Tq and Tk are not known to be equal and the "
             f'{what} reads the query position: "start" puts query 0 at position 0 (torch, '
@@ -198,6 +201,8 @@ def range_problem(
 
 def _same(backend: Any, a: Any, b: Any) -> bool:
     """Whether two sizes are known to be equal; a backend whose sizes may be symbols says so."""
+    if a is None or b is None:
+        return False
     return bool(backend.same(a, b)) if hasattr(backend, "same") else bool(a == b)
 
 

@@ -102,6 +102,25 @@ def test_an_offset_that_is_missing_is_asked_for(how: str) -> None:
         traced(how, f, query, key, value, AT < 7)(query, key, value, AT < 7)
 
 
+@pytest.mark.parametrize("how", ["compile", "export"])
+@pytest.mark.parametrize("impl", ["auto", "chunked", "reference"])
+def test_what_is_beside_such_keys(impl: str, how: str) -> None:
+    """Lengths of the host are clamped then, and a bias is as long as the keys."""
+    bias = torch.randn(5, 9, generator=RNG)
+    mask = masks.segments(torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2])) & masks.window(left=4)
+
+    def f(q: Any, k: Any, v: Any, b: Any, flags: Any) -> Any:
+        k, v, b = k[:, :, flags], v[:, :, flags], b[:, flags]
+        more = {"mask": mask, "bias": b, "query_offset": "end"}
+        return attn_core.attention(q, k, v, kv_lengths=6, impl=impl, **more)
+
+    g = traced(how, f, query, key, value, bias, AT < 7)
+    for n in (8, 7, 6):
+        want = f(query, key, value, bias, n > AT)
+        found = g(query, key, value, bias, n > AT)
+        torch.testing.assert_close(found, want, rtol=0, atol=2e-6)
+
+
 def test_gradients() -> None:
     def f(q: Any, k: Any, v: Any, first: Any, second: Any) -> Any:
         return attn_core.attention(q, k[:, :, first], v[:, :, second]).square().sum()
