@@ -33,7 +33,7 @@ from attn_core.check_arrays import (
     show,
     signature,
 )
-from attn_core.check_positions import dropout_of, lengths, offset_of, ranges
+from attn_core.check_positions import dropout_of, lengths, offset_of, ranges, told
 from attn_core.language.tree import Tree
 from attn_core.language.values import Mask
 from attn_core.registry import load
@@ -81,9 +81,10 @@ def resolve(
             kv_lengths, q_lengths = carried(backend, kv_lengths), carried(backend, q_lengths)
             query_offset = carried(backend, query_offset)
     if host:
-        q, k, v = [describe(backend, host, x) for x in (query, key, value)]
+        q, k, v = [describe(backend, host, "query", x) for x in (query, key, value)]
     else:
-        q, k, v = backend.describe(query), backend.describe(key), backend.describe(value)
+        q, k = backend.describe(query, "`query`"), backend.describe(key, "`key`")
+        v = backend.describe(value, "`value`")
     static = (layout, precision, bool(return_lse), bool(return_weights))
     if (
         (mask is None or (type(mask) is Mask and not mask.arrays))
@@ -166,6 +167,8 @@ def _stated(
     dtype = _dtype(facts)
     batch, heads, kv_heads, q_len, k_len, width, v_width = _shapes(facts, layout)
     accumulation = "float64" if dtype == "float64" else "float32"
+    sizes = (q_len, k_len)
+    batch, q_len, k_len = [told(backend, size) for size in (batch, *sizes)]
     full = (batch, heads, q_len, k_len)
 
     mask = as_mask(backend, mask, source, full)
@@ -176,7 +179,7 @@ def _stated(
     spans = None
     if bias_facts is not None:
         bias_shape = broadcast("bias", bias_facts.shape, full)
-        spans = tuple(size is None or size != 1 for size in bias_shape)
+        spans = tuple([told(backend, size) is None or size != 1 for size in bias_shape])
     sinks_facts = float_array(backend, host, "sinks", sinks, source, accumulation)
     if sinks_facts is not None and not fits(sinks_facts.shape, (heads,)):
         raise ValueError(
@@ -186,9 +189,7 @@ def _stated(
     kv_lengths = lengths(backend, "kv_lengths", kv_lengths, source, batch, "Tk", k_len)
     q_lengths = lengths(backend, "q_lengths", q_lengths, source, batch, "Tq", q_len)
     rate, seed = dropout_of(dropout, source)
-    offset, query_offset, span = offset_of(
-        backend, query_offset, source, batch, q_len, k_len, mask, score
-    )
+    offset, query_offset, span = offset_of(backend, query_offset, source, batch, sizes, mask, score)
     ranges(mask, score, batch, heads, k_len, q_len, span)
 
     if scale is None:

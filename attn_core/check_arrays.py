@@ -23,16 +23,16 @@ def fits(shape: tuple[Any, ...], wanted: tuple[Any, ...]) -> bool:
 
 
 def show(shape: tuple[Any, ...]) -> str:
-    inner = ", ".join("?" if size is None else str(size) for size in shape)
+    inner = ", ".join("?" if size is None else f"{size}" for size in shape)
     return f"({inner},)" if len(shape) == 1 else f"({inner})"
 
 
-def describe(backend: Any, host: bool, x: Any) -> Facts:
+def describe(backend: Any, host: bool, name: str, x: Any) -> Facts:
     if isinstance(x, Table):
         return Facts(x.shape, x.dtype, "cpu")
     if host or isinstance(x, np.ndarray):
         return Facts(x.shape, x.dtype.name, "cpu")
-    return backend.describe(x)
+    return backend.describe(x, _ticked(name))
 
 
 def _ticked(name: str) -> str:
@@ -79,14 +79,14 @@ def as_mask(backend: Any, mask: Any, source: str, full: tuple[Any, ...]) -> Mask
             "`mask` must be a Mask or a boolean array. Got a function: "
             "write attn_core.mask(fn), or call it if it makes a mask."
         )
-    if not hasattr(mask, "dtype") or not hasattr(mask, "shape"):
+    if owner(mask) is None and not (hasattr(mask, "dtype") and hasattr(mask, "shape")):
         hint = ""
         if callable(getattr(mask, "mask_mod", None)):  # flex_attention's BlockMask
             hint = ": write attn_core.mask(fn) with the function that it was made of"
         name = type(mask).__name__
         raise TypeError(f"`mask` must be a Mask or a boolean array. Got {name}{hint}.")
     host_or_same("mask", mask, source)
-    facts = describe(backend, False, mask)
+    facts = describe(backend, False, "mask", mask)
     if facts.dtype != "bool":
         hint = (
             "a float mask that is added to the scores is `bias=`"
@@ -124,7 +124,7 @@ def signature(
     for number, array in enumerate(given.arrays):
         what = f"operand {number} of `{name}`"
         host_or_same(what, array, source)
-        facts = describe(backend, host, array)
+        facts = describe(backend, host, what, array)
         if "float" in facts.dtype:
             if not isinstance(array, Table):
                 _narrow_enough(what, facts.dtype, accumulation)
@@ -187,7 +187,7 @@ def float_array(
     if x is None:
         return None
     same_framework(name, x, source)
-    facts = describe(backend, host, x)
+    facts = describe(backend, host, name, x)
     if "float" not in facts.dtype:
         hint = "; a boolean mask is `mask=`" if name == "bias" and "bool" in facts.dtype else ""
         raise TypeError(f"`{name}` must be floating point. Got {facts.dtype}{hint}.")

@@ -59,7 +59,7 @@ def integers(backend: Any, name: str, x: Any, source: str, batch: int | None) ->
         )
     else:
         same_framework(name, x, source)
-        facts = backend.describe(x)
+        facts = backend.describe(x, f"`{name}`")
         if "int" not in facts.dtype:
             raise TypeError(f"`{name}` must be integers. Got {facts.dtype}.")
         shape = facts.shape
@@ -94,12 +94,17 @@ def offset_of(
     x: Any,
     source: str,
     batch: int | None,
-    q_len: int | None,
-    k_len: int | None,
+    sizes: tuple[Any, Any],
     mask: Mask | None,
     score: Score | None,
 ) -> tuple[str, Any, tuple[int, int]]:
-    """The kind of offset, its operand, and the least and most it can be."""
+    """The kind of offset, its operand, and the least and most it can be.
+
+    Args:
+        sizes: Tq and Tk as the framework has them: of two unknown ones it may know that they are
+            equal. They are compared only where that matters, since torch.compile guards on it.
+    """
+    q_len, k_len = [told(backend, size) for size in sizes]
     if isinstance(x, str):
         if x not in ("start", "end"):
             raise ValueError(
@@ -109,11 +114,10 @@ def offset_of(
             return "zero", None, (0, 0)
         return "end", None, (-(FAR if q_len is None else q_len), FAR if k_len is None else k_len)
     if x is None:
-        equal = q_len is not None and k_len is not None and q_len == k_len
         reads = (mask is not None and mask.tree.reads("q")) or (
             score is not None and score.tree.reads("q")
         )
-        if equal or not reads:
+        if not reads or _same(backend, *sizes):
             return "zero", None, (0, 0)
         what = "mask" if mask is not None and mask.tree.reads("q") else "score"
         raise ValueError(
@@ -195,5 +199,17 @@ def range_problem(
     return None
 
 
+def _same(backend: Any, a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal; a backend whose sizes may be symbols says so."""
+    if a is None or b is None:
+        return False
+    return bool(backend.same(a, b)) if hasattr(backend, "same") else bool(a == b)
+
+
+def told(backend: Any, size: Any) -> Any:
+    """A size; None also for a symbol of which its backend knows nothing."""
+    return backend.told(size) if hasattr(backend, "told") else size
+
+
 def known(size: Any) -> str:
-    return "unknown" if size is None else str(size)
+    return "unknown" if size is None else f"{size}"

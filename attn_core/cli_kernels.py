@@ -243,7 +243,15 @@ def show(
         for title, source in _functions(sample):
             _code(title, source, "python")
         return
-    (finding,) = ahead.run([job._replace(sample=sample)], texts=True)
+    # A smaller kernel tells it in fewer words, if the compilers here make nothing for a target.
+    none = ahead.unmade([target]) if target not in ahead.SHARED else {}
+    if not none:
+        (finding,) = ahead.run([job._replace(sample=sample)], texts=True)
+        none = ahead.unmade([target]) if finding.error else {}
+    for reason in none.values():
+        known = ", ".join(ahead.SHARED)
+        wanted = f"a GPU that the compilers here make kernels for: one of {known}, or newer"
+        raise refused(ValueError(f"`--target` must be {wanted}. Got {target}. {reason}"))
     if finding.error:
         raise refused(RuntimeError(finding.error))
     texts = finding.texts or {}

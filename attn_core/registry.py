@@ -3,7 +3,8 @@
 A backend is a module `attn_core.backends.<name>` with these verbs, in this order:
 
     owns(x)                         is x an array of this framework
-    describe(x) -> Facts            shape, dtype, device; unknown dimensions are None
+    describe(x, name) -> Facts      shape, dtype, device; unknown dimensions are None; `name` is
+                                    what it is called if it is refused
     admit(q, k, v)                  the three as the framework's own attention would take them
     refusals(problem, impl)         reasons why not, empty when it will answer
     ranked(problem)                 its implementations in the order in which "auto" asks them
@@ -15,9 +16,14 @@ A backend is a module `attn_core.backends.<name>` with these verbs, in this orde
     known(x)                        can the values of x be read now, or does something trace them
     keep(threshold, seed, ..)       what dropout keeps, for layers that drop hidden entries
 
-and, where an implementation may turn out not to run when it is first called,
+where an implementation may turn out not to run when it is first called,
 
     fallen(problem, impl)           reasons why "auto" passes it over: what an earlier call found
+
+where sizes may be symbols of a tracer,
+
+    same(a, b)                      are two sizes known to be equal
+    told(size)                      the size, or None where nothing is known of it yet
 
 and two facts: IMPLEMENTATIONS, the names it has, and tracing(), whether the framework
 is tracing Python itself right now. To add one, write that module and add a loader below.

@@ -339,6 +339,23 @@ def test_the_command_shows_device_functions() -> None:
 
 
 @triton
+@pytest.mark.parametrize("target", ["sm_88", "sm_999", "gfx999"])
+def test_a_target_that_no_compiler_here_knows_is_named(tmp_path: Path, target: str) -> None:
+    """In the last line; what ptxas, MLIR or LLVM say of it may stand above."""
+    program = tmp_path / "program.py"
+    program.write_text("from attn_core.cli import app\nif __name__ == '__main__': app()", "utf-8")
+    words = ["kernels", "show", "--mask", "causal()", "--target", target, "--ptx"]
+    run = subprocess.run(
+        [sys.executable, str(program), *words], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 2
+    *_, last = run.stderr.splitlines()
+    assert last.startswith("attn-core: `--target` must be a GPU that the compilers here make"), last
+    assert "sm_75, sm_80, " in last
+    assert f"Got {target}. " in last
+
+
+@triton
 def test_the_command_compiles(tmp_path: Path) -> None:
     where = tmp_path / "found.json"
     code = "from attn_core.cli import app\nif __name__ == '__main__': app()"

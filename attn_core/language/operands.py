@@ -95,6 +95,11 @@ class Operand(Traced):
             array = table(array)
         elif isinstance(array, np.generic):
             array = np.asarray(array)
+        if getattr(array, "is_nested", False):  # torch's have no one shape, and some raise at it
+            raise TypeError(
+                "`array` must be of one shape. Got a nested tensor: pad it, with "
+                "torch.nested.to_padded_tensor(array, 0)."
+            )
         if not hasattr(array, "dtype") or not hasattr(array, "shape"):
             raise TypeError(
                 f"`array` must be a list, a NumPy array or a framework's array. "

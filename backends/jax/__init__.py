@@ -73,7 +73,7 @@ def owns(x: Any) -> bool:
     return isinstance(x, jax.Array)
 
 
-def describe(x: Any) -> Facts:
+def describe(x: Any, name: str = "an array") -> Facts:
     # A tracer stands nowhere yet. A dimension of jax.export may be a symbol: not known either.
     traced = isinstance(x, jax.core.Tracer)
     device = jax.default_backend() if traced else next(iter(x.devices())).platform

@@ -23,7 +23,7 @@ def owns(x: Any) -> bool:
     return isinstance(x, np.ndarray)
 
 
-def describe(x: Any) -> Facts:
+def describe(x: Any, name: str = "an array") -> Facts:
     return Facts(tuple(x.shape), x.dtype.name, "cpu")
 
 

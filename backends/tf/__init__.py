@@ -74,11 +74,11 @@ def owns(x: Any) -> bool:
     return isinstance(x, (tf.Tensor, tf.Variable))
 
 
-def describe(x: Any) -> Facts:
+def describe(x: Any, name: str = "an array") -> Facts:
     """Facts of a tensor or variable; sizes that a tf.function does not know are None."""
     if x.shape.rank is None:
         raise ValueError(
-            "an array must have a known rank when the call is traced; only B, Tq and Tk may be "
+            f"{name} must have a known rank when the call is traced; only B, Tq and Tk may be "
             "unknown. Got one of unknown rank: say its shape with tf.ensure_shape."
         )
     return Facts(tuple(x.shape), x.dtype.name, _device(x))

@@ -13,7 +13,7 @@ import torch
 from attn_core.api import attention
 from attn_core.backends.torch import accounts, chunked, held, native, reference, triton
 from attn_core.backends.torch import pytrees as _pytrees
-from attn_core.backends.torch.arrays import DTYPES, tracing
+from attn_core.backends.torch.arrays import DTYPES, dense, same, settle, told, tracing
 from attn_core.backends.torch.documents import attention_module, scaled_dot_product_attention
 from attn_core.backends.torch.layer_parts import known
 from attn_core.backends.torch.philox import keep
@@ -30,7 +30,9 @@ __all__ = [
     "attention_module",
     "keep",
     "known",
+    "same",
     "scaled_dot_product_attention",
+    "told",
     "tracing",
 ]
 
@@ -99,18 +101,11 @@ def owns(x: Any) -> bool:
     return isinstance(x, torch.Tensor)
 
 
-def describe(x: Any) -> Facts:
-    if x.is_nested or x.layout is not torch.strided:
-        kind = "a nested one" if x.is_nested else f"{x.layout}"
-        raise TypeError(
-            f"a tensor must be dense, of layout torch.strided. Got {kind}: pad it, and give "
-            "`kv_lengths=` and `q_lengths=`; or pack it, and give attn_core.masks.segments(ids)."
-        )
+def describe(x: Any, name: str = "a tensor") -> Facts:
+    dense(name, x)
     kind = type(x).__name__
     if kind in _NO_NUMBERS:
-        raise TypeError(
-            f"a tensor must be one of plain numbers. Got a {kind}: {_NO_NUMBERS[kind]}."
-        )
+        raise TypeError(f"{name} must be one of plain numbers. Got a {kind}: {_NO_NUMBERS[kind]}.")
     needs_grad = x.requires_grad and torch.is_grad_enabled()
     dtype, device = _NAMES.get(x.dtype) or str(x.dtype), x.device
     return Facts(tuple(x.shape), dtype, device.type, needs_grad, device.index or 0)
@@ -118,6 +113,8 @@ def describe(x: Any) -> Facts:
 
 def admit(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
     """Under autocast, cast as torch's own scaled_dot_product_attention is: float64 stays."""
+    if tracing() and query.dim() == key.dim() == value.dim() == 4:
+        settle(query, key, value)
     kind = query.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return query, key, value

@@ -30,6 +30,56 @@ def tracing() -> bool:
     return fake is not None and fake.shape_env is not None
 
 
+def dense(name: str, x: Array) -> None:
+    """Raises:
+    TypeError: the tensor has no one shape, or no strides.
+    """
+    if not x.is_nested and x.layout is torch.strided:
+        return
+    kind = "a nested one" if x.is_nested else f"{x.layout}: write x.to_dense()"
+    raise TypeError(
+        f"{name} must be dense, of layout torch.strided. Got {kind}. Rows of several lengths "
+        "are padded, with `kv_lengths=` and `q_lengths=`, or packed, with "
+        "attn_core.masks.segments(ids)."
+    )
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal: of two that come of data nothing is known."""
+    if not tracing():
+        return bool(a == b)
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(a == b)
+
+
+def told(size: Any) -> Any:
+    """A size; None for one that comes of data and may be anything, 0 and 1 included."""
+    if not tracing():
+        return size
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
+
+    # What any other size is compared with here no guard comes of: torch has it apart from 0 and 1.
+    for few in (0, 1):
+        if guard_or_true(size == few) and not guard_or_false(size == few):
+            return None
+    return size
+
+
+def settle(query: Array, key: Array, value: Array) -> None:
+    """Let torch find out, as it runs, that sizes agree that it cannot compare while it traces.
+
+    Those that come of data, `x[:, :, :count.item()]` or `x[:, :, flags]`, are new ones each time.
+    """
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
+
+    pairs = [(key, value, axis) for axis in range(3)] + [(query, key, axis) for axis in (0, 3)]
+    for x, y, axis in pairs:
+        alike = x.shape[axis] == y.shape[axis]
+        if guard_or_true(alike) and not guard_or_false(alike):
+            torch._check(alike)
+
+
 class Reading(ArrayReading):
     """Reads trees with torch tensors; floats are in the accumulation dtype.
 

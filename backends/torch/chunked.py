@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from attn_core.backends.torch import native_tiles
+from attn_core.backends.torch import flops, native_tiles
 from attn_core.backends.torch.chunked_backward import Saved, Upstream, backward
 from attn_core.backends.torch.chunked_forward import forward
 from attn_core.backends.torch.chunked_parts import Ask, Work, operands_of, read, written
@@ -65,10 +65,27 @@ def attend(
     else:
         extras = (p.return_lse, p.return_weights, kernel, fast, falls)
         ask = Ask(p.layout, p.offset, p.rate, p.mask, p.score, len(x.mask), *extras)
-        found = _Attend.apply(ask, p.scale, len(x.mask), *given)
+        if _functionalized():
+            found = _forward_op(ask.written(), p.scale, *_packed(given))
+        else:
+            found = _Attend.apply(ask, p.scale, len(x.mask), *given)
     return AttentionOutput(
         found[0], found[1] if p.return_lse else None, found[2] if p.return_weights else None
     )
+
+
+def _functionalized() -> bool:
+    """Whether torch.func.functionalize is at work, which knows operators alone.
+
+    What differentiates an operator is a function again, so its derivatives are refused.
+    """
+    kinds = torch._C._functorch.TransformType
+    stack = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    if kinds.Functionalize not in stack:
+        return False
+    if kinds.Grad in stack or kinds.Jvp in stack:
+        raise _refused("derivatives by torch.func under torch.func.functionalize need")
+    return True
 
 
 def sums_wide(group: int, dtype: str) -> bool:
@@ -316,6 +333,7 @@ class _Attend(torch.autograd.Function):
     def forward(ask: Ask, scale: float, masks: int, *given: Any) -> tuple[Array, ...]:
         if _real(given):
             return _forward(ask, scale, given)
+        flops.counted()
         return _forward_op(ask.written(), scale, *_packed(given))
 
     @staticmethod
@@ -359,6 +377,7 @@ class _Pull(torch.autograd.Function):
         saved, up, given = tensors[:4], tensors[4:7], tensors[7:]
         if _real(tensors):
             return tuple(_backward(ask, scale, wanted, given, saved, up))
+        flops.counted()
         return tuple(_backward_op(ask.written(), scale, wanted, *_packed(given), list(saved), *up))
 
     @staticmethod

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from attn_core import documents
+from attn_core.backends.torch.arrays import dense
 from attn_core.model.module import ModuleOutput, sizes_of
 
 # What torch.compiler.assume_constant_result does, without loading torch's compiler (and triton).
@@ -121,6 +122,7 @@ def _check_tensors(given: dict[str, Any]) -> None:
             raise TypeError(
                 f"`{name}` must be a tensor, or all of them NumPy. Got {type(x).__name__}."
             )
+        dense(f"`{name}`", x)
 
 
 def _held(parameters: Any, query: Any) -> dict[str, Any]:
@@ -145,6 +147,7 @@ def _mask(mask: Any, query: Any) -> Any:
     from attn_core.backends.torch import from_numpy
 
     if isinstance(mask, torch.Tensor):
+        dense("`mask`", mask)
         return mask
     return from_numpy(np.asarray(mask)).to(query.device)
 

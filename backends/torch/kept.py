@@ -9,7 +9,8 @@ in every layer and in every step, and making them costs launches. Three things c
     memory let go        is given to others while a kernel still reads it. So the allocator is told
                          of each stream that reads (`record_stream`), once
     memory of a graph    is written by its replays. While torch.compile warms up for one, whatever
-                         its thread allocates is of that kind. So it is made in another thread
+                         its thread allocates is of that kind. So it is made in another thread, one
+                         for all
     a graph, captured    reads the same memory as often as it is replayed. So what a capture has
                          read is never let go (`PINNED` bytes of it at most)
 
@@ -22,12 +23,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from threading import Lock, local
+from threading import local
 from typing import Any, TypeVar
 
 import torch
+
+from attn_core.backends.torch.forks import Alone, Elsewhere
 
 Value = TypeVar("Value")
 
@@ -59,7 +61,7 @@ class Kept:
         self.most = most
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._pinned: dict[Hashable, _Entry] = {}
-        self._lock = Lock()
+        self._lock = Alone()
 
     def of(self, key: Hashable, device: torch.device, make: Callable[[], Value]) -> Value:
         """What `make()` gives on this device, a tensor or a tuple of them, made once for a key."""
@@ -71,7 +73,7 @@ class Kept:
         entry = self._found(key, device)
         if entry is None:
             entry = _Entry(apart(device, make))
-            with self._lock:
+            with self._lock.held():
                 self._entries[key, device] = entry
                 while len(self._entries) > self.most:
                     self._entries.popitem(last=False)
@@ -81,14 +83,14 @@ class Kept:
 
     def clear(self) -> None:
         """Let all of it go that no graph reads."""
-        with self._lock:
+        with self._lock.held():
             self._entries.clear()
 
     def __len__(self) -> int:
         return len(self._entries) + len(self._pinned)
 
     def _found(self, key: Hashable, device: torch.device) -> _Entry | None:
-        with self._lock:
+        with self._lock.held():
             if (key, device) in self._pinned:
                 return self._pinned[key, device]
             entry = self._entries.get((key, device))
@@ -101,7 +103,7 @@ class Kept:
         entry = self._found(key, device)
         if entry is None:
             return None
-        with self._lock:
+        with self._lock.held():
             if (key, device) not in self._pinned:
                 if _held() + entry.bytes > PINNED:
                     return None
@@ -133,11 +135,11 @@ def apart(device: torch.device, make: Callable[[], Value]) -> Value:
             return make()
     if getattr(_here, "alone", False):
         return _alone(device, make)
-    with ThreadPoolExecutor(1, "attn-core-kept") as other:
-        return other.submit(_alone, device, make).result()
+    return _other.call(_alone, device, make)
 
 
 _here = local()
+_other = Elsewhere("attn-core-kept")
 
 
 def _alone(device: torch.device, make: Callable[[], Value]) -> Value:

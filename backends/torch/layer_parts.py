@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from attn_core.backends.torch.arrays import DTYPES
+from attn_core.backends.torch.arrays import DTYPES, dense
 from attn_core.backends.torch.philox import keep, words
 from attn_core.backends.torch.tiles import constant
 from attn_core.language.values import Dropout, drop_threshold
@@ -175,13 +175,15 @@ def integers(name: str, given: Any, device: Any) -> Array:
 
 
 def check_tensors(**given: Any) -> None:
-    """What is given is on no host: torch's modules read tensors."""
+    """What is given is on no host and dense: torch's modules read tensors."""
     for name, x in given.items():
         if x is not None and not isinstance(x, torch.Tensor):
             raise TypeError(
                 f"`{name}` must be a torch.Tensor. "
                 f"Got {type(x).__module__}.{type(x).__name__}: torch.as_tensor({name}) makes one."
             )
+        if x is not None:
+            dense(f"`{name}`", x)
 
 
 def check_dtype(part: Any, **given: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from attn_core.backends.torch import chunked
+from attn_core.backends.torch import chunked, flops
 from attn_core.backends.torch.arrays import tracing
 from attn_core.spec import WIDTH, AttentionOutput, Operands, Problem
 from attn_core.whole import beside, whole
@@ -54,7 +54,10 @@ def refusals(p: Problem) -> list[str]:
 def attend(p: Problem, x: Operands) -> AttentionOutput:
     compiling = torch.compiler.is_compiling()
     kind = _kind(p)
-    if kind == "tiles" or p.return_lse or (p.device == "cpu" and _recorded(p, compiling)):
+    # Of sizes that nobody knows yet, torch's own operator wants to hear that they are not 0.
+    unknown = None in (p.batch, p.q_len, p.k_len)
+    recorded = p.device == "cpu" and (_recorded(p, compiling) or _counted(compiling))
+    if kind == "tiles" or p.return_lse or unknown or recorded:
         # The same kernels, bound so that derivatives of derivatives, and jvp, are refused by name.
         return chunked.attend(p, x, kind)
     q, k, v = _heads_first(p, x.query), _heads_first(p, x.key), _heads_first(p, x.value)
@@ -76,6 +79,11 @@ def _recorded(p: Problem, compiling: bool) -> bool:
     if p.needs_grad or (not compiling and forward_ad._current_level >= 0):
         return True
     return not compiling and torch._C._are_functorch_transforms_active()
+
+
+def _counted(compiling: bool) -> bool:
+    """Whether flops are counted: of torch's own kernel on a CPU torch counts none."""
+    return not compiling and flops.counted()
 
 
 def _kind(p: Problem) -> str:

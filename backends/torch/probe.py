@@ -17,13 +17,14 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 from signal import Signals
 from typing import Any, NamedTuple
+
+from attn_core.backends.torch.forks import Alone
 
 TIMEOUT = 300.0
 """Seconds that the other process may take; compiling the kernels is most of it."""
@@ -36,7 +37,7 @@ _PLAIN, _WIDE = 64, 256
 """Widths of trials: with the first every width up to it stands or falls, with the other those above
 half of it."""
 
-_LOCK = threading.Lock()
+_LOCK = Alone()
 
 
 class Gpu(NamedTuple):
@@ -91,7 +92,7 @@ def problem(device: str, index: int = 0) -> str:
         return "triton must be installed: pip install 'attn-core[triton]'. Got none."
     wrong = _after_tensorflow(found)
     if not wrong and device == "cuda":
-        with _LOCK:
+        with _LOCK.held():
             wrong = finding().on(index).problem or ""
     return wrong or _loaded(found)
 
@@ -109,7 +110,7 @@ def narrower(device: str, dtype: str, width: int, index: int = 0) -> str:
         return ""
     if device != "cuda":
         return _interpreted(dtype)
-    with _LOCK:
+    with _LOCK.held():
         found = finding().on(index).narrower
     for bad, most, wrong in found:
         alike = dtype == bad or "float32" not in (dtype, bad)

@@ -47,7 +47,7 @@ def _attend(p: Problem, x: Operands) -> AttentionOutput:
     rows, seen = allowed.any(-1), _seen(p, allowed)
 
     hidden = torch.where(allowed, logits, -torch.inf)
-    m = _maximum(hidden.detach())
+    m = _maximum(p, hidden.detach())
     sinks = None
     if x.sinks is not None:
         sinks = x.sinks.to(dtype)[:, None].expand(full[:3])
@@ -140,7 +140,10 @@ def _logits(
     return z
 
 
-def _maximum(hidden: Array) -> Array:
+def _maximum(p: Problem, hidden: Array) -> Array:
+    if p.k_len is None:  # there may be no key at all
+        nothing = hidden.new_full((*hidden.shape[:-1], 1), -torch.inf)
+        return torch.cat([hidden, nothing], -1).amax(-1)
     if hidden.shape[-1] == 0:
         return hidden.new_full(hidden.shape[:-1], -torch.inf)
     return hidden.amax(-1)

@@ -59,6 +59,14 @@ class Call:
         bias, seed = none[None, None, None], none
         if x.bias is not None:
             bias = x.bias if x.bias.dim() == 4 else x.bias[None, None]
+            # Torch's operations refuse another shape by themselves; a kernel would read beyond it.
+            # It comes only where a compiler has known no sizes, and so nobody has compared them.
+            whole = (self.batch, self.heads, self.q_len, self.k_len)
+            if any(n not in (1, size) for n, size in zip(bias.shape, whole, strict=True)):
+                raise ValueError(
+                    f"`bias` must broadcast to (B, Hq, Tq, Tk) = {whole}. "
+                    f"Got {tuple(x.bias.shape)}."
+                )
         self.bias_strides = spanned(bias)
         if ask.rate:
             seed = torch.stack(philox.words(x.seed))

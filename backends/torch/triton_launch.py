@@ -20,6 +20,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from attn_core.backends.torch.chunked_parts import Ask
+from attn_core.backends.torch.forks import Alone
 from attn_core.kernels import configs, interpreter
 from attn_core.kernels import forward as _forward
 from attn_core.kernels.configs import Config
@@ -31,7 +32,7 @@ INTERPRETED = not isinstance(_forward.forward, triton.JITFunction)
 
 assert interpreter  # imported for what it does
 
-_ALONE = RLock()
+_ALONE = Alone(RLock)
 """Held while kernels are interpreted: where it stands Triton knows once, for all threads."""
 
 
@@ -117,7 +118,7 @@ def launching(what: str, ask: Ask, x: Operands) -> Iterator[None]:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
         if INTERPRETED:  # it computes with NumPy, which warns of what the kernels mean
-            stack.enter_context(_ALONE)
+            stack.enter_context(_ALONE.held())
             stack.enter_context(np.errstate(all="ignore"))
         try:
             yield

@@ -13,7 +13,6 @@ a compiler that fails again with every length of a prompt.
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -22,6 +21,7 @@ import torch
 
 from attn_core import registry
 from attn_core.backends.torch.chunked_parts import Ask
+from attn_core.backends.torch.forks import Alone
 from attn_core.backends.torch.triton import FEW
 from attn_core.language.tree import Tree
 from attn_core.spec import Operands, Problem
@@ -55,7 +55,7 @@ class Question(NamedTuple):
 _found: dict[tuple[str, Question], str] = {}
 """By pass, "forward" or "backward", and question: what the compiler said."""
 
-_LOCK = threading.Lock()
+_LOCK = Alone()
 
 
 def reasons(p: Problem) -> list[str]:
@@ -133,7 +133,7 @@ def _remember(what: str, question: Question, error: Exception) -> None:
     if len(said) > 400:
         # A compiler shows the source first, and says last what is wrong with it.
         said = f"{said[:150]} ... {said[-250:]}"
-    with _LOCK:
+    with _LOCK.held():
         known = (what, question) in _found
         _found[what, question] = said
     registry.forget()

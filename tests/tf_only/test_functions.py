@@ -46,8 +46,8 @@ def test_one_trace_for_unknown_sizes():
 def test_the_dynamic_form_knows_no_sizes(monkeypatch):
     seen = []
 
-    def spy(x, describe=backend.describe):
-        seen.append(describe(x))
+    def spy(*given, describe=backend.describe):
+        seen.append(describe(*given))
         return seen[-1]
 
     monkeypatch.setattr(backend, "describe", spy)
@@ -157,10 +157,10 @@ def test_autograph_leaves_our_code_alone(monkeypatch):
     """Rewriting it costs seconds at the first trace of every process."""
     rewritten = set()
 
-    def spy(x, describe=backend.describe):
+    def spy(*given, describe=backend.describe):
         stack = traceback.extract_stack()
         rewritten.update(f.name for f in stack if "__autograph_generated" in f.filename)
-        return describe(x)
+        return describe(*given)
 
     monkeypatch.setattr(backend, "describe", spy)
 

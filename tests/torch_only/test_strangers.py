@@ -164,3 +164,47 @@ def test_weights_of_chosen_rows_compile_whole():
 
     compiled = torch.compile(asked, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(query, key), asked(query, key))
+
+
+LAYOUTS = {
+    "torch.sparse_coo": lambda x: x.to_sparse(),
+    "torch.sparse_csr": lambda x: x.to_sparse_csr(),
+    "torch._mkldnn": lambda x: x.to_mkldnn(),
+    "a nested one": lambda x: torch.nested.nested_tensor([x, x]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["mask", "bias", "sinks", "query", "value", "kv_lengths"])
+def test_what_is_not_dense_is_refused_by_its_name(name, layout):
+    query = torch.ones(2, 2, 5, 8)
+    given = {"query": query, "key": query, "value": query, name: LAYOUTS[layout](torch.ones(5, 5))}
+    with pytest.raises(TypeError, match=rf"^`{name}` must be dense, .* Got {layout}.*segments"):
+        attn_core.attention(**given)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_documents_functions_and_layers_name_it_too(layout):
+    x, other = torch.ones(2, 5, 8), LAYOUTS[layout](torch.ones(5, 5))
+    layer = attn_core.build({"width": 8, "heads": 2}, backend="torch")
+    documents = backend.scaled_dot_product_attention
+    calls = {
+        "mask": [lambda: documents(x, x, x, other), lambda: layer(x, mask=other)],
+        "bias": [lambda: layer(x, bias=other)],
+        "q": [lambda: documents(other, x, x)],
+        "query": [lambda: layer(other)],
+    }
+    for name, several in calls.items():
+        for call in several:
+            with pytest.raises(TypeError, match=rf"^`{name}` must be dense, .* Got {layout}"):
+                call()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_a_nested_tensor_is_no_table():
+    with pytest.raises(TypeError, match=r"of one shape. Got a nested tensor: .*to_padded_tensor"):
+        masks.dense(torch.nested.nested_tensor([torch.ones(3, 3, dtype=torch.bool)] * 2))
