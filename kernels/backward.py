@@ -174,10 +174,12 @@ def _along_rows(
             )  # fmt: skip
         # Turned over, so that p and ds are first operands as they come out of products. What is
         # known of rows is then spread over all threads, and read no sooner than it is needed.
-        at = (b, h, row[None, :], k_at[:, None], tile * N)
-        added = bias_of(at, facts, arrays, BIAS)
+        added = 0.0
+        if BIAS:
+            added = bias_of(b, h, row[None, :], k_at[:, None], facts, arrays)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=tl.float32)
         known = _known_of(statistics, b, head, j * M, heads, q_len, M, KIND)
+        at = (b, h, row[None, :], k_at[:, None], tile * N)
         p, keep, allowed, found = weigh(
             s, added, (known[0][None, :], known[1][None, :], known[2][None, :]), at, facts, arrays,
             numbers, i >= stop_full, M, N, MASK, SCORE, BIAS, DROPOUT, KIND, AGAIN, True,
@@ -348,10 +350,12 @@ def _along_keys(
         k_at = j * N + tl.arange(0, N)
         k = taken(key, strides[2], b, kv_head, j * N, k_len, N, D, PAD, WHOLE, DESCRIPTORS)
         v = taken(value, strides[3], b, kv_head, j * N, k_len, N, DV, PAD_V, WHOLE, DESCRIPTORS)
-        at = (b, h, row[:, None], k_at[None, :], j * N)
-        added = bias_of(at, facts, arrays, BIAS)
+        added = 0.0
+        if BIAS:
+            added = bias_of(b, h, row[:, None], k_at[None, :], facts, arrays)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
+        at = (b, h, row[:, None], k_at[None, :], j * N)
         p, keep, allowed, found = weigh(
             s, added, (known[0][:, None], known[1][:, None], known[2][:, None]), at, facts, arrays,
             numbers, i >= stop_full, M, N, MASK, SCORE, BIAS, DROPOUT, KIND, AGAIN, False,

@@ -81,7 +81,7 @@ def d_bias(
                         False,
                     )
                     place = (b, h, row[:, None], k_at[None, :], first)
-                    added = bias_of(place, facts, arrays, True)
+                    added = bias_of(*place[:4], facts, arrays)
                     s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
                     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
                     p, keep, allowed, found = weigh(

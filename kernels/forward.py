@@ -241,11 +241,13 @@ def along(
         else:
             j = tl.load(order + t)
         k = taken(key, strides[0], b, kv_head, j * N, k_len, N, D, PAD, False, DESCRIPTORS)
-        at = (b, h2, row2, j * N + tl.arange(0, N)[None, :], j * N)
-        added = bias_of(at, facts, arrays, BIAS)
+        added = 0.0
+        if BIAS:
+            added = bias_of(b, h2, row2, j * N + tl.arange(0, N)[None, :], facts, arrays)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
         if not LATE:
             s = s * numbers[0]
+        at = (b, h2, row2, j * N + tl.arange(0, N)[None, :], j * N)
         # From here on -inf says that it is not allowed: one tile less in registers.
         if t >= stop_full:
             s, allowed, _ = judged(s, added, at, facts, arrays, M, N, MASK, SCORE, BIAS, True)

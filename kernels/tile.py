@@ -155,24 +155,20 @@ def allowed_of(b, h, row, k, offset, rows_seen, keys_seen, operands, MASK: tl.co
 
 
 @triton.jit
-def bias_of(place, facts, arrays, BIAS: tl.constexpr):
+def bias_of(b, h, row, k, facts, arrays):
     """The bias over a tile, float32, by strides that are 0 where it does not span an axis.
 
-    Beyond the last row or key it is 0; where there is none it is 0.0.
+    Beyond the last row or key it is 0.
 
     Called before the product that it is added to, though not needed sooner: Triton lays a tile out
     among threads for the first of the two, and where that is the load it computes softmax twice, as
     the load and as the product have their numbers. And then it is on its way meanwhile.
     """
-    added = 0.0
-    if BIAS:
-        b, h, row, k, _ = place
-        _, _, bias, strides, _ = arrays
-        at = b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
-        at = at + row.to(tl.int64) * strides[2] + k.to(tl.int64) * strides[3]
-        there = (row < facts[3]) & (k < facts[4])
-        added = tl.load(bias[0] + at, mask=there, other=0.0).to(tl.float32)
-    return added
+    _, _, bias, strides, _ = arrays
+    at = b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
+    at = at + row.to(tl.int64) * strides[2] + k.to(tl.int64) * strides[3]
+    there = (row < facts[3]) & (k < facts[4])
+    return tl.load(bias[0] + at, mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit
