@@ -50,6 +50,16 @@ def test_what_is_shipped_compiles_clean(target: str) -> None:
     assert all(finding.wgmma[0] > 0 and finding.wgmma[1] > 0 for finding in hopper)
 
 
+def test_threads_share_the_tiles_of_a_schedule() -> None:
+    """Whichever axis Triton spreads a warp along: with every tile in every thread there is no room
+    for them, and that was so with Triton 3.7."""
+    (job,) = ahead.jobs(["sm_90"], ["schedule"], ["documents"])
+    (found,) = ahead.run([job])
+    assert found.problems == []
+    assert found.registers is not None
+    assert found.registers <= 128
+
+
 def test_what_is_tried_at_width_256_compiles_clean() -> None:
     """On a GPU that is there for minutes no tile is worth its compiling that spills."""
     asked = [
