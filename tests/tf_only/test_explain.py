@@ -49,7 +49,7 @@ def test_precision() -> None:
 
 def test_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = BACKEND.describe
-    monkeypatch.setattr(BACKEND, "describe", lambda x: facts(x)._replace(device="gpu"))
+    monkeypatch.setattr(BACKEND, "describe", lambda x, name: facts(x, name)._replace(device="gpu"))
     x = tf.ones((1, 1, 4, 2))
     switch = "tf.config.experimental.tensor_float_32_execution_enabled() is True"
     assert explain(x, x, x).effective == f"{FLOAT32}; TF32 may be used: {switch}"
