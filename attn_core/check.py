@@ -81,7 +81,8 @@ def resolve(
             kv_lengths, q_lengths = carried(backend, kv_lengths), carried(backend, q_lengths)
             query_offset = carried(backend, query_offset)
     if host:
-        q, k, v = [describe(backend, host, "query", x) for x in (query, key, value)]
+        q, k = describe(backend, host, "query", query), describe(backend, host, "key", key)
+        v = describe(backend, host, "value", value)
     else:
         q, k = backend.describe(query, "`query`"), backend.describe(key, "`key`")
         v = backend.describe(value, "`value`")
