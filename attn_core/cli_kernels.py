@@ -267,8 +267,9 @@ def show(
 
 def _functions(sample: Any) -> list[tuple[str, str]]:
     """(what it is, source) of the device functions of a sample."""
-    from attn_core.kernels.samples import operands_of, tree_of
-    from attn_core.kernels.source import written
+    from attn_core.kernels.samples import tree_of
+    from attn_core.kernels.signatures import forms
+    from attn_core.kernels.source import split, written
     from attn_core.language.duals import differentiate
     from attn_core.language.neighbours import full_tiles_are_neighbours
 
@@ -277,16 +278,19 @@ def _functions(sample: Any) -> list[tuple[str, str]]:
         tree = tree_of(words)
         if tree is None:
             continue
-        forms = tuple((rank, kind == "bool") for kind, rank in operands_of(tree))
+        held = forms(tree)
         title = f"{what}: {words}"
         if what == "mask":
             near = full_tiles_are_neighbours(tree, "k")
             title += f"\nfull tiles: {'neighbours' if near else 'looked up in lists'}"
-        found.append((title, written(tree, forms, what == "score")))
-        if what == "score":
-            derivative = differentiate(tree).tree
-            title = "derivative of the score: value, slope, then slope and place of each look-up"
-            found.append((title, written(derivative, forms, True)))
+            found.append((title, written(tree, held)))
+            continue
+        derivative = "derivative of the score: value, slope, then slope and place of each look-up"
+        for name, whole in ((title, tree), (derivative, differentiate(tree).tree)):
+            looks, rest = split(whole)
+            if looks is not None:
+                found.append((f"looked up before there is an s: {name}", written(looks, held)))
+            found.append((name, written(rest, held, True)))
     return found
 
 

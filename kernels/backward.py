@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 
 from attn_core.kernels.statistics import of_rows, rows_of
-from attn_core.kernels.tile import add, bias_of, facts_of, line_of, put, taken
+from attn_core.kernels.tile import add, ahead_of, facts_of, line_of, put, taken
 from attn_core.kernels.weights import EITHER, FULL, PARTIAL, finite, pull, seen_of, weigh
 
 
@@ -54,6 +54,7 @@ def d_keys(
     M: tl.constexpr, N: tl.constexpr,
     MASK: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr,
     KV_LENGTHS: tl.constexpr, Q_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
+    EARLY: tl.constexpr, LOOKS: tl.constexpr,  # as forward has them
     SITES: tl.constexpr,  # what `sites_of` says; none but where FUSED
     KEY: tl.constexpr, VALUE: tl.constexpr,  # which of dK and dV it makes
     FUSED: tl.constexpr,  # whether it does what `d_query` does, too; it then makes both
@@ -83,19 +84,19 @@ def d_keys(
     if AT_ONCE:
         dk, dv = _along_rows(
             dk, dv, *told, 0, stop_full, stop_full,
-            D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, SITES, KEY, VALUE, FUSED, RUN,
-            DESCRIPTORS, PRECISION, FULL, False,
+            D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, EARLY, LOOKS, SITES, KEY, VALUE,
+            FUSED, RUN, DESCRIPTORS, PRECISION, FULL, False,
         )  # fmt: skip
         dk, dv = _along_rows(
             dk, dv, *told, stop_full, stop_full, stop,
-            D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, SITES, KEY, VALUE, FUSED, RUN,
-            DESCRIPTORS, PRECISION, PARTIAL, False,
+            D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, EARLY, LOOKS, SITES, KEY, VALUE,
+            FUSED, RUN, DESCRIPTORS, PRECISION, PARTIAL, False,
         )  # fmt: skip
     else:
         dk, dv = _along_rows(
             dk, dv, *told, 0, stop_full, stop,
-            D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, SITES, KEY, VALUE, FUSED, RUN,
-            DESCRIPTORS, PRECISION, EITHER, False,
+            D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, EARLY, LOOKS, SITES, KEY, VALUE,
+            FUSED, RUN, DESCRIPTORS, PRECISION, EITHER, False,
         )  # fmt: skip
         good = True
         if KEY:
@@ -106,8 +107,8 @@ def d_keys(
             dk, dv = _nothing(N, PAD, KEY), _nothing(N, PAD_V, VALUE)
             dk, dv = _along_rows(
                 dk, dv, *told, 0, 0, stop,
-                D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, SITES, KEY, VALUE, FUSED,
-                RUN, DESCRIPTORS, PRECISION, PARTIAL, True,
+                D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, EARLY, LOOKS, SITES, KEY,
+                VALUE, FUSED, RUN, DESCRIPTORS, PRECISION, PARTIAL, True,
             )  # fmt: skip
     # The same tile, worked out anew, so that no compiler knows it for the same: where it begins, in
     # every form in which that is asked for, would else wait in registers while the loops run.
@@ -141,6 +142,7 @@ def _along_rows(
     D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
     MASK: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    EARLY: tl.constexpr, LOOKS: tl.constexpr,
     SITES: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, FUSED: tl.constexpr,
     RUN: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
     KIND: tl.constexpr,  # of these tiles
@@ -174,15 +176,14 @@ def _along_rows(
             )  # fmt: skip
         # Turned over, so that p and ds are first operands as they come out of products. What is
         # known of rows is then spread over all threads, and read no sooner than it is needed.
-        added = 0.0
-        if BIAS:
-            added = bias_of(b, h, row[None, :], k_at[:, None], facts, arrays)
+        at = (b, h, row[None, :], k_at[:, None], tile * N)
+        partial = KIND == PARTIAL or (KIND == EITHER and i >= stop_full)
+        ahead = ahead_of(at, facts, arrays, partial, N, M, MASK, BIAS, EARLY, LOOKS)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=tl.float32)
         known = _known_of(statistics, b, head, j * M, heads, q_len, M, KIND)
-        at = (b, h, row[None, :], k_at[:, None], tile * N)
         p, keep, allowed, found = weigh(
-            s, added, (known[0][None, :], known[1][None, :], known[2][None, :]), at, facts, arrays,
-            numbers, i >= stop_full, M, N, MASK, SCORE, BIAS, DROPOUT, KIND, AGAIN, True,
+            s, ahead, (known[0][None, :], known[1][None, :], known[2][None, :]), at, facts, arrays,
+            numbers, partial, M, N, MASK, SCORE, BIAS, DROPOUT, EARLY, LOOKS, KIND, AGAIN, True,
         )  # fmt: skip
         if AGAIN:  # late: with nothing on its way, it would wait in registers
             do = rows_of(
@@ -245,6 +246,7 @@ def d_query(
     M: tl.constexpr, N: tl.constexpr,
     MASK: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr,
     KV_LENGTHS: tl.constexpr, Q_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
+    EARLY: tl.constexpr, LOOKS: tl.constexpr,  # as forward has them
     SITES: tl.constexpr,  # what `sites_of` says
     RUN: tl.constexpr,  # as of d_keys
     DESCRIPTORS: tl.constexpr,  # whether key and value are
@@ -279,20 +281,20 @@ def d_query(
         known = _known_of(statistics, b, head, tile * M, heads, q_len, M, PARTIAL)
         dq = _along_keys(
             dq, q, do, known, *told, 0, stop_full, stop_full,
-            D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, SITES, RUN, DESCRIPTORS,
-            PRECISION, FULL, False,
+            D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, EARLY, LOOKS, SITES, RUN,
+            DESCRIPTORS, PRECISION, FULL, False,
         )  # fmt: skip
         dq = _along_keys(
             dq, q, do, known, *told, stop_full, stop_full, stop,
-            D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, SITES, RUN, DESCRIPTORS,
-            PRECISION, PARTIAL, False,
+            D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, EARLY, LOOKS, SITES, RUN,
+            DESCRIPTORS, PRECISION, PARTIAL, False,
         )  # fmt: skip
     else:
         known = _known_of(statistics, b, head, tile * M, heads, q_len, M, EITHER)
         dq = _along_keys(
             dq, q, do, known, *told, 0, stop_full, stop,
-            D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, SITES, RUN, DESCRIPTORS,
-            PRECISION, EITHER, False,
+            D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, EARLY, LOOKS, SITES, RUN,
+            DESCRIPTORS, PRECISION, EITHER, False,
         )  # fmt: skip
         if not finite(dq):
             first, b, head = _anew(pid, tiles, heads, M, 2)
@@ -307,8 +309,8 @@ def d_query(
             known = _known_of(statistics, b, head, first, heads, q_len, M, PARTIAL)
             dq = _along_keys(
                 tl.zeros((M, PAD), tl.float32), q, do, known, *told, 0, 0, stop,
-                D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, SITES, RUN, DESCRIPTORS,
-                PRECISION, PARTIAL, True,
+                D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, EARLY, LOOKS, SITES, RUN,
+            DESCRIPTORS, PRECISION, PARTIAL, True,
             )  # fmt: skip
     first, b, head = _anew(pid, tiles, heads, M, 1)
     put(dq * numbers[0], d_query, strides[4], b, head, first, q_len, M, D, PAD)
@@ -337,6 +339,7 @@ def _along_keys(
     D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
     MASK: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    EARLY: tl.constexpr, LOOKS: tl.constexpr,
     SITES: tl.constexpr, RUN: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
     KIND: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
@@ -350,15 +353,14 @@ def _along_keys(
         k_at = j * N + tl.arange(0, N)
         k = taken(key, strides[2], b, kv_head, j * N, k_len, N, D, PAD, WHOLE, DESCRIPTORS)
         v = taken(value, strides[3], b, kv_head, j * N, k_len, N, DV, PAD_V, WHOLE, DESCRIPTORS)
-        added = 0.0
-        if BIAS:
-            added = bias_of(b, h, row[:, None], k_at[None, :], facts, arrays)
+        at = (b, h, row[:, None], k_at[None, :], j * N)
+        partial = KIND == PARTIAL or (KIND == EITHER and i >= stop_full)
+        ahead = ahead_of(at, facts, arrays, partial, M, N, MASK, BIAS, EARLY, LOOKS)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
-        at = (b, h, row[:, None], k_at[None, :], j * N)
         p, keep, allowed, found = weigh(
-            s, added, (known[0][:, None], known[1][:, None], known[2][:, None]), at, facts, arrays,
-            numbers, i >= stop_full, M, N, MASK, SCORE, BIAS, DROPOUT, KIND, AGAIN, False,
+            s, ahead, (known[0][:, None], known[1][:, None], known[2][:, None]), at, facts, arrays,
+            numbers, partial, M, N, MASK, SCORE, BIAS, DROPOUT, EARLY, LOOKS, KIND, AGAIN, False,
         )  # fmt: skip
         dz, ds = pull(p, keep, allowed, found, dp, t[:, None], numbers, SCORE, BIAS, DROPOUT, KIND)
         if KIND == PARTIAL or (KIND == FULL and (BIAS or SCORE is not None)):

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from attn_core.kernels.statistics import of_rows, rows_of
-from attn_core.kernels.tile import bias_of, facts_of, taken
+from attn_core.kernels.tile import ahead_of, facts_of, taken
 from attn_core.kernels.weights import PARTIAL, pull, weigh
 
 
@@ -23,6 +23,7 @@ def d_bias(
     M: tl.constexpr, N: tl.constexpr,
     MASK: tl.constexpr, SCORE: tl.constexpr,
     KV_LENGTHS: tl.constexpr, Q_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
+    EARLY: tl.constexpr, LOOKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a bias, float32: a program has a tile of it, and goes along the rest."""
@@ -81,12 +82,13 @@ def d_bias(
                         False,
                     )
                     place = (b, h, row[:, None], k_at[None, :], first)
-                    added = bias_of(*place[:4], facts, arrays)
+                    ahead = ahead_of(place, facts, arrays, True, M, N, MASK, True, EARLY, LOOKS)
                     s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
                     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
                     p, keep, allowed, found = weigh(
-                        s, added, (m[:, None], log2_l[:, None], m[:, None]), place, facts, arrays,
-                        numbers, True, M, N, MASK, SCORE, True, DROPOUT, PARTIAL, False, False,
+                        s, ahead, (m[:, None], log2_l[:, None], m[:, None]), place, facts, arrays,
+                        numbers, True, M, N, MASK, SCORE, True, DROPOUT, EARLY, LOOKS, PARTIAL,
+                        False, False,
                     )  # fmt: skip
                     dz, _ = pull(
                         p, keep, allowed, found, dp, t[:, None], numbers,

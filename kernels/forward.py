@@ -39,7 +39,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attn_core.kernels.tile import LOG2E, bias_of, facts_of, judged, kept_of, line_of, taken
+from attn_core.kernels.tile import LOG2E, ahead_of, facts_of, judged, kept_of, line_of, taken
 
 HIGH, DEEP = tl.constexpr(512.0), tl.constexpr(-65536.0)
 """Row maxima in units of log 2. 2^-24 of HIGH is 1/16 of float16's rounding, 2^-24 of DEEP all of
@@ -110,6 +110,8 @@ def forward(
     KV_LENGTHS: tl.constexpr,
     Q_LENGTHS: tl.constexpr,
     DROPOUT: tl.constexpr,
+    EARLY: tl.constexpr,  # whether the mask looks an array up at every entry
+    LOOKS: tl.constexpr,  # what the score looks up at every entry, or None
     LATE: tl.constexpr,  # whether the scale comes after the difference: it is positive then
     RUN: tl.constexpr,  # whether full tiles are neighbours, so that they need not be looked up
     DESCRIPTORS: tl.constexpr,  # whether key and value are tensor descriptors of tiles
@@ -162,8 +164,8 @@ def forward(
     m, total, acc = along(
         q, key, value, (k_strides, v_strides), place, facts, arrays,
         (order, first, stop_full, stop), (scale, threshold), k_len, False,
-        M, N, D, DV, PAD, PAD_V, MASK, SCORE, BIAS, DROPOUT, LATE, RUN, DESCRIPTORS, PRECISION,
-        AT_ONCE, AT_ONCE,
+        M, N, D, DV, PAD, PAD_V, MASK, SCORE, BIAS, DROPOUT, EARLY, LOOKS, LATE, RUN,
+        DESCRIPTORS, PRECISION, AT_ONCE, AT_ONCE,
     )  # fmt: skip
     # Taken from where nobody looks, what is not finite is still not finite here: 0 times it is NaN.
     if not AT_ONCE:  # noqa: SIM102 - known before compiling, so that the rest is not compiled
@@ -172,8 +174,8 @@ def forward(
             m, total, acc = along(
                 q, key, value, (k_strides, v_strides), place, facts, arrays,
                 (order, first, first, stop), (scale, threshold), k_len, exact,
-                M, N, D, DV, PAD, PAD_V, MASK, SCORE, BIAS, DROPOUT, LATE, RUN, DESCRIPTORS,
-                PRECISION, True, False,
+                M, N, D, DV, PAD, PAD_V, MASK, SCORE, BIAS, DROPOUT, EARLY, LOOKS, LATE,
+                RUN, DESCRIPTORS, PRECISION, True, False,
             )  # fmt: skip
     if DROPOUT:
         # Here, in float32: beside p it may be more than 16 bits hold.
@@ -219,7 +221,8 @@ def along(
     M: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr,
     MASK: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    LATE: tl.constexpr, RUN: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr, LOOKS: tl.constexpr, LATE: tl.constexpr, RUN: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
     CAREFUL: tl.constexpr,  # whether values of keys that no row of the tile sees are replaced by 0
     EXACT: tl.constexpr,  # whether it is exact anyway
 ):  # fmt: skip
@@ -241,19 +244,24 @@ def along(
         else:
             j = tl.load(order + t)
         k = taken(key, strides[0], b, kv_head, j * N, k_len, N, D, PAD, False, DESCRIPTORS)
-        added = 0.0
-        if BIAS:
-            added = bias_of(b, h2, row2, j * N + tl.arange(0, N)[None, :], facts, arrays)
+        at = (b, h2, row2, j * N + tl.arange(0, N)[None, :], j * N)
+        partial = t >= stop_full
+        ahead = ahead_of(at, facts, arrays, partial, M, N, MASK, BIAS, EARLY, LOOKS)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
         if not LATE:
             s = s * numbers[0]
-        at = (b, h2, row2, j * N + tl.arange(0, N)[None, :], j * N)
         # From here on -inf says that it is not allowed: one tile less in registers.
-        if t >= stop_full:
-            s, allowed, _ = judged(s, added, at, facts, arrays, M, N, MASK, SCORE, BIAS, True)
+        if EARLY and SCORE is None and not BIAS and not CAREFUL:
+            s = tl.minimum(s, ahead[1])
+        elif partial:
+            s, allowed, _ = judged(
+                s, ahead, at, facts, arrays, M, N, MASK, SCORE, BIAS, EARLY, LOOKS, True
+            )
             s = tl.where(allowed, s, float("-inf"))
         elif SCORE is not None or BIAS:
-            s, allowed, _ = judged(s, added, at, facts, arrays, M, N, MASK, SCORE, BIAS, False)
+            s, allowed, _ = judged(
+                s, ahead, at, facts, arrays, M, N, MASK, SCORE, BIAS, EARLY, LOOKS, False
+            )
             s = tl.where(allowed, s, float("-inf"))
         if CAREFUL:
             seen = tl.max(s, 0) != float("-inf")

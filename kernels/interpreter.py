@@ -4,6 +4,7 @@ bounds of loops    it takes them by `int()` of an array of one entry, which NumP
                    allow at 2.4: such a bound is handed over as the number it is
 sums by TMA        of what may be done through a tensor descriptor it knows reading and writing:
                    adding is done by the atomics that it has
+the lesser         of NaN and a number (and the greater) is the number, as on a GPU; it says NaN
 a comparison       of scalars, spread over a block, has become int32: Triton 3.9 takes no such mask
 
 bfloat16 is in `interpreter_bfloat16.py`, what it does too often in `interpreter_once.py`.
@@ -63,9 +64,19 @@ def _spread(self: Any, block: Any, scalar: Any) -> Any:
     return _splat(self, block, scalar)
 
 
+def _lesser(self: Any, one: Any, other: Any) -> Any:
+    return self.binary_op(one, other, np.fmin)
+
+
+def _greater(self: Any, one: Any, other: Any) -> Any:
+    return self.binary_op(one, other, np.fmax)
+
+
 if triton.knobs.runtime.interpret:
     interpreter._patch_lang_tensor = _patched
     interpreter.InterpreterBuilder.create_splat = _spread
+    interpreter.InterpreterBuilder.create_minnumf = _lesser
+    interpreter.InterpreterBuilder.create_maxnumf = _greater
     if not hasattr(interpreter.InterpreterBuilder, "create_descriptor_reduce"):
         interpreter.InterpreterBuilder.create_descriptor_reduce = _reduced
     from attn_core.kernels import interpreter_bfloat16

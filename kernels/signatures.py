@@ -35,7 +35,7 @@ from attn_core.kernels import backward, bias, forward, rules, schedule, statisti
 from attn_core.kernels.configs import Config
 from attn_core.kernels.reach import Form, reach
 from attn_core.kernels.samples import operands_of, tree_of
-from attn_core.kernels.source import function
+from attn_core.kernels.source import of_mask, of_score
 from attn_core.language.duals import differentiate
 from attn_core.language.neighbours import full_tiles_are_neighbours
 from attn_core.language.tree import Tree
@@ -130,8 +130,8 @@ class _Call:
         self.seed = "*i64" if sample.dropout else self.none
         threshold = "i32" if sample.dropout else WHOLE  # none is 0
         self.numbers = ("fp32", threshold, "fp32")
-        self.mask_operands = arguments(self.mask)
-        self.score_operands = arguments(self.score)
+        self.mask_operands = arguments(self.mask, self.size)
+        self.score_operands = arguments(self.score, self.size)
         self.arrays = (
             *(self.mask_operands, self.score_operands),
             *((self.bias,), self.bias_strides, (self.seed,)),
@@ -148,7 +148,7 @@ class _Call:
         }
         self.options = {
             **self.pads,
-            "MASK": device_function(self.mask),
+            **of_mask(self.mask, forms(self.mask)),
             "KV_LENGTHS": sample.lengths,
             "Q_LENGTHS": sample.lengths,
             "DROPOUT": sample.dropout,
@@ -174,19 +174,16 @@ class _Call:
         return self.mask is None or full_tiles_are_neighbours(self.mask, *along)
 
 
-def device_function(tree: Tree | None, score: bool = False, operands: Any = None) -> Any:
-    """The jitted function of a tree, None of none."""
-    if tree is None:
-        return None
-    held = operands_of(tree) if operands is None else operands
-    return function(tree, tuple((rank, kind == "bool") for kind, rank in held), score).call
+def forms(tree: Tree | None) -> list[tuple[int, bool, bool]]:
+    """(rank, whether boolean, whether it spans the keys) of each operand."""
+    return [(rank, kind == "bool", True) for kind, rank in operands_of(tree)]
 
 
-def arguments(tree: Tree | None) -> tuple[Any, ...]:
+def arguments(tree: Tree | None, last: Any = "i32") -> tuple[Any, ...]:
     """Types of pointer and sizes of each operand."""
     found: list[Any] = []
     for kind, rank in operands_of(tree):
-        found += [_OPERANDS[kind], *["i32"] * rank]
+        found += [_OPERANDS[kind], *(["i32"] * rank)[1:], *[last] * (rank > 0)]
     return tuple(found)
 
 
@@ -213,7 +210,7 @@ def _forward(c: _Call, rows: int = 0, pack: int = 1, split: bool = False) -> _Ma
             "N": config.keys,
             "PACK": pack,
             "SPLIT": split,
-            "SCORE": device_function(c.score, True),
+            **of_score(c.score, forms(c.score)),
             "BIAS": bool(sample.bias),
             "WHOLE": c.job.even and (bool(sample.bias) or not split),
             "SINKS": sample.sinks and not split,
@@ -269,12 +266,11 @@ def _delta(c: _Call) -> _Made:
 
 def _gradient(c: _Call) -> tuple[Sequence[Any], dict[str, Any]]:
     derivative = None if c.score is None else differentiate(c.score)
-    held = operands_of(c.score)
-    score = device_function(derivative and derivative.tree, True, held)
+    score = of_score(derivative and derivative.tree, forms(c.score))
     statistics = ("*fp32",) * 4
     return (
         (statistics, c.arrays, c.numbers, c.lengths),
-        {**c.options, "M": c.config.rows, "N": c.config.keys, "SCORE": score},
+        {**c.options, "M": c.config.rows, "N": c.config.keys, **score},
     )
 
 

@@ -13,12 +13,15 @@ truncate, it has no tanh that the interpreter knows), is in `rules.py`.
 
 all int32 but s, which is float32. Operands are one flat tuple: for each, a pointer and its sizes,
 stored row by row. Whoever calls sees to it that none is empty.
+
+What is looked up at every entry of a tile is read before the product of query and key is there
+(`tile.ahead_of`): such a mask is evaluated then, and such a score is two functions (`split`).
 """
 
 from __future__ import annotations
 
 import linecache
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -28,7 +31,7 @@ import triton.language as tl
 
 from attn_core.kernels import rules
 from attn_core.language.arrays import ArrayReading
-from attn_core.language.tree import Tree
+from attn_core.language.tree import Step, Tree, looks_up_entries, lookups_of_entries
 
 INDICES = ("b", "h", "q", "k", "row")
 
@@ -45,11 +48,13 @@ class Operand(NamedTuple):
         first: number of its pointer; its sizes follow.
         rank: of the array.
         boolean: whether it holds bytes that stand for booleans.
+        spans: whether its last axis is as long as the keys are many.
     """
 
     first: int
     rank: int
     boolean: bool
+    spans: bool
 
 
 class Function(NamedTuple):
@@ -64,36 +69,110 @@ class Function(NamedTuple):
     call: Any
 
 
+class Split(NamedTuple):
+    """A score, or its derivative, in two.
+
+    Attributes:
+        looks: what it looks up at every entry of a tile without s; None where that is nothing.
+        rest: the tree, whose index "looked[n]" is the n-th of those.
+    """
+
+    looks: Tree | None
+    rest: Tree
+
+
 @lru_cache(maxsize=256)
-def function(tree: Tree, operands: tuple[tuple[int, bool], ...], score: bool = False) -> Function:
-    """The device function of a tree, `function(b, h, q, k, row, [s,] operands)`.
+def split(tree: Tree) -> Split:
+    """So that what it looks up is on its way before there is an s (`tile.ahead_of`)."""
+    early = {at for at in lookups_of_entries(tree) if not _reads(tree, at, "s")}
+    steps, met = list(tree.steps), sorted(early & _needed(tree, early))
+    if not met:
+        return Split(None, tree)
+    for number, at in enumerate(met):
+        steps[at] = Step("index", steps[at].kind, (), f"looked[{number}]")
+    looks = Tree(tree.steps, tuple(met))
+    return Split(_pruned(looks), _pruned(Tree(tuple(steps), tree.results)))
+
+
+def _needed(tree: Tree, leaves: Collection[int] = ()) -> set[int]:
+    """The steps that its results take, but those that only the leaves take."""
+    found, left = set[int](), list(tree.results)
+    while left:
+        at = left.pop()
+        if at not in found:
+            found.add(at)
+            left += () if at in leaves else tree.steps[at].args
+    return found
+
+
+def _reads(tree: Tree, at: int, name: str) -> bool:
+    return any(
+        tree.steps[n].op == "index" and tree.steps[n].value == name
+        for n in _needed(Tree(tree.steps, (at,)))
+    )
+
+
+def _pruned(tree: Tree) -> Tree:
+    """The same, without steps that no result takes."""
+    kept = sorted(_needed(tree))
+    moved = {at: number for number, at in enumerate(kept)}
+    steps = (
+        tree.steps[at]._replace(args=tuple(moved[n] for n in tree.steps[at].args)) for at in kept
+    )
+    return Tree(tuple(steps), tuple(moved[at] for at in tree.results))
+
+
+Forms = Sequence[tuple[int, bool, bool]]
+"""(rank, whether boolean, whether its last axis spans the keys) of each operand."""
+
+
+def of_mask(tree: Tree | None, operands: Forms) -> dict[str, Any]:
+    """What kernels are told of a mask: MASK, and whether it is EARLY (`tile.ahead_of`)."""
+    if tree is None:
+        return {"MASK": None, "EARLY": False}
+    return {"MASK": function(tree, tuple(operands)).call, "EARLY": looks_up_entries(tree)}
+
+
+def of_score(tree: Tree | None, operands: Forms) -> dict[str, Any]:
+    """What kernels are told of a score or its derivative: SCORE, and what it LOOKS up before."""
+    if tree is None:
+        return {"SCORE": None, "LOOKS": None}
+    looks, rest = split(tree)
+    before = None if looks is None else function(looks, tuple(operands)).call
+    return {"SCORE": function(rest, tuple(operands), True).call, "LOOKS": before}
+
+
+@lru_cache(maxsize=256)
+def function(
+    tree: Tree, operands: tuple[tuple[int, bool, bool], ...], score: bool = False
+) -> Function:
+    """The device function of a tree, `function(b, h, q, k, row, [s, [looked,]] operands)`.
 
     Args:
-        operands: (rank, whether boolean) of each.
-        score: whether it takes s.
+        score: whether it takes s; and what was looked up before, where it is the rest of a `split`.
     """
     source = written(tree, operands, score)
     # Equal source is the same function, so that Triton's own cache knows it again.
     return Function(source, jitted(source))
 
 
-def written(tree: Tree, operands: Sequence[tuple[int, bool]], score: bool = False) -> str:
+def written(tree: Tree, operands: Forms, score: bool = False) -> str:
     """The source alone."""
     lines: list[str] = []
-    names = (*INDICES, "s") if score else INDICES
+    looked = [str(x.value) for x in tree.steps if x.op == "index" and "[" in str(x.value)]
+    takes = (*INDICES, *["s"] * score, *["looked"] * bool(looked), "operands")
     tables, first = [], 0
-    for rank, boolean in operands:
-        tables.append(Operand(first, rank, boolean))
+    for rank, boolean, spans in operands:
+        tables.append(Operand(first, rank, boolean, spans))
         first += 1 + rank
     # A derivative (of more results than one) is divided: its straight line, with nothing in it that
     # jumps, has ptxas serialize the products of `d_keys` about it (C7515).
     reading = _Source(lines, corrected=len(tree.results) == 1)
-    found = reading.read(tree, {name: Code(name, lines) for name in names}, tables)
+    found = reading.read(tree, {name: Code(name, lines) for name in (*takes, *looked)}, tables)
     # A tuple, of one value too: whoever calls unpacks it.
     results = ", ".join(code.name for code in found) + ","
-    head = f"def function({', '.join(names)}, operands):"
     body = "".join(f"    {line}\n" for line in (*lines, f"return ({results})"))
-    return f"@triton.jit\n{head}\n{body}"
+    return f"@triton.jit\ndef function({', '.join(takes)}):\n{body}"
 
 
 @lru_cache(maxsize=256)
@@ -212,14 +291,21 @@ class _Source(ArrayReading):
         return super().float_op(op, args)
 
     def lookup(self, table: Operand, index: Sequence[Code]) -> Code:
-        place = "0"
-        for axis, at in enumerate(index):
+        place, there = "0", ""
+        names = [at.name for at in index]
+        # Of rows and keys: read as it lies, side by side. Beyond the last key nobody looks.
+        beside = table.spans and names[-1:] == ["k"] and names[-2:-1] in (["row"], ["q"])
+        for axis, name in enumerate(names):
             size = f"operands[{table.first + 1 + axis}]"
-            held = self._line(f"tl.minimum(tl.maximum({at.name}, 0), {size} - 1).to(tl.int64)")
-            place = held.name if axis == 0 else f"({place}) * {size} + {held.name}"
+            if beside and axis == len(names) - 1:
+                held, there = f"{name}.to(tl.int64)", f", mask={name} < {size}, other=0"
+            else:
+                held = f"tl.minimum(tl.maximum({name}, 0), {size} - 1).to(tl.int64)"
+            held = self._line(held).name
+            place = held if axis == 0 else f"({place}) * {size} + {held}"
         # Of rank 0 it is one value, and a value has two axes here.
         where = self._line(place if index else "tl.zeros((1, 1), tl.int64)")
-        value = self._line(f"tl.load(operands[{table.first}] + {where.name})")
+        value = self._line(f"tl.load(operands[{table.first}] + {where.name}{there})")
         if table.boolean:
             return value != 0
         return self._line(f"rules.widened({value.name})")

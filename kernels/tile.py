@@ -101,9 +101,44 @@ def line_of(schedule, map_strides, b, kv_head, tile, width):
 
 
 @triton.jit
+def ahead_of(
+    place, facts, arrays, partial,
+    M: tl.constexpr, N: tl.constexpr,
+    MASK: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr, LOOKS: tl.constexpr,
+):  # fmt: skip
+    """What is read for every entry of a tile: (bias, bounds of logits, what the score looks up).
+
+    A bound is inf where the mask allows the pair and -inf where it does not: the lesser of a logit
+    and its bound is an instruction, of a full tile too, and hides NaN.
+
+    Called before the product whose entries they meet, though not needed sooner: Triton lays a tile
+    out among threads for the first of the two, and where that is a load it computes softmax twice,
+    as the load and as the product have their numbers. And then it is on its way meanwhile.
+
+    Args:
+        partial: whether the mask is wanted.
+        EARLY: whether the mask looks an array up at every entry.
+        LOOKS: what the score looks up at every entry, as a device function, or None.
+    """
+    b, h, row, k, _ = place
+    added, bound, looked = 0.0, 0.0, ()
+    if BIAS:
+        added = bias_of(b, h, row, k, facts, arrays)
+    if EARLY:
+        bound = tl.full((M, N), float("inf"), tl.float32)
+        if partial:
+            here = allowed_of(b, h, row, k, facts[0], facts[1], facts[2], arrays[0], MASK)
+            bound = tl.where(here, bound, float("-inf"))
+    if LOOKS is not None:
+        batch = tl.full((1, 1), 0, tl.int32) + b
+        looked = LOOKS(batch, h, row + facts[0], k, row, arrays[1])
+    return added, bound, looked
+
+
+@triton.jit
 def judged(
     s,  # (M, N): scaled
-    added,  # the bias, (M, N), where BIAS
+    ahead,  # what `ahead_of` has read of the tile
     place,  # b, h (1, 1) or (M, 1), row (M, 1), k (1, N), the first key's position
     facts,  # offset, rows_seen, keys_seen, q_len, k_len
     arrays,  # mask operands, score operands, (bias,), its strides, (seed,)
@@ -112,6 +147,8 @@ def judged(
     MASK: tl.constexpr,
     SCORE: tl.constexpr,
     BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
+    LOOKS: tl.constexpr,
     MASKED: tl.constexpr,  # whether the tile is partial
 ):
     """(s with score and bias, whether it is allowed, all that the score gave), each (M, N).
@@ -124,17 +161,25 @@ def judged(
     allowed = tl.full((M, N), 1, tl.int1)
     found = (s,)
     if MASKED:
-        allowed = allowed & allowed_of(
-            b, h, row, k, offset, rows_seen, keys_seen, mask_operands, MASK
-        )
+        if EARLY:
+            allowed = ahead[1] > 0
+        else:
+            allowed = allowed & allowed_of(
+                b, h, row, k, offset, rows_seen, keys_seen, mask_operands, MASK
+            )
     if BIAS:
-        allowed = allowed & (added != float("-inf"))
+        allowed = allowed & (ahead[0] != float("-inf"))
     if SCORE is not None:
-        found = scored(s, allowed, b, h, row, k, offset, score_operands, SCORE)
+        # Where nothing is allowed s goes in as 0: what comes out there is selected away.
+        batch, known = tl.full((1, 1), 0, tl.int32) + b, tl.where(allowed, s, 0.0)
+        if LOOKS is None:
+            found = SCORE(batch, h, row + offset, k, row, known, score_operands)
+        else:
+            found = SCORE(batch, h, row + offset, k, row, known, ahead[2], score_operands)
         s = tl.broadcast_to(found[0], (M, N))
         allowed = allowed & (s != float("-inf"))
     if BIAS:
-        s = s + added
+        s = s + ahead[0]
         allowed = allowed & (s != float("-inf"))
     return s, allowed, found
 
@@ -169,16 +214,6 @@ def bias_of(b, h, row, k, facts, arrays):
     at = at + row.to(tl.int64) * strides[2] + k.to(tl.int64) * strides[3]
     there = (row < facts[3]) & (k < facts[4])
     return tl.load(bias[0] + at, mask=there, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def scored(s, allowed, b, h, row, k, offset, operands, FUNCTION: tl.constexpr):
-    """Results of a score, or of its derivative, each broadcasting to the tile.
-
-    Where nothing is allowed s goes in as 0: what comes out there is selected away.
-    """
-    batch = tl.full((1, 1), 0, tl.int32) + b
-    return FUNCTION(batch, h, row + offset, k, row, tl.where(allowed, s, 0.0), operands)
 
 
 @triton.jit

@@ -35,7 +35,7 @@ FULL, PARTIAL, EITHER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 @triton.jit
 def weigh(
     s,  # (M, N): query times key, neither scaled nor scored; TURNED, as all here, (N, M)
-    added,  # the bias (`bias_of`), where BIAS
+    ahead,  # what `ahead_of` has read of the tile
     statistics,  # m, log2 l, base of each row, (M, 1); of EITHER base is read, of others m, log2 l
     place,  # b, h (1, 1), row (M, 1), k (1, N), the first key's position
     facts,  # offset, rows_seen, keys_seen, q_len, k_len
@@ -48,6 +48,8 @@ def weigh(
     SCORE: tl.constexpr,  # of a score, its derivative: value, slope, then sites
     BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
+    EARLY: tl.constexpr,
+    LOOKS: tl.constexpr,
     KIND: tl.constexpr,  # FULL, PARTIAL or EITHER
     AGAIN: tl.constexpr,
     TURNED: tl.constexpr,
@@ -69,25 +71,40 @@ def weigh(
     if KIND == EITHER and PLAIN:
         # Of the product: what -inf is after the scale, of which 0 makes it NaN.
         allowed, found = tl.full((TALL, WIDE), 1, tl.int1), (s,)
-        if partial:
+        if EARLY:
+            # Below a negative scale it is inf, of which p is, and the caller begins again.
+            product = tl.minimum(s, ahead[1])
+        elif partial:
             here = allowed_of(b, h, row, k, facts[0], facts[1], facts[2], arrays[0], MASK)
             product = tl.where(here, s, tl.where(scale > 0, float("-inf"), float("inf")))
     elif KIND == EITHER:
         s = s * scale
         if partial:
             s, allowed, found = judged(
-                s, added, place, facts, arrays, TALL, WIDE, MASK, SCORE, BIAS, True
+                s, ahead, place, facts, arrays, TALL, WIDE, MASK, SCORE, BIAS, EARLY, LOOKS, True
             )
             s = tl.where(allowed, s, float("-inf"))
         else:
             s, allowed, found = judged(
-                s, added, place, facts, arrays, TALL, WIDE, MASK, SCORE, BIAS, False
+                s, ahead, place, facts, arrays, TALL, WIDE, MASK, SCORE, BIAS, EARLY, LOOKS, False
             )
             s = tl.where(allowed, s, float("-inf"))
     else:
         s = s * scale
         s, allowed, found = judged(
-            s, added, place, facts, arrays, TALL, WIDE, MASK, SCORE, BIAS, KIND == PARTIAL
+            s,
+            ahead,
+            place,
+            facts,
+            arrays,
+            TALL,
+            WIDE,
+            MASK,
+            SCORE,
+            BIAS,
+            EARLY,
+            LOOKS,
+            KIND == PARTIAL,
         )
     if not PLAIN:
         product = s

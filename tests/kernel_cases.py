@@ -8,13 +8,15 @@ import torch
 from kernel_calls import draw, ids
 
 import attn_core
-from attn_core import Dropout, masks, scores
+from attn_core import Dropout, masks, operand, scores
 
 B, HQ, HK, TQ, TK, D = 2, 4, 2, 70, 90, 24
 """Over the ends of tiles of 64, of widths that no product takes as they are."""
 
 QUERY, KEY, VALUE = draw(B, HQ, TQ, D), draw(B, HK, TK, D), draw(B, HK, TK, D)
 SLOPES, TABLE, SINKS = draw(HQ).abs(), draw(16, HQ), draw(HQ)
+FACTORS, ENDS = operand(draw(HQ, TQ, TK)), operand(draw(TK))
+
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -50,6 +52,14 @@ CASES: dict[str, dict[str, Any]] = {
     "softcap": {"score": scores.softcap(2.0)},
     "alibi": {"score": scores.alibi(SLOPES), "query_offset": 0, "mask": masks.causal()},
     "relative": {"score": scores.relative_bias(TABLE), "query_offset": 0},
+    "a table": {"mask": masks.dense(draw(B, 1, TQ, TK) > 0)},
+    "a table below 0": {"mask": masks.dense(draw(B, 1, TQ, TK) > 0), "scale": -0.3},
+    "a table of rows": {"mask": masks.dense(draw(B, 1, TQ, 1) > -1)},
+    "tables of a score": {
+        "mask": masks.dense(draw(TQ, TK) > -1),
+        "score": attn_core.score(lambda s, b, h, q, k: s * FACTORS[h, attn_core.row, k] + ENDS[k]),
+        "bias": draw(1, HQ, TQ, TK),
+    },
     "dropout": {"dropout": Dropout(0.3, 2**40 + 7), "query_offset": [3, 50]},
     "a scale below 0": {"scale": -0.3, "mask": masks.causal(), "query_offset": 0},
     "one query": {"query": draw(B, HQ, 1, D), "mask": masks.causal(), "query_offset": 40},

@@ -70,15 +70,21 @@ def looks_up_entries(tree: Tree | None) -> bool:
 
     `bool0[b, h, row, k]` is, and so is `float0[h, q - k]`; `int0[b, q] == int0[b, k]` is not.
     """
+    return tree is not None and bool(lookups_of_entries(tree))
+
+
+def lookups_of_entries(tree: Tree) -> tuple[int, ...]:
+    """The steps that are such look-ups."""
+    steps: list[int] = []
     along: list[frozenset[str]] = []
-    for step in tree.steps if tree is not None else ():
-        found = frozenset[str]().union(*(along[at] for at in step.args))
+    for at, step in enumerate(tree.steps):
+        found = frozenset[str]().union(*(along[n] for n in step.args))
         if step.op == "index":
             found = _ALONG.get(str(step.value), frozenset())
         if step.op == "lookup" and len(found) > 1:
-            return True
+            steps.append(at)
         along.append(found)
-    return False
+    return tuple(steps)
 
 
 _ALONG = {

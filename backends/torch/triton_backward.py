@@ -27,7 +27,7 @@ from attn_core.backends.torch.chunked_parts import Ask, Work
 from attn_core.backends.torch.triton_call import (
     Call,
     arguments,
-    device_function,
+    forms,
     map_strides,
     neighbours,
     spanned,
@@ -36,6 +36,7 @@ from attn_core.backends.torch.triton_call import (
 from attn_core.kernels import backward as _kernels
 from attn_core.kernels.bias import d_bias
 from attn_core.kernels.configs import Config
+from attn_core.kernels.source import of_score
 from attn_core.kernels.statistics import LINE, delta
 from attn_core.language.duals import Derivative, differentiate
 from attn_core.spec import Operands
@@ -93,7 +94,7 @@ class _Backward:
         if ask.score is not None:
             self.derivative = differentiate(ask.score)
         tree = self.derivative and self.derivative.tree
-        self.options = {**c.options, "SCORE": device_function(tree, x.score, score=True)}
+        self.options = {**c.options, **of_score(tree, forms(x.score, c.k_len))}
         self.given = (c.q, c.k, c.v, g)
         self.strides = (c.q.stride(), g.stride(), c.k.stride(), c.v.stride())
 

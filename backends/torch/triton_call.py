@@ -18,7 +18,7 @@ from attn_core.backends.torch import triton_schedule as schedules
 from attn_core.backends.torch.chunked_parts import Ask
 from attn_core.backends.torch.triton_schedule import arguments as arguments
 from attn_core.kernels.configs import Config
-from attn_core.kernels.source import function
+from attn_core.kernels.source import of_mask
 from attn_core.language.neighbours import full_tiles_are_neighbours
 from attn_core.language.tree import Tree, looks_up_entries
 from attn_core.language.values import drop_threshold
@@ -93,7 +93,7 @@ class Call:
             "DV": self.v_width,
             "PAD": max(16, next_power_of_2(self.width)),
             "PAD_V": max(16, next_power_of_2(self.v_width)),
-            "MASK": device_function(ask.mask, x.mask),
+            **of_mask(ask.mask, forms(x.mask, self.k_len)),
             "KV_LENGTHS": self.told.given[0],
             "Q_LENGTHS": self.told.given[1],
             "DROPOUT": bool(ask.rate),
@@ -163,10 +163,9 @@ def map_strides(schedule: Schedule) -> tuple[int, ...]:
     return spanned(schedule.full)[:2]
 
 
-def device_function(tree: Tree | None, operands: Sequence[Array], score: bool = False) -> Any:
-    if tree is None:
-        return None
-    return function(tree, tuple((a.dim(), a.dtype == torch.bool) for a in operands), score).call
+def forms(operands: Sequence[Array], k_len: int) -> list[tuple[int, bool, bool]]:
+    """(rank, whether boolean, whether its last axis spans the keys) of each operand."""
+    return [(a.dim(), a.dtype == torch.bool, a.shape[-1:] >= (k_len,)) for a in operands]
 
 
 def neighbours(mask: Tree | None, *along: str) -> bool:

@@ -25,13 +25,14 @@ from attn_core.backends.torch.triton import FEW
 from attn_core.backends.torch.triton_call import (
     Call,
     arguments,
-    device_function,
+    forms,
     map_strides,
     neighbours,
     tiled,
 )
 from attn_core.kernels import forward as _kernels
 from attn_core.kernels.configs import Config
+from attn_core.kernels.source import of_score
 from attn_core.spec import Operands
 
 Array = Any
@@ -148,6 +149,7 @@ def _rows_of(c: Call, way: Cut, o: Array, rows: _Rows) -> None:
     schedule = c.schedule(way.rows, way.shape.keys)
     tiles = cdiv(c.q_len, way.rows)
     packs = c.heads if way.pack == 1 else c.kv_heads
+    options = {**c.options, **of_score(ask.score, forms(x.score, c.k_len))}
     plain = ask.score is None and x.bias is None
     (k, v), described = tiled(way.shape, (), (c.k, c.v))
     launcher.launch(
@@ -162,12 +164,11 @@ def _rows_of(c: Call, way: Cut, o: Array, rows: _Rows) -> None:
         N=way.shape.keys,
         PACK=way.pack,
         SPLIT=way.splits > 1,
-        SCORE=device_function(ask.score, x.score, score=True),
         BIAS=x.bias is not None,
         WHOLE=c.k_len % 16 == 0 and (x.bias is not None or c.q_len > FEW),
         SINKS=x.sinks is not None and way.splits == 1,  # else they join in `combine`
         LATE=plain and _NORMAL <= c.scale <= 1 / _NORMAL,
         RUN=neighbours(ask.mask, "k"),
         DESCRIPTORS=described,
-        **c.options,
+        **options,
     )

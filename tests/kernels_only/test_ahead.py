@@ -7,6 +7,7 @@ heaviest, for each kernel and GPU.
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -50,6 +51,26 @@ def test_what_is_shipped_compiles_clean(target: str) -> None:
     assert all(finding.wgmma[0] > 0 and finding.wgmma[1] > 0 for finding in hopper)
 
 
+def test_gpus_of_one_kind_have_the_tiles_of_their_kind() -> None:
+    """Small tiles that run anywhere are for GPUs that no compiler here was asked about."""
+    for target in sorted(set(ahead.SHARED) - {"sm_75"}):
+        for kernel in ("forward", "decode", "d_keys", "d_query"):
+            for width in (64, 128, 256):
+                found = configs.explain(kernel, target, width, width, "bfloat16", "positions")
+                assert configs.ANY not in found.on, (target, kernel, width)
+    assert configs.explain("forward", "sm_75", 64, 64, "float16", "positions").on == (configs.ANY,)
+
+
+@pytest.mark.parametrize("target", ["sm_89", "sm_120", "gfx950"])
+def test_tiles_of_a_kind_compile_clean(target: str) -> None:
+    """With 99 KB of shared memory, or registers of their own, on GPUs beside those of `TARGETS`."""
+    asked = list(ahead.jobs([target], ("forward", "d_keys", "d_query"), ("causal",), few=True))
+    assert len(asked) == 6
+    found = ahead.run(asked)
+    assert [finding for finding in found if finding.problems] == []
+    assert all((finding.registers or 0) > 64 for finding in found)
+
+
 def test_threads_share_the_tiles_of_a_schedule() -> None:
     """Whichever axis Triton spreads a warp along: with every tile in every thread there is no room
     for them, and that was so with Triton 3.7."""
@@ -58,6 +79,20 @@ def test_threads_share_the_tiles_of_a_schedule() -> None:
     assert found.problems == []
     assert found.registers is not None
     assert found.registers <= 128
+
+
+@pytest.mark.parametrize("sample", ["table", "relative", "bias"])
+def test_softmax_is_computed_once(sample: str) -> None:
+    """What is read for every entry is read before the product that it meets: read after it, Triton
+    lays the product out as the load, too, and computes softmax as both have their numbers."""
+    (found,) = ahead.run(
+        [Job("forward", "sm_90", SAMPLES[sample], 128, 128, "bfloat16")], texts=True
+    )
+    assert found.texts is not None
+    shape = f"{found.config.rows}x{found.config.keys}xf32"
+    exponents = re.findall(rf"math\.exp2 .* tensor<{shape}, (#\w+)>", found.texts["ttgir"])
+    assert exponents
+    assert set(exponents) == {"#mma"}
 
 
 def test_what_is_tried_at_width_256_compiles_clean() -> None:

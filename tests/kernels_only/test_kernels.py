@@ -26,7 +26,11 @@ NO_SCALE = {"no scale": {"scale": 0.0, "mask": masks.causal(), "query_offset": 0
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
-    "name", ["plain", "lengths", "softcap", "sinks", "documents", "a scale below 0", "no scale"]
+    "name",
+    [
+        *("plain", "lengths", "softcap", "sinks", "documents", "a scale below 0", "no scale"),
+        *("a table", "a table below 0", "tables of a score"),
+    ],
 )
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
     given = {"query": QUERY, "key": KEY, "value": VALUE, **(CASES | NO_SCALE)[name]}
@@ -43,10 +47,14 @@ def test_the_other_layout_and_strides_of_every_kind() -> None:
     compare({**dict(zip(("query", "key", "value"), apart, strict=True)), **options})
 
 
+TABLE = masks.dense((torch.arange(TQ)[:, None] + torch.arange(TK)) % 3 != 1)
+
+
+@pytest.mark.parametrize("mask", [masks.causal(), TABLE], ids=["causal", "table"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_poison_stays_where_nobody_looks(dtype: torch.dtype) -> None:
+def test_poison_stays_where_nobody_looks(dtype: torch.dtype, mask: Any) -> None:
     """Of 16 bits by going along the keys again, once a sum is not finite; of float32 at once."""
-    options = CASES["lengths"]
+    options = {**CASES["lengths"], "mask": mask}
     given = {"query": QUERY.to(dtype, copy=True), "key": KEY.to(dtype, copy=True)}
     given |= {"value": VALUE.to(dtype, copy=True), **options}
     up, up_lse = draw(B, HQ, TQ, D).to(dtype), draw(B, HQ, TQ)
@@ -105,12 +113,14 @@ HIDDEN["value"] = HIDDEN["key"]
 """Batch, and behind which row or key nobody looks."""
 
 
+@pytest.mark.parametrize("mask", [masks.causal(), TABLE], ids=["causal", "table"])
 @pytest.mark.parametrize("poison", [torch.nan, -torch.inf, 65504.0])
 @pytest.mark.parametrize("place", HIDDEN)
-def test_each_poison_alone(place: str, poison: float) -> None:
+def test_each_poison_alone(place: str, poison: float, mask: Any) -> None:
     """Rows that see no key reach dK by query and dV by d_out, keys that no row sees reach dQ: each
     of these sums is looked at by itself. What is finite is multiplied by zeros the first time."""
     given = {"query": QUERY.half(), "key": KEY.half(), "value": VALUE.half(), **CASES["lengths"]}
+    given["mask"] = mask
     up, up_lse = draw(B, HQ, TQ, D).half(), draw(B, HQ, TQ)
     want = found(by_kernel, given, up, up_lse)
     batch, first = HIDDEN[place]
@@ -122,8 +132,9 @@ def test_each_poison_alone(place: str, poison: float) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered")
+@pytest.mark.parametrize("mask", [masks.causal(), TABLE], ids=["causal", "table"])
 @pytest.mark.parametrize("place", ["query", "key", "value", "up"])
-def test_nan_goes_as_far_as_when_looked_at_at_once(place: str) -> None:
+def test_nan_goes_as_far_as_when_looked_at_at_once(place: str, mask: Any) -> None:
     """One row or key that is seen: 16 bits, told at the end, say no more and no less of NaN than
     float32 does, which looks at each tile."""
     arrays = {"query": QUERY, "key": KEY, "value": VALUE, "up": draw(B, HQ, TQ, D)}
@@ -133,7 +144,7 @@ def test_nan_goes_as_far_as_when_looked_at_at_once(place: str) -> None:
     for dtype in (torch.float32, *HALVES):
         given: dict[str, Any] = {n: x.to(dtype) for n, x in arrays.items()}
         up = given.pop("up")
-        given |= {"mask": masks.causal(), "query_offset": 0}
+        given |= {"mask": mask, "query_offset": 0}
         spread.append([x.isnan() for x in found(by_kernel, given, up, up_lse)])
     assert any(x.any() for x in spread[0])
     for a, *rest in zip(*spread, strict=True):

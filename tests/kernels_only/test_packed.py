@@ -20,9 +20,10 @@ import attn_core.kernels.interpreter
 from attn_core import Dropout, attention, masks, scores
 from attn_core.api import stated
 from attn_core.backends.torch.tiles import Tiles
+from attn_core.backends.torch.triton_call import forms
 from attn_core.blocks import FULL, PARTIAL, block_grid
 from attn_core.kernels import forward as kernels
-from attn_core.kernels.source import function
+from attn_core.kernels.source import of_mask, of_score
 from attn_core.language.neighbours import full_tiles_are_neighbours
 from attn_core.language.values import drop_threshold
 from attn_core.schedule import of_status
@@ -37,11 +38,11 @@ def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=_RNG).to(DEVICE)
 
 
-def operands_of(arrays: Any) -> tuple[tuple[Any, ...], tuple[tuple[int, bool], ...]]:
+def operands_of(arrays: Any, k_len: int) -> tuple[tuple[Any, ...], list[tuple[int, bool, bool]]]:
     given: list[Any] = []
     for a in arrays:
         given += [a.view(torch.int8) if a.dtype == torch.bool else a, *a.shape]
-    return tuple(given), tuple((a.dim(), a.dtype == torch.bool) for a in arrays)
+    return tuple(given), forms(arrays, k_len)
 
 
 def launched(
@@ -91,8 +92,8 @@ def launched(
     seed = none
     if p.rate:
         seed = torch.tensor([int(x.seed[0]), int(x.seed[1])], device=DEVICE)
-    mask_operands, mask_form = operands_of(x.mask)
-    score_operands, score_form = operands_of(x.score)
+    mask_operands, mask_form = operands_of(x.mask, k_len)
+    score_operands, score_form = operands_of(x.score, k_len)
     out = torch.full((*q.shape[:3], v_width), torch.nan, dtype=q.dtype, device=DEVICE)
     m = torch.full((batch, heads, q_len), torch.nan, device=DEVICE)
     log_l, alive = m.clone(), torch.full_like(m, 7, dtype=torch.int8)
@@ -119,8 +120,7 @@ def launched(
             *(q.stride(), k.stride(), v.stride(), parts.stride(), tuple(strides)),
             *(one, *maps, heads, group, q_len, k_len, tiles, schedule.order.shape[-1], splits),
             D=width, DV=v_width, **pads, M=rows * pack, N=keys, PACK=pack, SPLIT=splits > 1,
-            MASK=None if p.mask is None else function(p.mask, mask_form).call,
-            SCORE=None if p.score is None else function(p.score, score_form, True).call,
+            **of_mask(p.mask, mask_form), **of_score(p.score, score_form),
             BIAS=x.bias is not None, WHOLE=k_len % 16 == 0,
             SINKS=x.sinks is not None and splits == 1,
             KV_LENGTHS=True, Q_LENGTHS=True, DROPOUT=bool(p.rate),

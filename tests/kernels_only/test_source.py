@@ -15,7 +15,7 @@ from support import host
 import attn_core
 from attn_core import masks, operand, score, scores
 from attn_core.backends.numpy.arrays import Reading
-from attn_core.kernels.source import function, written
+from attn_core.kernels.source import function, split, written
 from attn_core.language.duals import differentiate
 from attn_core.language.values import mask
 
@@ -58,13 +58,14 @@ def both(
     q: Any = None,
     k: Any = None,
     s: np.ndarray | None = None,
+    spans: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(found, wanted), each (results, ROWS, KEYS); floats wanted are computed in float64."""
     q = np.arange(ROWS, dtype=np.int32) + 5 if q is None else np.resize(np.int32(q), ROWS)
     k = np.arange(KEYS, dtype=np.int32) + 3 if k is None else np.resize(np.int32(k), KEYS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     narrow = host(tuple(arrays), "float32")
-    form = tuple((x.ndim, x.dtype == bool) for x in narrow)
+    form = tuple((x.ndim, x.dtype == bool, spans) for x in narrow)
     call = function(tree, form, s is not None).call
     out = torch.zeros(len(tree.results), ROWS, KEYS, device=device)
     logits = torch.zeros(ROWS, KEYS) if s is None else torch.from_numpy(s.astype(np.float32))
@@ -237,3 +238,68 @@ def test_an_error_names_the_line() -> None:
     call = function(masks.causal().tree, ()).call
     lines, _ = inspect.getsourcelines(call.fn)
     assert "".join(lines) == written(masks.causal().tree, ())
+
+
+@pytest.mark.parametrize("kind", [bool, float])
+def test_a_table_of_rows_and_keys_that_spans_the_keys_is_read_as_it_lies(kind: type) -> None:
+    """Without a clamp of each key, by which no two lie side by side; beyond its end it is 0."""
+    first = 3  # of the keys
+    table = (RNG.random((2, 4, 25, first + KEYS - 2)) < 0.5).astype(kind)
+    held = operand(table)
+    if kind is bool:
+        made: Any = mask(lambda b, h, q, k: held[b, h, q, k])
+    else:
+        made = score(lambda s, b, h, q, k: s * 0.0 + held[b, h, attn_core.row, k])
+    s = None if kind is bool else np.ones((ROWS, KEYS))
+    forms = {spans: ((4, kind is bool, spans),) for spans in (False, True)}
+    as_it_lies, clamped = (
+        written(made.tree, forms[spans], kind is float) for spans in (True, False)
+    )
+    assert as_it_lies != clamped
+    assert as_it_lies.count("maximum") + 1 == clamped.count("maximum") == 4
+    (found,), (wanted,) = both(made.tree, made.arrays, s=s, spans=True)
+    np.testing.assert_array_equal(found[:, :-2], np.float32(wanted[:, :-2]))
+    assert not found[:, -2:].any()
+    # Whatever else it is looked up by is clamped as ever.
+    (found,), (wanted,) = both(made.tree, made.arrays, s=s, spans=True, q=np.arange(ROWS) * 9 - 40)
+    np.testing.assert_array_equal(found[:, :-2], np.float32(wanted[:, :-2]))
+
+
+_TABLE, _LONG = RNG.standard_normal((25, 40)), RNG.standard_normal(90)
+
+
+@pytest.mark.parametrize(
+    ("rule", "count"),
+    [
+        (lambda s, b, h, q, k: s + operand(_TABLE)[q, k] * operand(_LONG)[q - k + 40], 2),
+        (lambda s, b, h, q, k: attn_core.tanh(s * operand(_LONG)[attn_core.cast(s, int)]), 0),
+        (lambda s, b, h, q, k: s + operand(_LONG)[attn_core.cast(operand(_TABLE)[q, k], int)], 1),
+        (lambda s, b, h, q, k: s * operand(_LONG)[q] + operand(_LONG)[k], 0),
+        (
+            lambda s, b, h, q, k: (
+                operand(_LONG)[attn_core.cast(s, int) + 9] * operand(_TABLE)[q, k]
+            ),
+            1,
+        ),
+    ],
+)
+def test_what_a_score_looks_up_before_there_is_an_s(rule: Any, count: int) -> None:
+    """In two parts it and its derivative are what they are in one."""
+    made = score(rule)
+    s = RNG.standard_normal((ROWS, KEYS)) * 3
+    index: dict[str, Any] = {"b": np.int32([[1]]), "h": np.int32([[2]]), "s": s}
+    index["q"], index["k"] = np.arange(ROWS)[:, None] + 5, np.arange(KEYS)[None, :] + 3
+    index["row"] = index["q"] - 5
+    for tree in (made.tree, differentiate(made.tree).tree):
+        looks, rest = split(tree)
+        arrays, looked = host(tuple(made.arrays), "float64"), {}
+        if looks is not None:
+            assert not looks.reads("s")
+            found = Reading("float64").read(looks, index, arrays)
+            looked = {f"looked[{n}]": x for n, x in enumerate(found)}
+        # A derivative says by which index, too, so that it takes what that was looked up from.
+        assert len(looked) == count or (tree is not made.tree and len(looked) > count > 0)
+        parts = Reading("float64").read(rest, {**index, **looked}, arrays)
+        whole = Reading("float64").read(tree, index, arrays)
+        for part, one in zip(parts, whole, strict=True):
+            np.testing.assert_array_equal(part, one)
