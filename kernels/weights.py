@@ -92,20 +92,9 @@ def weigh(
     else:
         s = s * scale
         s, allowed, found = judged(
-            s,
-            ahead,
-            place,
-            facts,
-            arrays,
-            TALL,
-            WIDE,
-            MASK,
-            SCORE,
-            BIAS,
-            EARLY,
-            LOOKS,
+            s, ahead, place, facts, arrays, TALL, WIDE, MASK, SCORE, BIAS, EARLY, LOOKS,
             KIND == PARTIAL,
-        )
+        )  # fmt: skip
     if not PLAIN:
         product = s
     if SELECTED:
