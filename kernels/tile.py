@@ -204,10 +204,6 @@ def bias_of(b, h, row, k, facts, arrays):
     """The bias over a tile, float32, by strides that are 0 where it does not span an axis.
 
     Beyond the last row or key it is 0.
-
-    Called before the product that it is added to, though not needed sooner: Triton lays a tile out
-    among threads for the first of the two, and where that is the load it computes softmax twice, as
-    the load and as the product have their numbers. And then it is on its way meanwhile.
     """
     _, _, bias, strides, _ = arrays
     at = b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
