@@ -310,7 +310,7 @@ def d_query(
             dq = _along_keys(
                 tl.zeros((M, PAD), tl.float32), q, do, known, *told, 0, 0, stop,
                 D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, EARLY, LOOKS, SITES, RUN,
-            DESCRIPTORS, PRECISION, PARTIAL, True,
+                DESCRIPTORS, PRECISION, PARTIAL, True,
             )  # fmt: skip
     first, b, head = _anew(pid, tiles, heads, M, 1)
     put(dq * numbers[0], d_query, strides[4], b, head, first, q_len, M, D, PAD)

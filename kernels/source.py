@@ -84,7 +84,8 @@ class Split(NamedTuple):
 @lru_cache(maxsize=256)
 def split(tree: Tree) -> Split:
     """So that what it looks up is on its way before there is an s (`tile.ahead_of`)."""
-    early = {at for at in lookups_of_entries(tree) if not _reads(tree, at, "s")}
+    found = lookups_of_entries(tree)
+    early = {at for at in found if not _pruned(Tree(tree.steps, (at,))).reads("s")}
     steps, met = list(tree.steps), sorted(early & _needed(tree, early))
     if not met:
         return Split(None, tree)
@@ -103,13 +104,6 @@ def _needed(tree: Tree, leaves: Collection[int] = ()) -> set[int]:
             found.add(at)
             left += () if at in leaves else tree.steps[at].args
     return found
-
-
-def _reads(tree: Tree, at: int, name: str) -> bool:
-    return any(
-        tree.steps[n].op == "index" and tree.steps[n].value == name
-        for n in _needed(Tree(tree.steps, (at,)))
-    )
 
 
 def _pruned(tree: Tree) -> Tree:

@@ -15,6 +15,7 @@ from support import host
 import attn_core
 from attn_core import masks, operand, score, scores
 from attn_core.backends.numpy.arrays import Reading
+from attn_core.backends.torch.triton_call import forms
 from attn_core.kernels.source import function, split, written
 from attn_core.language.duals import differentiate
 from attn_core.language.values import mask
@@ -251,9 +252,9 @@ def test_a_table_of_rows_and_keys_that_spans_the_keys_is_read_as_it_lies(kind: t
     else:
         made = score(lambda s, b, h, q, k: s * 0.0 + held[b, h, attn_core.row, k])
     s = None if kind is bool else np.ones((ROWS, KEYS))
-    forms = {spans: ((4, kind is bool, spans),) for spans in (False, True)}
+    told = {spans: ((4, kind is bool, spans),) for spans in (False, True)}
     as_it_lies, clamped = (
-        written(made.tree, forms[spans], kind is float) for spans in (True, False)
+        written(made.tree, told[spans], kind is float) for spans in (True, False)
     )
     assert as_it_lies != clamped
     assert as_it_lies.count("maximum") + 1 == clamped.count("maximum") == 4
@@ -263,6 +264,12 @@ def test_a_table_of_rows_and_keys_that_spans_the_keys_is_read_as_it_lies(kind: t
     # Whatever else it is looked up by is clamped as ever.
     (found,), (wanted,) = both(made.tree, made.arrays, s=s, spans=True, q=np.arange(ROWS) * 9 - 40)
     np.testing.assert_array_equal(found[:, :-2], np.float32(wanted[:, :-2]))
+
+
+def test_an_array_spans_the_keys_by_its_last_axis() -> None:
+    arrays = [torch.zeros(3, 90) > 0, torch.zeros(90, 1), torch.zeros(91), torch.zeros(())]
+    told = [(2, True, True), (2, False, False), (1, False, True), (0, False, False)]
+    assert forms(arrays, 90) == told
 
 
 _TABLE, _LONG = RNG.standard_normal((25, 40)), RNG.standard_normal(90)
