@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 import time
 import tracemalloc
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 import attn_core
-from attn_core import Dropout, masks, operand, registry, scores
+from attn_core import Dropout, masks, operand, registry, scores, words
 
 B, HQ, HK, T, D = 2, 4, 2, 10**7, 8
 """So large that any work on the arrays themselves runs out of memory, or of time."""
@@ -919,3 +921,30 @@ def test_what_came_is_not_changed():
         x.flags.writeable = False
     attn_core.attention(q, k, v, mask=causal, query_offset="end", dropout=Dropout(0.5, 1))
     assert (q == Q).all()
+
+
+# --- Words of other libraries. --------------------------------------------------------------------
+
+FOREIGN = sorted(words._FOREIGN)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("function", [attn_core.attention, attn_core.explain])
+def test_an_option_of_another_library_is_told_how_it_is_called_here(function, name) -> None:
+    x = np.zeros((1, 1, 2, 4))
+    with pytest.raises(TypeError, match=f"Got `{name}`, which is here: ") as caught:
+        function(x, x, x, **{name: None})
+    _, _, ours = str(caught.value).partition("which is here: ")
+    # What it is told exists: options of the call, and names of the package.
+    options = {*attn_core.attention.__kwdefaults__, "backend", "left"}
+    assert set(re.findall(r"[`(](\w+)=", ours)) <= options
+    for path in re.findall(r"attn_core\.([\w.]*\w)", ours):
+        functools.reduce(getattr, path.split("."), attn_core)
+
+
+def test_an_option_that_is_misspelt_is_told_the_nearest() -> None:
+    x = np.zeros((1, 1, 2, 4))
+    with pytest.raises(TypeError, match=r"its own only\. Got 'maks'\. Did you mean 'mask'\?"):
+        attn_core.attention(x, x, x, maks=None)
+    with pytest.raises(TypeError, match=r"call of attn_core\.weights .* Got 'dropout'"):
+        attn_core.weights(x, x, dropout=Dropout(0.1, 0))
