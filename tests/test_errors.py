@@ -238,7 +238,27 @@ CASES: dict[str, tuple[Any, type[Exception], list[str]]] = {
     ),
     "layout lower case": (lambda: call(layout="bhtd"), ValueError, ["`layout` must be", "'bhtd'"]),
     "layout none": (lambda: call(layout=None), ValueError, ["`layout` must be", "None"]),
+    "layout mixed up, grouped heads": (
+        lambda: call(
+            query=virtual(B, 6, HQ, D),
+            key=virtual(B, 6, HK, D),
+            value=virtual(B, 6, HK, D),
+            mask=causal,
+        ),
+        ValueError,
+        [f"Got Tq = {HQ} and Tk = {HK}; these shapes are legal as layout='BTHD', (B, T, H, D)."],
+    ),
     # mask
+    "mask a word": (
+        lambda: call(mask="causal"),
+        TypeError,
+        ["must be a Mask or a boolean array. Got str 'causal': write attn_core.masks.causal(..)"],
+    ),
+    "mask of keys, as of a tokenizer": (
+        lambda: call(mask=virtual(B, T, dtype=bool)),
+        ValueError,
+        [f"Got ({B}, {T}): write `[:, None, None, :]` after it if it says which keys count"],
+    ),
     "mask float": (
         lambda: call(mask=virtual(T, T)),
         TypeError,
@@ -282,7 +302,7 @@ CASES: dict[str, tuple[Any, type[Exception], list[str]]] = {
     "dense too small": (
         lambda: call(mask=masks.dense(virtual(5, T, dtype=bool))),
         ValueError,
-        ["operand 0 of `mask` must broadcast to", f"Got (1, 1, 5, {T})"],
+        ["operand 0 of `mask` must broadcast to", f"Got (5, {T})"],
     ),
     "dense inside": (
         lambda: call(mask=causal & masks.dense(virtual(1, 3, T, T, dtype=bool))),
