@@ -51,7 +51,8 @@ _FOREIGN: dict[str, str] = {
     **dict.fromkeys(("s_aux", "sink", "learnable_sink"), "`sinks=`, one number for each head"),
     **dict.fromkeys(("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "segment_ids"), _PACKED),
     **dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), f"nothing; {_PACKED}"),
-    **dict.fromkeys(("cache_seqlens", "key_value_seq_lengths"), "`kv_lengths=`"),
+    "cache_seqlens": "`kv_lengths=`, in which tokens of this call count too",
+    "key_value_seq_lengths": "`kv_lengths=`",
     "query_seq_lengths": "`q_lengths=`",
     **dict.fromkeys(
         ("need_weights", "return_attn_probs", "return_attention_scores", "output_attentions"),
