@@ -69,3 +69,8 @@ def __getattr__(name: str) -> Any:
 
         return conformance
     raise AttributeError(f"module 'attn_core' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What is public, for completion: not the modules that it is made of."""
+    return sorted([*__all__, "__version__", "conformance"])

@@ -8,12 +8,13 @@ backend.attend(plan, operands)
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Literal, Never, TypedDict, TypeVar, Unpack, overload
 
 from attn_core import check, registry
 from attn_core.chosen import chosen, narrowed
 from attn_core.language.values import Dropout, Mask, Score
 from attn_core.spec import AttentionOutput, Operands, Problem
+from attn_core.words import refuse_words
 
 Array = TypeVar("Array")
 
@@ -94,6 +95,7 @@ def attention(
     impl: str = "auto",
     return_lse: bool = False,
     return_weights: bool = False,
+    **foreign: Never,
 ) -> Any:
     """Attention over arrays laid out (B, H, T, D); `layout="BTHD"` for (B, T, H, D).
 
@@ -151,6 +153,8 @@ def attention(
 
         out = attn_core.attention(query, key, value, mask=attn_core.masks.causal())
     """
+    if foreign:
+        refuse_words(attention, foreign)
     backend, host = registry.find(query)
     problem, operands = check.resolve(
         backend,
@@ -194,6 +198,7 @@ def weights(
     layout: str = "BHTD",
     precision: str | None = None,
     impl: str = "auto",
+    **foreign: Never,
 ) -> Array:
     """Softmax weights of chosen heads and query rows: what they attend to.
 
@@ -221,6 +226,8 @@ def weights(
 
         attn_core.weights(query, key, mask=attn_core.masks.causal(), heads=[0, 3], queries=[7])
     """
+    if foreign:
+        refuse_words(weights, foreign)
     backend, host = registry.find(query)
     problem, operands = check.resolve(
         backend,

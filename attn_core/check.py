@@ -190,7 +190,17 @@ def _stated(
     kv_lengths = lengths(backend, "kv_lengths", kv_lengths, source, batch, "Tk", k_len)
     q_lengths = lengths(backend, "q_lengths", q_lengths, source, batch, "Tq", q_len)
     rate, seed = dropout_of(dropout, source)
-    offset, query_offset, span = offset_of(backend, query_offset, source, batch, sizes, mask, score)
+    offset, query_offset, span = offset_of(
+        backend,
+        query_offset,
+        source,
+        batch,
+        sizes,
+        mask,
+        score,
+        # As many heads, another number of rows: in the other layout it would be grouped heads.
+        lambda: _other(facts, layout) if heads == kv_heads else "",
+    )
     ranges(mask, score, batch, heads, k_len, q_len, span)
 
     if scale is None:

@@ -83,6 +83,8 @@ def as_mask(backend: Any, mask: Any, source: str, full: tuple[Any, ...]) -> Mask
         hint = ""
         if callable(getattr(mask, "mask_mod", None)):  # flex_attention's BlockMask
             hint = ": write attn_core.mask(fn) with the function that it was made of"
+        if isinstance(mask, str) and mask in masks.__all__:
+            hint = f" {mask!r}: write attn_core.masks.{mask}(..)"
         name = type(mask).__name__
         raise TypeError(f"`mask` must be a Mask or a boolean array. Got {name}{hint}.")
     host_or_same("mask", mask, source)
@@ -213,6 +215,7 @@ def broadcast(name: str, shape: tuple[Any, ...], full: tuple[Any, ...]) -> tuple
             f"{label} must have rank 2 (Tq, Tk) or 4 {_FULL}. Got rank 3, {show(shape)}: write "
             f"`[:, None]` after it if its first axis is the batch, `[None]` if it is the heads."
         )
+    given = shape
     if len(shape) == 2:
         shape = (1, 1, *shape)
     if len(shape) != 4:
@@ -221,8 +224,11 @@ def broadcast(name: str, shape: tuple[Any, ...], full: tuple[Any, ...]) -> tuple
         )
     for size, whole in zip(shape, full, strict=True):
         if size is not None and whole is not None and size != 1 and size != whole:
+            hint = ""
+            if given == (full[0], full[3]):  # a padding mask, as tokenizers give it
+                hint = ": write `[:, None, None, :]` after it if it says which keys count, (B, Tk)"
             raise ValueError(
-                f"{label} must broadcast to {_FULL} = {show(full)}. Got {show(shape)}."
+                f"{label} must broadcast to {_FULL} = {show(full)}. Got {show(given)}{hint}."
             )
     return shape
 

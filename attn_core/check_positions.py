@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import index
 from typing import Any
 
@@ -97,10 +98,12 @@ def offset_of(
     sizes: tuple[Any, Any],
     mask: Mask | None,
     score: Score | None,
+    other: Callable[[], str],
 ) -> tuple[str, Any, tuple[int, int]]:
     """The kind of offset, its operand, and the least and most it can be.
 
     Args:
+        other: a hint where sizes differ only because the layout is another one.
         sizes: Tq and Tk as the framework has them: of two unknown ones it may know that they are
             equal. They are compared only where that matters, since torch.compile guards on it.
     """
@@ -125,7 +128,7 @@ def offset_of(
             f'{what} reads the query position: "start" puts query 0 at position 0 (torch, '
             'jax.nn, Keras), "end" puts the last query at the last key (FlashAttention, KV '
             f"caches), an int or int array (B,) says it outright. Got Tq = {known(q_len)} and "
-            f"Tk = {known(k_len)}."
+            f"Tk = {known(k_len)}{other()}."
         )
     x = integers(backend, "query_offset", x, source, batch)
     if isinstance(x, tuple):

@@ -69,7 +69,8 @@ def explain_shapes(
     mask: Annotated[
         list[str] | None,
         typer.Option(
-            help='causal, window:255, ... or text such as "q >= k"; may be repeated, all apply.',
+            help="causal, window:255, prefix:16, dilated:2, chunks:64, global_tokens:1, or text "
+            'such as "q >= k"; may be repeated, all apply.',
             autocompletion=_masks,
         ),
     ] = None,

@@ -11,7 +11,7 @@ over an `Account`, sizes and names, and sentences are made here and in `explain_
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Never
 
 from attn_core import api, config, explain_text, registry
 from attn_core.explain_blocks import NOMINAL, Blocks, count
@@ -20,6 +20,7 @@ from attn_core.language.tree import Tree
 from attn_core.language.values import Dropout, Mask, Score
 from attn_core.registry import UnsupportedError
 from attn_core.spec import Account, Operands, Problem
+from attn_core.words import refuse_words
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ def explain(
     impl: str = "auto",
     return_lse: bool = False,
     return_weights: bool = False,
+    **foreign: Never,
 ) -> Report:
     """What `attn_core.attention` would do with the same arguments; nothing is computed.
 
@@ -146,6 +148,8 @@ def explain(
         print(attn_core.explain(query, key, value, mask=attn_core.masks.causal()))
     """
     arguments = dict(locals())  # nothing else is local yet
+    if arguments.pop("foreign"):
+        refuse_words(explain, foreign)
     backend, p, x, impl = api.stated(arguments)
     asked, asked_by = impl, "argument"
     if config.check_impl(impl) == "auto":

@@ -179,9 +179,16 @@ def find(query: Any, backend: str | None = None) -> tuple[Any, bool]:
     """The backend that answers for `query`, and whether query is a host (NumPy) array."""
     name = owner(query)
     if name is None:
+        kind = type(query)
+        hint = ""
+        if kind.__name__ == "KerasTensor":
+            hint = (
+                ": between keras.Input and keras.Model stands a layer, or "
+                "attn_core.compat.keras.dot_product_attention"
+            )
         raise TypeError(
             "`query` must be an array of NumPy, torch, TensorFlow or JAX. "
-            f"Got {type(query).__module__}.{type(query).__name__}."
+            f"Got {kind.__module__}.{kind.__name__}{hint}."
         )
     if name != "numpy":
         return load(name), False

@@ -29,3 +29,9 @@ def run(page: str, head: str) -> dict[str, Any]:
     for code in blocks(page, head):
         exec(compile(code, page, "exec"), names)
     return names
+
+
+def readme() -> list[str]:
+    """The blocks of Python in the README, which do not say where they run."""
+    text = (DOCS.parent / "README.md").read_text("utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)

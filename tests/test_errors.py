@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 import time
 import tracemalloc
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 import attn_core
-from attn_core import Dropout, masks, operand, registry, scores
+from attn_core import Dropout, masks, operand, registry, scores, words
 
 B, HQ, HK, T, D = 2, 4, 2, 10**7, 8
 """So large that any work on the arrays themselves runs out of memory, or of time."""
@@ -236,7 +238,27 @@ CASES: dict[str, tuple[Any, type[Exception], list[str]]] = {
     ),
     "layout lower case": (lambda: call(layout="bhtd"), ValueError, ["`layout` must be", "'bhtd'"]),
     "layout none": (lambda: call(layout=None), ValueError, ["`layout` must be", "None"]),
+    "layout mixed up, grouped heads": (
+        lambda: call(
+            query=virtual(B, 6, HQ, D),
+            key=virtual(B, 6, HK, D),
+            value=virtual(B, 6, HK, D),
+            mask=causal,
+        ),
+        ValueError,
+        [f"Got Tq = {HQ} and Tk = {HK}; these shapes are legal as layout='BTHD', (B, T, H, D)."],
+    ),
     # mask
+    "mask a word": (
+        lambda: call(mask="causal"),
+        TypeError,
+        ["must be a Mask or a boolean array. Got str 'causal': write attn_core.masks.causal(..)"],
+    ),
+    "mask of keys, as of a tokenizer": (
+        lambda: call(mask=virtual(B, T, dtype=bool)),
+        ValueError,
+        [f"Got ({B}, {T}): write `[:, None, None, :]` after it if it says which keys count"],
+    ),
     "mask float": (
         lambda: call(mask=virtual(T, T)),
         TypeError,
@@ -280,7 +302,7 @@ CASES: dict[str, tuple[Any, type[Exception], list[str]]] = {
     "dense too small": (
         lambda: call(mask=masks.dense(virtual(5, T, dtype=bool))),
         ValueError,
-        ["operand 0 of `mask` must broadcast to", f"Got (1, 1, 5, {T})"],
+        ["operand 0 of `mask` must broadcast to", f"Got (5, {T})"],
     ),
     "dense inside": (
         lambda: call(mask=causal & masks.dense(virtual(1, 3, T, T, dtype=bool))),
@@ -919,3 +941,30 @@ def test_what_came_is_not_changed():
         x.flags.writeable = False
     attn_core.attention(q, k, v, mask=causal, query_offset="end", dropout=Dropout(0.5, 1))
     assert (q == Q).all()
+
+
+# --- Words of other libraries. --------------------------------------------------------------------
+
+FOREIGN = sorted(words._FOREIGN)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("function", [attn_core.attention, attn_core.explain])
+def test_an_option_of_another_library_is_told_how_it_is_called_here(function, name) -> None:
+    x = np.zeros((1, 1, 2, 4))
+    with pytest.raises(TypeError, match=f"Got `{name}`, which is here: ") as caught:
+        function(x, x, x, **{name: None})
+    _, _, ours = str(caught.value).partition("which is here: ")
+    # What it is told exists: options of the call, and names of the package.
+    options = {*attn_core.attention.__kwdefaults__, "backend", "left"}
+    assert set(re.findall(r"[`(](\w+)=", ours)) <= options
+    for path in re.findall(r"attn_core\.([\w.]*\w)", ours):
+        functools.reduce(getattr, path.split("."), attn_core)
+
+
+def test_an_option_that_is_misspelt_is_told_the_nearest() -> None:
+    x = np.zeros((1, 1, 2, 4))
+    with pytest.raises(TypeError, match=r"its own only\. Got 'maks'\. Did you mean 'mask'\?"):
+        attn_core.attention(x, x, x, maks=None)
+    with pytest.raises(TypeError, match=r"call of attn_core\.weights .* Got 'dropout'"):
+        attn_core.weights(x, x, dropout=Dropout(0.1, 0))

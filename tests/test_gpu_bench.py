@@ -429,6 +429,7 @@ def test_the_page_holds_what_was_measured_and_says_what_was_not() -> None:
     said = "In 9 minutes: 3 rounds of turns, and answers checked on 8 key heads of each case."
     assert said in gpu_page.page([hurried])
     assert "No figure has been measured" not in text
+    assert "Figures are those of the commit that stands above them" in text
     assert re.search(
         r"\| causal-T4096-D128 \| forward \| torch-sdpa-cudnn \| [\d.]+ .* 0.70 \|", text
     )

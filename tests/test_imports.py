@@ -195,7 +195,9 @@ def imports(tree, module, is_package):
                 for alias in child.names:
                     yield f"{base}.{alias.name}", lazily, child.lineno
             function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            yield from visit(child, lazily or function)
+            # Under TYPE_CHECKING nothing is ever loaded.
+            types = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+            yield from visit(child, lazily or function or types)
 
     yield from visit(tree, False)
 
@@ -472,3 +474,27 @@ def test_import_direction_catches(module, source):
 def test_import_direction_allows(module, source):
     for name, lazily, _ in imports(ast.parse(source), module, is_package=False):
         assert objection(module, name, lazily) is None
+
+
+def test_completion_offers_what_is_public_and_no_more():
+    import attn_core
+
+    assert set(dir(attn_core)) == {*attn_core.__all__, "__version__", "conformance"}
+    assert all(hasattr(attn_core, name) for name in dir(attn_core))
+
+
+@pytest.mark.parametrize("room", ["torch", "tf", "jax", "keras"])
+def test_layers_that_are_loaded_late_are_typed_and_completed(room):
+    """Editors read imports under TYPE_CHECKING; interpreters ask `__dir__`."""
+    tree = ast.parse((PACKAGES["attn_core.backends"] / room / "__init__.py").read_text("utf-8"))
+    typed = {
+        alias.name
+        for node in tree.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for one in node.body
+        for alias in one.names
+    }
+    assert typed == {"AdditiveAttention", "MultiHeadAttention", "Transformer"} | (
+        {"Steps"} if room == "keras" else set()
+    )
+    assert any(isinstance(node, ast.FunctionDef) and node.name == "__dir__" for node in tree.body)

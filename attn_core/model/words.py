@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
-from attn_core.config import nearest
+from attn_core.words import refuse
 
 _TORCH_MASK = (
     "`mask=` where True = attend, the other way round than in torch.nn, where True hides: "
@@ -72,20 +72,12 @@ def check_words(layer: str, known: tuple[str, ...], given: Iterable[str]) -> Non
     Raises:
         TypeError: one is not, with ours for it where another library calls it so.
     """
-    for name in given:
-        if name in known:
-            continue
-        if name not in _FOREIGN:
-            raise TypeError(
-                f"a call of {layer} must have arguments of its own only. Got {name!r}."
-                f"{nearest(name, known)}"
-            )
-        lengths = "kv_lengths" if "kv_lengths" in known else "lengths"
-        ours = _FOREIGN[name].format(name=name, lengths=lengths)
-        raise TypeError(
-            f"a call of {layer} must be in the words of attn_core. Got `{name}`, which is here: "
-            f"{ours}."
-        )
+    unknown = [name for name in given if name not in known]
+    if not unknown:
+        return
+    lengths = "kv_lengths" if "kv_lengths" in known else "lengths"
+    words = {name: ours.replace("{lengths}", lengths) for name, ours in _FOREIGN.items()}
+    refuse(layer, known, unknown, words)
 
 
 def arguments(call: Callable[..., Any]) -> tuple[str, ...]:

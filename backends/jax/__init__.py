@@ -8,7 +8,7 @@ reverse. `chunked` names impl="reference" where it is asked for others.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,11 @@ from attn_core.backends.jax.philox import keep
 from attn_core.language.operands import Table
 from attn_core.language.values import Dropout, Mask, Score, seed_array
 from attn_core.spec import Account, AttentionOutput, Facts, Operands, Plan, Problem, as_output
+
+if TYPE_CHECKING:  # what __getattr__ loads, for editors and type checkers
+    from attn_core.backends.jax.additive import AdditiveAttention
+    from attn_core.backends.jax.layers import MultiHeadAttention
+    from attn_core.backends.jax.models import Transformer
 
 __all__ = [
     "AdditiveAttention",
@@ -67,6 +72,11 @@ def __getattr__(name: str) -> Any:
 
         return linen
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """With the layers that `__getattr__` loads, for completion."""
+    return sorted({*globals(), *__all__})
 
 
 def owns(x: Any) -> bool:

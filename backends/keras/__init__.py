@@ -7,7 +7,13 @@ KERAS_BACKEND=jax or torch none is loaded.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what __getattr__ loads, for editors and type checkers
+    from attn_core.backends.keras.additive import AdditiveAttention
+    from attn_core.backends.keras.layers import MultiHeadAttention
+    from attn_core.backends.keras.models import Transformer
+    from attn_core.backends.keras.steps import Steps
 
 __all__ = ["AdditiveAttention", "MultiHeadAttention", "Steps", "Transformer"]
 
@@ -31,6 +37,11 @@ def __getattr__(name: str) -> Any:
 
         return steps.Steps
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """With the layers that `__getattr__` loads, for completion."""
+    return sorted({*globals(), *__all__})
 
 
 def backend() -> str:

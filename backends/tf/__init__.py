@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from inspect import isfunction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
@@ -17,6 +17,11 @@ from attn_core.backends.tf.philox import keep
 from attn_core.language.operands import Table
 from attn_core.language.values import Score
 from attn_core.spec import Account, AttentionOutput, Facts, Operands, Plan, Problem, as_output
+
+if TYPE_CHECKING:  # what __getattr__ loads, for editors and type checkers
+    from attn_core.backends.keras.additive import AdditiveAttention
+    from attn_core.backends.keras.layers import MultiHeadAttention
+    from attn_core.backends.keras.models import Transformer
 
 __all__ = [
     "AdditiveAttention",
@@ -68,6 +73,11 @@ def __getattr__(name: str) -> Any:
             f"attn_core.backends.keras.{name}, which computes there."
         )
     return getattr(room, name)
+
+
+def __dir__() -> list[str]:
+    """With the layers that `__getattr__` loads, for completion."""
+    return sorted({*globals(), *__all__})
 
 
 def owns(x: Any) -> bool:

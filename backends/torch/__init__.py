@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import count
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,11 @@ from attn_core.check_positions import range_problem
 from attn_core.language.operands import Table
 from attn_core.language.values import Score
 from attn_core.spec import Account, AttentionOutput, Facts, Operands, Plan, Problem, as_output
+
+if TYPE_CHECKING:  # what __getattr__ loads, for editors and type checkers
+    from attn_core.backends.torch.additive import AdditiveAttention
+    from attn_core.backends.torch.layers import MultiHeadAttention
+    from attn_core.backends.torch.models import Transformer
 
 __all__ = [
     "AdditiveAttention",
@@ -95,6 +100,11 @@ def __getattr__(name: str) -> Any:
 
         return models.Transformer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """With the layers that `__getattr__` loads, for completion."""
+    return sorted({*globals(), *__all__})
 
 
 def owns(x: Any) -> bool:

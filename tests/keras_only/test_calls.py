@@ -12,6 +12,7 @@ from keras_support import BACKEND, array, tensor, tensors
 from layer_cases import CASES, draw, inputs_of, weights_of
 from model_cases import DECODER, ENCODER
 
+import attn_core
 from attn_core import masks
 from attn_core.backends.keras import AdditiveAttention, MultiHeadAttention, Steps, Transformer
 from attn_core.backends.keras.tensors import room
@@ -52,6 +53,12 @@ LISTS = {
 def test_lists(name: str) -> None:
     with pytest.raises(TypeError, match=r"must be an array. Got builtins.list: keras.ops.conv"):
         LISTS[name]()
+
+
+def test_a_keras_tensor_is_told_what_takes_it() -> None:
+    x = keras.Input((4, 5, 3))
+    with pytest.raises(TypeError, match=r"KerasTensor: .* attn_core\.compat\.keras\.dot_product"):
+        attn_core.attention(x, x, x)
 
 
 SEEN = np.array(array(TOKENS) != 0)[:, None, None]
