@@ -46,8 +46,9 @@ NATIVE := $(patsubst %,--subject %:native,$(filter torch jax,$(FRAMEWORKS)))
 COMPILED := aot_eager inductor function dynamic xla jit
 
 # XLA spends most of a small problem's time on making machine code that is run once. What eager JAX
-# answers with is judged as it is shipped; a compiled form adds its tracing, and JAX's unit tests
-# compile hundreds of problems: there code that is made quickly does. The flags are in this file.
+# answers with is judged as it is shipped; a compiled form adds its tracing, and unit tests of JAX
+# and TensorFlow compile hundreds of problems: there code that is made quickly does. The flags are
+# in this file.
 PLAIN := $(VENV)/.plain-code
 PLAIN_CODE := $$(cat $(PLAIN))
 
@@ -69,15 +70,13 @@ test: $(STAMP) $(PLAIN)
 	@set -e; for name in $(FRAMEWORKS) $(patsubst torch,kernels,$(filter torch,$(FRAMEWORKS))); do \
 		echo "== tests/$${name}_only"; \
 		if [ ! -d tests/$${name}_only ]; then echo "none there"; continue; fi; \
-		flags="$$XLA_FLAGS"; if [ $$name = jax ]; then flags="$$flags $(PLAIN_CODE)"; fi; \
-		rc=0; XLA_FLAGS="$$flags" $(PYTEST) tests/$${name}_only || rc=$$?; \
+		rc=0; XLA_FLAGS="$$XLA_FLAGS $(PLAIN_CODE)" $(PYTEST) tests/$${name}_only || rc=$$?; \
 		if [ $$rc -eq 5 ]; then echo "no tests there"; elif [ $$rc -ne 0 ]; then exit $$rc; fi; \
 	done
 # Keras comes with TensorFlow; where it is there, it also runs on each of the others.
 	@set -e; if [ -n "$(filter tf,$(FRAMEWORKS))" ]; then for name in $(patsubst tf,tensorflow,$(FRAMEWORKS)); do \
 		echo "== tests/keras_only, KERAS_BACKEND=$$name"; \
-		flags="$$XLA_FLAGS"; if [ $$name = jax ]; then flags="$$flags $(PLAIN_CODE)"; fi; \
-		XLA_FLAGS="$$flags" KERAS_BACKEND=$$name $(PYTEST) tests/keras_only; \
+		XLA_FLAGS="$$XLA_FLAGS $(PLAIN_CODE)" KERAS_BACKEND=$$name $(PYTEST) tests/keras_only; \
 	done; fi
 	$(BIN)/attn-core conformance run --failures $(SUBJECTS) $(NATIVE)
 ifneq ($(strip $(FRAMEWORKS)),)
