@@ -49,6 +49,14 @@ def test_a_copy_is_known_by_what_it_holds() -> None:
     assert held.copy(ids.astype(np.int64), THERE).dtype == torch.int64
 
 
+@pytest.mark.parametrize("kind", [">i4", ">i8", ">f4", "<u2", "?"])
+def test_a_copy_is_in_the_order_of_bytes_that_torch_takes(kind: str) -> None:
+    ids = np.arange(12).astype(kind).reshape(3, 4)[:, ::-1]
+    copied = held.copy(ids, THERE)
+    assert copied.tolist() == ids.tolist()
+    assert copied.element_size() == ids.itemsize
+
+
 def test_what_is_held() -> None:
     few, many = np.zeros(8, np.int32), np.zeros(held.MOST + 1, np.int8)
     gpu = torch.device("cuda")
