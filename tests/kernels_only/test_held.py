@@ -114,3 +114,26 @@ def test_a_schedule_is_made_once_for_a_content(made: list[bool]) -> None:
         assert len(made) > before
         want = by_reference(query=q, key=k, value=v, mask=mask, **more).out
         torch.testing.assert_close(got[0], want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_schedule_of_many_tiles_is_not_kept(
+    made: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every batch and head that the mask tells apart: a device holds all of them."""
+    ids = np.arange(2 * 150, dtype=np.int32).reshape(2, 150) // 40
+    by_batch = masks.segments(held.copy(ids, THERE))
+    by_both = by_batch & attn_core.mask(lambda b, h, q, k: q >= k + h)
+    nothing = triton_schedule.told(None, None, "zero", 150, 150, THERE)
+
+    def asked(mask: Any) -> int:
+        before = len(made)
+        given = triton_schedule.Asked(mask.tree, (2, 4, 2, 150, 150), (64, 64), (False,) * 2, False)
+        for _ in range(2):
+            triton_schedule.schedule(given, mask.arrays, nothing, THERE)
+        return len(made) - before
+
+    # Nine tiles, of each of two batches, and of each of two key heads.
+    for most, counts in ((17, (2, 2)), (18, (1, 2)), (36, (1, 1))):
+        triton_schedule._kept.clear()
+        monkeypatch.setattr(triton_schedule, "KEPT", most)
+        assert (asked(by_batch), asked(by_both)) == counts
