@@ -391,18 +391,24 @@ def sites_of(indices: Iterable[int]) -> tuple[tuple[int, int, int], ...]:
 def d_tables(dz, allowed, found, tables, SITES: tl.constexpr):
     """Adds a tile's share of every look-up of a score where its indices point, turned or not."""
     for n in tl.static_range(len(SITES)):
-        RESULT: tl.constexpr = SITES[n][0]
-        ARGUMENT: tl.constexpr = SITES[n][1]
-        INDICES: tl.constexpr = SITES[n][2]
-        moved = tl.where(allowed, dz * found[RESULT], 0.0)
-        at = tl.zeros((1, 1), tl.int64)
-        for axis in tl.static_range(INDICES):
-            size = tables[ARGUMENT + 1 + axis]
-            index = found[RESULT + 1 + axis]
-            at = at * size + tl.minimum(tl.maximum(index, 0), size - 1).to(tl.int64)
-        # Added up first along every axis that the place does not move along.
-        if at.shape[1] == 1:
-            moved = tl.sum(moved, 1, keep_dims=True)
-        if at.shape[0] == 1:
-            moved = tl.sum(moved, 0, keep_dims=True)
-        tl.atomic_add(tables[ARGUMENT] + at, moved, sem="relaxed")
+        _d_table(dz, allowed, found, tables, SITES[n][0], SITES[n][1], SITES[n][2])
+
+
+# A function of its own: Triton gives a constant no second value, in a loop that is unrolled either.
+@triton.jit
+def _d_table(
+    dz, allowed, found, tables,
+    RESULT: tl.constexpr, ARGUMENT: tl.constexpr, INDICES: tl.constexpr,
+):  # fmt: skip
+    moved = tl.where(allowed, dz * found[RESULT], 0.0)
+    at = tl.zeros((1, 1), tl.int64)
+    for axis in tl.static_range(INDICES):
+        size = tables[ARGUMENT + 1 + axis]
+        index = found[RESULT + 1 + axis]
+        at = at * size + tl.minimum(tl.maximum(index, 0), size - 1).to(tl.int64)
+    # Added up first along every axis that the place does not move along.
+    if at.shape[1] == 1:
+        moved = tl.sum(moved, 1, keep_dims=True)
+    if at.shape[0] == 1:
+        moved = tl.sum(moved, 0, keep_dims=True)
+    tl.atomic_add(tables[ARGUMENT] + at, moved, sem="relaxed")

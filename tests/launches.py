@@ -14,17 +14,22 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
 
-from attn_core import Dropout, attention, masks, registry, scores
+from attn_core import Dropout, attention, masks, operand, registry, row, score, scores
 from attn_core.backends.torch import triton_launch
 from attn_core.kernels import configs, signatures
-from attn_core.kernels.ahead import Job
+from attn_core.kernels.ahead import SHARED, Job
 from attn_core.kernels.samples import SAMPLES
+
+LAUNCH, ROOM = triton_launch.launch, SHARED["sm_90"]
 
 
 class Driver:
@@ -74,6 +79,12 @@ CASES: dict[str, dict[str, Any]] = {
 }
 # Of a threshold of 1 the compiler makes a constant, as of every argument that is 1.
 CASES["a least rate"] = {"sizes": (1, 1, 1, 1, 1, 16, 16), "dropout": Dropout(2.0**-32, 3)}
+TABLES = [operand(torch.randn(*shape).requires_grad_()) for shape in ((256, 256), (4, 256, 256))]
+CASES["several tables"] = {
+    "sizes": (2, 4, 2, 256, 256, 128, 128),
+    "mask": masks.dense(torch.ones(256, 256, dtype=torch.bool)),
+    "score": score(lambda s, b, h, q, k: s + TABLES[0][row, k] * TABLES[1][h, row, k]),
+}
 CASES["fused"] = {**CASES["everything"], "fused": True}
 CASES["apart"] = {**CASES["everything"], "apart": True}
 
@@ -140,16 +151,33 @@ def compiling(case: str, sample: str = "") -> Any:
     """In the place of a launch: what it would be given, compiled."""
 
     def launch(kernel: Any, programs: int, shape: Any, *args: Any, **options: Any) -> None:
-        grid: dict[str, Any] = {"grid": (programs,), "warmup": True}
-        found = kernel.run(*args, **grid, **options, **shape.launch)
-        name = named(kernel.__name__, options)
-        said = {"case": case, "kernel": name, "shared": found.metadata.shared}
-        said["hash"] = found.hash
-        if sample:
-            said["differs"] = differs(found.src, name, sample, shape, case)
-        print(json.dumps(said), flush=True)
+        LAUNCH(Compiled(kernel, shape, case, sample), programs, shape, *args, **options)
 
     return launch
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel that is launched by compiling it, and told of: on a GPU whose memory has an end."""
+
+    kernel: Any
+    shape: Any
+    case: str
+    sample: str
+
+    def __getitem__(self, grid: Any) -> Any:
+        return partial(self.launched, grid)
+
+    def launched(self, grid: tuple[int], *args: Any, **options: Any) -> None:
+        found = self.kernel.run(*args, grid=grid, warmup=True, **options)
+        if found.metadata.shared > ROOM:
+            raise OutOfResources(found.metadata.shared, ROOM, "shared memory")
+        name = named(self.kernel.__name__, options)
+        said = {"case": self.case, "kernel": name, "hash": found.hash}
+        said["fewer"] = self.shape.stages - options["num_stages"]
+        if self.sample:
+            said["differs"] = differs(found.src, name, self.sample, self.shape, self.case)
+        print(json.dumps(said), flush=True)
 
 
 def named(kernel: str, options: dict[str, Any]) -> str:

@@ -36,6 +36,7 @@ Array = Any
 # then operands. What has a gradient: the first five and the score's.
 _FIXED, _DIFFERENTIABLE = 9, 5
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 # What torch.compiler.assume_constant_result does, without loading torch's compiler (and triton).
 written._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -222,13 +223,16 @@ def _beside(given: Sequence[Any]) -> list[Any]:
     """Everything on the device of query: single numbers may have come from the host.
 
     torch's own operations take such a number along as an argument; so does adding it to 0, which
-    waits for nothing. Kernels and look-ups need it on the device.
+    waits for nothing. Kernels and look-ups need it on the device. Of unsigned integers torch adds
+    bytes alone; as int64 a number of 64 bits keeps them all.
     """
     device = given[0].device
-    return [
-        x if x is None or x.device == device else torch.zeros((), dtype=x.dtype, device=device) + x
-        for x in given
-    ]
+
+    def moved(x: Array) -> Array:
+        x = x.to(torch.int64) if x.dtype in _UNSIGNED else x
+        return torch.zeros((), dtype=x.dtype, device=device) + x
+
+    return [x if x is None or x.device == device else moved(x) for x in given]
 
 
 def _without_autocast(x: Array) -> Any:

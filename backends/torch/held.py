@@ -38,7 +38,8 @@ def copy(x: np.ndarray, device: torch.device) -> Array:
     """`x` on the device, the same tensor for the same content. It is not to be written."""
 
     def made() -> Array:
-        found = torch.from_numpy(x.copy()).to(device)
+        # Torch takes no other order of bytes than the machine's.
+        found = torch.from_numpy(np.array(x, x.dtype.newbyteorder("="), order="C")).to(device)
         _numbers[found] = next(_next)
         return found
 

@@ -145,7 +145,9 @@ _other = Elsewhere("attn-core-kept")
 def _alone(device: torch.device, make: Callable[[], Value]) -> Value:
     _here.alone = True  # what is made of other things that are kept makes them here, too
     stream = _stream(device)
-    with torch.cuda.stream(stream):
+    # A thread begins on device 0. Of a stream alone torch would go back there, and so begin to use
+    # it, which takes half a GB of a GPU that another process may have; of a device it would not.
+    with torch.cuda.device(device), torch.cuda.stream(stream):
         value = make()
     stream.synchronize()
     return value

@@ -93,7 +93,7 @@ def problem(device: str, index: int = 0) -> str:
     wrong = _after_tensorflow(found)
     if not wrong and device == "cuda":
         with _LOCK.held():
-            wrong = finding().on(index).problem or ""
+            wrong = finding(index).on(index).problem or ""
     return wrong or _loaded(found)
 
 
@@ -111,7 +111,7 @@ def narrower(device: str, dtype: str, width: int, index: int = 0) -> str:
     if device != "cuda":
         return _interpreted(dtype)
     with _LOCK.held():
-        found = finding().on(index).narrower
+        found = finding(index).on(index).narrower
     for bad, most, wrong in found:
         alike = dtype == bad or "float32" not in (dtype, bad)
         if (dtype == bad and most <= _PLAIN) or (alike and most > _PLAIN and width > most // 2):
@@ -185,9 +185,22 @@ def _loaded(found: str) -> str:
     return ""
 
 
-@lru_cache(maxsize=1)
-def finding() -> Finding:
-    """What processes of their own found, once: one, and another for each that a GPU has ended."""
+_found: list[Finding] = []
+
+
+def finding(near: int = 0) -> Finding:
+    """What processes of their own found, once: one, and another for each that a GPU has ended.
+
+    Args:
+        near: a GPU that stands for its kind there. Of many processes, with a GPU each, all would
+            else try theirs on the first one, which has memory for the process that it belongs to.
+    """
+    if not _found:
+        _found.append(_tried(near))
+    return _found[0]
+
+
+def _tried(near: int) -> Finding:
     if not sys.executable or getattr(sys, "frozen", False):
         # The executable of a frozen application is that application.
         return Finding(problem="Python must have an executable to probe kernels with. Got none.")
@@ -195,7 +208,7 @@ def finding() -> Finding:
     hazards: tuple[str, ...] = ()
     while True:
         tried = [name for name, gpu in gpus.items() if gpu.problem is not None]
-        found = _asked(tried)
+        found = _asked(tried, near)
         gpus |= {gpu.name: gpu for gpu in found.gpus if gpu.name not in tried}
         hazards = found.hazards or hazards
         if not gpus:
@@ -209,13 +222,14 @@ def finding() -> Finding:
             return Finding(tuple(gpus.values()), "", hazards)
 
 
-def _asked(tried: Sequence[str]) -> Finding:
+def _asked(tried: Sequence[str], near: int) -> Finding:
     """What one process found, of GPUs that have not been tried; of those that it did not come to
     the problem is None."""
     # "" is the folder that this process stands in, from which we may have been imported.
     paths = os.pathsep.join(path or os.curdir for path in sys.path)
     environment = {**os.environ, "PYTHONPATH": paths}
-    code = f"from attn_core.backends.torch import triton_probe; triton_probe.main({list(tried)!r})"
+    told = f"{list(tried)!r}, {near}"
+    code = f"from attn_core.backends.torch import triton_probe; triton_probe.main({told})"
     try:
         ran = subprocess.run(
             [sys.executable, "-P", "-c", code],
@@ -228,10 +242,10 @@ def _asked(tried: Sequence[str]) -> Finding:
             stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired as error:
-        told = error.stdout or ""
-        told = told.decode("utf-8", "replace") if isinstance(told, bytes) else told
+        said = error.stdout or ""
+        said = said.decode("utf-8", "replace") if isinstance(said, bytes) else said
         never = f"kernels must answer a probe within {TIMEOUT:g} s. Got no answer."
-        return _part(told, never) or Finding(problem=never)
+        return _part(said, never) or Finding(problem=never)
     except OSError as error:
         return Finding(problem=f"a process to probe kernels in must start. Got {error}.")
     status = ran.returncode

@@ -7,8 +7,9 @@ device, and whether an error that comes up later belongs to a launch is torch's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from threading import RLock
 from typing import Any, NamedTuple
@@ -101,8 +102,26 @@ def config(kernel: str, device: torch.device, kind: Kind) -> Config:
 
 
 def launch(kernel: Any, programs: int, shape: Config, *args: Any, **options: Any) -> None:
-    """`programs` along the grid's first axis, the only one that may exceed 65,535."""
-    kernel[(programs,)](*args, **options, **shape.launch)
+    """`programs` along the grid's first axis, the only one that may exceed 65,535.
+
+    Whatever is looked up at every entry comes into shared memory, a tile of it for each stage, and
+    the table of configurations knows of one array, not of as many as a mask and a score may have.
+    Where they have no room, there are fewer stages: the same tiles, numbers and order of sums.
+    """
+    asked = (kernel, shape, *options.values())
+    shape = _roomy.get(asked, shape)
+    while True:
+        try:
+            kernel[(programs,)](*args, **options, **shape.launch)
+            return
+        except OutOfResources as error:
+            if error.name != "shared memory" or shape.stages == 1:
+                raise
+        _roomy[asked] = shape = replace(shape, stages=shape.stages - 1)
+
+
+_roomy: dict[Hashable, Config] = {}
+"""Of launches that had no room, what they were launched with instead."""
 
 
 def prepare(kernel: Any, programs: int, *args: Any, **options: Any) -> None:

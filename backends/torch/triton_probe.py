@@ -42,7 +42,7 @@ _ALLOWED = {"float16": 2.0**-6, "bfloat16": 2.0**-3, "float32": 2.0**-10}
 """Far above the dtype's rounding of a row, far below what a wrong product comes to."""
 
 
-def main(settled: Collection[str] = ()) -> None:
+def main(settled: Collection[str] = (), near: int = 0) -> None:
     """Prints what was found so far as lines of JSON; the last one that ends is the whole.
 
     {"problem": what was wrong with all of it, "hazards": [...],
@@ -52,6 +52,7 @@ def main(settled: Collection[str] = ()) -> None:
 
     Args:
         settled: GPUs that an earlier process has tried, and was ended by.
+        near: the GPU on which its kind is tried; others on the first of theirs.
     """
     found: dict[str, Any] = {"problem": "", "hazards": [], "gpus": []}
 
@@ -78,13 +79,13 @@ def main(settled: Collection[str] = ()) -> None:
         ]
         for gpu in found["gpus"]:
             if gpu["name"] not in settled:
-                _try(gpu, say)
+                _try(gpu, near if near in gpu["at"] else gpu["at"][0], say)
     say("", None)
 
 
-def _try(gpu: dict[str, Any], say: Any) -> None:
+def _try(gpu: dict[str, Any], index: int, say: Any) -> None:
     """The first trial, and what may fail where that does not."""
-    name, device = gpu["name"], torch.device("cuda", gpu["at"][0])
+    name, device = gpu["name"], torch.device("cuda", index)
     say(name, FIRST)
     gpu["problem"] = _wrong(name, device, FIRST)
     for trial in () if gpu["problem"] else trials(device):

@@ -32,7 +32,7 @@ from attn_core.spec import FAR
 Array = Any
 
 KEPT = 2**18
-"""Tiles of a grid beyond which its schedule is made anew each time, rather than kept."""
+"""Tiles, of all batches and heads, beyond which a schedule is made anew each time, not kept."""
 
 _kept = Kept(64)
 _numbers = Kept(64)
@@ -132,6 +132,12 @@ class Asked(NamedTuple):
     def grid(self) -> tuple[int, int]:
         return cdiv(self.sizes[3], self.tile[0]), cdiv(self.sizes[4], self.tile[1])
 
+    @property
+    def apart(self) -> tuple[int, int]:
+        """Batches and key heads that the mask tells apart; lengths and offsets may others."""
+        batch, _, kv_heads, _, _ = self.sizes
+        return batch if self.reads("b") else 1, kv_heads if self.reads("h") else 1
+
     def reads(self, *names: str) -> bool:
         return self.mask is not None and self.mask.reads(*names)
 
@@ -141,7 +147,7 @@ def schedule(asked: Asked, operands: Sequence[Array], said: Told, device: torch.
     moved = said.given[2] and asked.reads("q")
     numbers = tuple(held.number(x) for x in operands)
     fixed = not (moved or said.cut or None in numbers)
-    if not fixed or prod(asked.grid) > KEPT:
+    if not fixed or prod((*asked.apart, *asked.grid)) > KEPT:
         return _made(asked, operands, said, device)
     # An offset that the mask does not read moves nothing here.
     at = number(said.start, device)
@@ -154,10 +160,10 @@ def _made(asked: Asked, operands: Sequence[Array], said: Told, device: torch.dev
     found = reach(asked.mask, tuple(map(form, operands)), asked.tile, said.given[:2])
     if found is None:
         return _by_torch(asked, operands, said, device)
-    batch, heads, kv_heads, q_len, k_len = asked.sizes
+    batch, heads, _, q_len, k_len = asked.sizes
     shifted = said.differ[2] and asked.reads("q")
-    batches = batch if asked.reads("b") or shifted or any(said.differ[:2]) else 1
-    maps = kv_heads if asked.reads("h") else 1
+    batches, maps = asked.apart
+    batches = batch if shifted or any(said.differ[:2]) else batches
     lines, width = reversed(asked.grid) if asked.columns else asked.grid
     full = torch.empty((batches, maps, lines), dtype=torch.int32, device=device)
     live, order = torch.empty_like(full), full.new_empty((*full.shape, width))

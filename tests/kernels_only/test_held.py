@@ -49,6 +49,14 @@ def test_a_copy_is_known_by_what_it_holds() -> None:
     assert held.copy(ids.astype(np.int64), THERE).dtype == torch.int64
 
 
+@pytest.mark.parametrize("kind", [">i4", ">i8", ">f4", "<u2", "?"])
+def test_a_copy_is_in_the_order_of_bytes_that_torch_takes(kind: str) -> None:
+    ids = np.arange(12).astype(kind).reshape(3, 4)[:, ::-1]
+    copied = held.copy(ids, THERE)
+    assert copied.tolist() == ids.tolist()
+    assert copied.element_size() == ids.itemsize
+
+
 def test_what_is_held() -> None:
     few, many = np.zeros(8, np.int32), np.zeros(held.MOST + 1, np.int8)
     gpu = torch.device("cuda")
@@ -106,3 +114,26 @@ def test_a_schedule_is_made_once_for_a_content(made: list[bool]) -> None:
         assert len(made) > before
         want = by_reference(query=q, key=k, value=v, mask=mask, **more).out
         torch.testing.assert_close(got[0], want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_schedule_of_many_tiles_is_not_kept(
+    made: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every batch and head that the mask tells apart: a device holds all of them."""
+    ids = np.arange(2 * 150, dtype=np.int32).reshape(2, 150) // 40
+    by_batch = masks.segments(held.copy(ids, THERE))
+    by_both = by_batch & attn_core.mask(lambda b, h, q, k: q >= k + h)
+    nothing = triton_schedule.told(None, None, "zero", 150, 150, THERE)
+
+    def asked(mask: Any) -> int:
+        before = len(made)
+        given = triton_schedule.Asked(mask.tree, (2, 4, 2, 150, 150), (64, 64), (False,) * 2, False)
+        for _ in range(2):
+            triton_schedule.schedule(given, mask.arrays, nothing, THERE)
+        return len(made) - before
+
+    # Nine tiles, of each of two batches, and of each of two key heads.
+    for most, counts in ((17, (2, 2)), (18, (1, 2)), (36, (1, 1))):
+        triton_schedule._kept.clear()
+        monkeypatch.setattr(triton_schedule, "KEPT", most)
+        assert (asked(by_batch), asked(by_both)) == counts

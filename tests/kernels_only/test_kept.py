@@ -260,17 +260,19 @@ def test_every_stream_that_reads_is_known_to_the_allocator(monkeypatch: pytest.M
             told.append(stream.cuda_stream)
 
     class Inside:
-        def __init__(self, stream: Any) -> None:
-            self.stream = stream
+        """A device, then a stream: of a stream alone torch would touch the thread's own device."""
+
+        def __init__(self, where: Any) -> None:
+            self.where = where
 
         def __enter__(self) -> None:
-            place.append(self.stream)
+            place.append(self.where)
 
         def __exit__(self, *rest: Any) -> None:
             place.pop()
 
     def make() -> Any:
-        assert place == [mine]
+        assert place == [gpu, mine]
         assert get_ident() != here, "an allocator that gives this thread memory of a graph"
         inner = keep.of("inner", gpu, lambda: torch.ones(2).as_subclass(There))
         return inner.clone()
@@ -278,6 +280,7 @@ def test_every_stream_that_reads_is_known_to_the_allocator(monkeypatch: pytest.M
     monkeypatch.setattr(kept, "capturing", lambda device: False)
     monkeypatch.setattr(kept, "_stream", lambda device: mine)
     monkeypatch.setattr(torch.cuda, "stream", Inside)
+    monkeypatch.setattr(torch.cuda, "device", Inside)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: yours[0])
     keep, gpu = Kept(4), torch.device("cuda", 0)
     first = keep.of("a", gpu, make)

@@ -8,15 +8,18 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
+from attn_core.backends.torch import triton_launch
 from attn_core.backends.torch.triton_call import loose
+from attn_core.kernels import configs
 
 SCRIPT = Path(__file__).resolve().parent.parent / "launches.py"
 WAYS = ("even", "odd")
-SHARED = 232_448
-"""Bytes of shared memory that a program may take there."""
 
 
 def test_every_launch_compiles_for_hopper() -> None:
@@ -24,15 +27,18 @@ def test_every_launch_compiles_for_hopper() -> None:
     command = [sys.executable, str(SCRIPT), "90"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    kernels, made = defaultdict(set), defaultdict(set)
+    kernels, made, fewer = defaultdict(set), defaultdict(set), {}
     for line in map(json.loads, run.stdout.splitlines()):
         kernels[line["case"]].add(line["kernel"])
         made[line["case"], line["kernel"]].add(line["hash"])
-        assert line["shared"] <= SHARED
+        fewer[line["case"], line["kernel"]] = line["fewer"]
         # What `attn-core kernels compile` looks at is what is launched, to the last argument.
         assert line.get("differs", []) == []
+    # As many arrays as are looked up at every entry have room, if not in as many stages.
+    assert [at for at, count in fewer.items() if count] == [("several tables", "forward")]
     both = {"schedule", "forward", "delta", "d_keys", "d_query"}
     assert kernels["one of each"] == kernels["a least rate"] == both
+    assert kernels["several tables"] == {*both, "reduced"}
     assert kernels["odd sizes"] == {*both, "facts"}
     assert kernels["decode"] == {*both, "facts", "combine"}
     assert kernels["everything"] == {*both, "d_bias"}
@@ -60,6 +66,35 @@ def test_every_launch_compiles_for_hopper() -> None:
         count = {kernel: len(made[case, kernel]) for kernel in kernels[case]}
         assert count == {**facts, "schedule": 2, "forward": 2, "combine": 1}
     assert len(made["a prompt of any length", "forward"]) == 2
+
+
+class Roomy:
+    """A kernel that has room in so many stages, and more of it where nothing is MASKED."""
+
+    def __init__(self, stages: int, name: str = "shared memory") -> None:
+        self.stages, self.name, self.seen = stages, name, list[int]()
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def launched(*args: Any, num_stages: int, MASKED: bool, **options: Any) -> None:
+            self.seen.append(num_stages)
+            if MASKED and num_stages > self.stages:
+                raise OutOfResources(300_000, 232_448, self.name)
+
+        return launched
+
+
+def test_what_has_no_room_is_launched_in_fewer_stages() -> None:
+    kernel, shape = Roomy(1), configs.Config(64, 64, 4, 3)
+    for _ in range(2):
+        triton_launch.launch(kernel, 1, shape, MASKED=True)
+    # It is found out once, and by nobody else.
+    assert kernel.seen == [3, 2, 1, 1]
+    triton_launch.launch(kernel, 1, shape, MASKED=False)
+    assert kernel.seen[4:] == [3]
+    for kernel, tried in ((Roomy(0), [3, 2, 1]), (Roomy(1, "threads"), [3])):
+        with pytest.raises(OutOfResources):
+            triton_launch.launch(kernel, 1, shape, MASKED=True)
+        assert kernel.seen == tried
 
 
 def test_a_bias_is_loose_where_its_keys_are_read_one_by_one() -> None:

@@ -81,6 +81,24 @@ def test_every_trial_is_announced(
     assert (last["problem"], last["hazards"]) == ("", [f"{NAME}: oh"])
 
 
+@pytest.mark.parametrize(("near", "tried"), [(0, [1, 0]), (1, [1, 0]), (2, [2, 0])])
+def test_a_kind_is_tried_on_the_gpu_that_is_asked_about(
+    near: int, tried: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    kinds = {NAME: [1, 2], OTHER: [0]}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton_probe, "kinds", lambda: kinds)
+    monkeypatch.setattr(triton_probe, "hazard", lambda architecture: None)
+    monkeypatch.setattr(triton_launch, "architecture", str)
+    monkeypatch.setattr(triton_probe, "trials", lambda device: [])
+    monkeypatch.setattr(
+        triton_probe, "error_on", lambda device, trial: seen.append(device.index) or 0.0
+    )
+    triton_probe.main((), near)
+    assert seen == tried
+
+
 def test_what_fails_alone_is_told_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from attn_core import Dropout, UnsupportedError, attention, masks, scores
 from attn_core.backends.torch import chunked, chunked_parts, chunked_tile
 from attn_core.backends.torch.arrays import Reading
 from attn_core.backends.torch.chunked_parts import Ask, read
+from attn_core.backends.torch.philox import words
 
 RNG = np.random.default_rng(17)
 
@@ -435,6 +437,14 @@ def test_opcheck(name: str) -> None:
     leaves = [x.requires_grad_() if y else x for x, y in zip(inputs[:5], floats, strict=False)]
     forward = (ask.written(), scale, *leaves, *inputs[5:])
     torch.library.opcheck(chunked._forward_op, forward)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32", "uint64", "int64"])
+def test_a_number_of_the_host_goes_along_to_a_gpu(kind: str) -> None:
+    # No device is equal to its name: what stands there is taken for one of another device.
+    there, number = SimpleNamespace(device="cpu"), int(torch.iinfo(getattr(torch, kind)).max) - 1
+    _, moved = chunked._beside([there, torch.tensor(number, dtype=getattr(torch, kind))])
+    assert [int(word) for word in words(moved)] == [number % 2**32, number // 2**32]
 
 
 def test_an_ask_is_read_back_from_its_text() -> None:

@@ -30,10 +30,10 @@ ON_GPU = replace(ON_CPU, device="cuda")
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    probe.finding.cache_clear()
+    probe._found.clear()
     registry._cached.cache_clear()
     yield
-    probe.finding.cache_clear()
+    probe._found.clear()
     registry._cached.cache_clear()
 
 
@@ -285,8 +285,8 @@ def test_a_gpu_that_ends_the_probe_leaves_the_others_to_another_one(
     assert probe.problem("cuda", 2).endswith(third[again])
     assert bool(probe.problem("cuda", 2)) == bool(third[again])
     assert [code[code.index("main(") :] for code in codes] == [
-        "main([])",
-        "main(['first', 'second'])",
+        "main([], 0)",
+        "main(['first', 'second'], 0)",
     ]
     assert probe.lines()[-1] == "triton: beware, Beware."
 
@@ -314,6 +314,16 @@ def test_the_probe_finds_what_this_process_found_where_it_stands(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend("")
     assert probe.finding() == probe.Finding((probe.Gpu("one"),))
+
+
+def test_a_kind_is_tried_on_the_gpu_that_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, whoever asks next: of eight processes each has another one."""
+    started = answers(monkeypatch, stdout=said(gpu(at=(0, 1, 2))))
+    monkeypatch.setattr(probe, "_loaded", lambda found: "")
+    assert probe.problem("cuda", 2) == probe.problem("cuda", 1) == ""
+    (command, _), *rest = started
+    assert command[-1].endswith("triton_probe.main([], 2)")
+    assert not rest
 
 
 def test_a_frozen_application_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
