@@ -13,13 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attn_core.backends.jax import (
-    chunked_backward,
-    chunked_forward,
-    chunked_spans,
-    manual,
-    reference,
-)
+from attn_core.backends.jax import chunked_backward, chunked_forward, chunked_spans, reference
 from attn_core.backends.jax.arrays import is_wide, x64
 from attn_core.backends.jax.chunked_parts import (
     cut_up,
@@ -49,7 +43,7 @@ def attend(p: Problem, x: Operands) -> AttentionOutput:
         return reference.attend(p, x)
     if x.bias is not None:
         x = x._replace(bias=x.bias.reshape((1,) * (4 - x.bias.ndim) + x.bias.shape))
-    return _attend(p, reverse_only(manual.alike(x, x)))
+    return _attend(p, reverse_only(x))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -81,8 +75,7 @@ def _pull(p: Problem, saved: Any, cotangents: AttentionOutput) -> tuple[Operands
     # JAX calls this after `attend` has returned, with x64 as it is around the caller.
     with x64(any(is_wide(a) for a in jax.tree_util.tree_leaves((saved, cotangents)))):
         (x, out, m, log_l, alive), cotangents = once((saved, cotangents))
-        found = chunked_backward.backward(p, x, out, m, log_l, alive, cotangents)
-        return (manual.alike(found, x),)
+        return (chunked_backward.backward(p, x, out, m, log_l, alive, cotangents),)
 
 
 _attend.defvjp(_forward, _pull)

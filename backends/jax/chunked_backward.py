@@ -214,11 +214,10 @@ def _with_weights(
 
             return body
 
-        total = jnp.zeros(m.shape, delta.dtype)
-        total = over_tiles(g, by_rows, line, g.step_k, step, total, part.laid.query)
+        total = over_tiles(g, by_rows, line, g.step_k, step, jnp.zeros(m.shape, delta.dtype))
         return _add(delta, total, i, 3)
 
-    return up._replace(delta=times(g.rows, turn, up.delta, part.laid.query))
+    return up._replace(delta=times(g.rows, turn, up.delta))
 
 
 def _turned(p: Problem, g: Geometry, whole: Any, which: int, i: Array, rows: Array) -> Array:
@@ -268,7 +267,7 @@ def _sinks(
         share = jnp.exp((sinks_of(p, x, g, part, i) - m) - log_l)
         return found + jnp.where(log_l < jnp.inf, share * (d_lse - delta), 0.0).sum((0, 3))
 
-    found = times(g.rows, turn, found, part.laid.query)
+    found = times(g.rows, turn, found)
     start = at[1] if g.level == 2 else jnp.int32(0)
     return _add(total, found, start, 0)
 
@@ -332,8 +331,7 @@ def _columns(
             return body
 
         none = (jnp.zeros(x.swapaxes(2, 3).shape, dtype) for x in (k, v))
-        carry = (d_query, *none, shared)
-        carry = over_tiles(g, by_columns, line, g.step_q, step, carry, part.laid.query)
+        carry = over_tiles(g, by_columns, line, g.step_q, step, (d_query, *none, shared))
         d_query, d_k, d_v, shared = carry
         # Of a span there is no loop to keep XLA from folding the turn into products of bfloat16,
         # which its CPU does not have in that order for several batches.
@@ -352,7 +350,7 @@ def _columns(
         jnp.zeros_like(part.laid.value),
         shared,
     )
-    d_query, d_keys, d_values, shared = times(g.columns, turn, carry, part.laid.query)
+    d_query, d_keys, d_values, shared = times(g.columns, turn, carry)
     return shared, (given(d_query * p.scale), d_keys, d_values)
 
 

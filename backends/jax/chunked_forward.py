@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from attn_core.backends.jax import chunked_tile as tiles
-from attn_core.backends.jax import manual
 from attn_core.backends.jax.arrays import DTYPES
 from attn_core.backends.jax.chunked_tile import Geometry, Part
 from attn_core.schedule import Schedule
@@ -67,7 +66,7 @@ def forward(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule)
         rows = Rows(out, m, log_l, alive, rows.weights)
         return _weights(p, x, g, part, by_rows, line, row, rows) if p.return_weights else rows
 
-    return times(g.rows, turn, rows, part.laid.query)
+    return times(g.rows, turn, rows)
 
 
 def _row(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule, line: Array) -> Rows:
@@ -103,7 +102,7 @@ def _row(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule, li
         jnp.zeros(outer, dtype),
         jnp.zeros((*outer, p.v_width), dtype),
     )
-    m, total, acc = over_tiles(g, by_rows, line, g.step_k, step, carry, part.laid.query)
+    m, total, acc = over_tiles(g, by_rows, line, g.step_k, step, carry)
     alive = total != 0
     if x.sinks is not None:
         m = _times(m, scale)
@@ -149,8 +148,7 @@ def _weights(
 
         return body
 
-    like = part.laid.query
-    return rows._replace(weights=over_tiles(g, by_rows, line, g.step_k, step, rows.weights, like))
+    return rows._replace(weights=over_tiles(g, by_rows, line, g.step_k, step, rows.weights))
 
 
 def probability(p: Problem, z: Array, found: Array | None, m: Array, log_l: Array) -> Array:
@@ -188,14 +186,13 @@ def sinks_of(p: Problem, x: Operands, g: Geometry, part: Part, i: Array) -> Arra
 
 
 def over_tiles(
-    g: Geometry, schedule: Schedule, line: Array, size: int, step: Any, carry: Any, like: Array
+    g: Geometry, schedule: Schedule, line: Array, size: int, step: Any, carry: Any
 ) -> Any:
     """`step(False)` over the full tiles of a row or column, then `step(True)` over the partial.
 
     Args:
         size: `g.step_k` along a row, `g.step_q` along a column.
         step: of whether the tile needs its mask; takes (where the tile starts, carry).
-        like: an array of the call, as `manual.fori_loop` wants it.
     """
     first = jnp.int32(0)
     if g.single:
@@ -206,16 +203,16 @@ def over_tiles(
 
     def over(masked: bool, first: Array, beyond: Array, carry: Any) -> Any:
         body = step(masked)
-        return manual.fori_loop(
-            first, beyond, lambda t, carry: body(schedule.order[line, t] * size, carry), carry, like
+        return jax.lax.fori_loop(
+            first, beyond, lambda t, carry: body(schedule.order[line, t] * size, carry), carry
         )
 
     carry = over(False, first, full, carry) if g.full else carry
     return over(True, full, live, carry) if g.partial else carry
 
 
-def times(count: int, turn: Any, carry: Any, like: Array) -> Any:
+def times(count: int, turn: Any, carry: Any) -> Any:
     first = jnp.int32(0)
     if count == 1:
         return turn(first, carry)
-    return manual.fori_loop(first, jnp.int32(count), turn, carry, like)
+    return jax.lax.fori_loop(first, jnp.int32(count), turn, carry)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn_core.backends.jax import manual, reference
+from attn_core.backends.jax import reference
 from attn_core.backends.jax.chunked_tile import Geometry, Laid, Part, words
 from attn_core.backends.jax.tiles import Tiles
 from attn_core.blocks import FULL, PARTIAL, block_grid, block_map
@@ -390,11 +390,9 @@ def over_parts(
             return jax.lax.dynamic_slice_in_dim(a, h * size, size, 1)
 
         part = Part(jax.tree_util.tree_map(taken, laid), taken(batches), taken(heads))
-        carry, results = turn(part, jax.tree_util.tree_map(taken, per_row), (b, h), carry)
-        return manual.alike(carry, laid.query), results
+        return turn(part, jax.tree_util.tree_map(taken, per_row), (b, h), carry)
 
     count = _known(p.batch) * (p.kv_heads if g.level == 2 else 1)
-    carry = manual.alike(carry, laid.query)
     carry, results = jax.lax.scan(one, carry, jnp.arange(count, dtype=jnp.int32))
 
     def joined(a: Array) -> Array:

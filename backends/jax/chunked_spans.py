@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn_core.backends.jax import chunked_tile as tiles
-from attn_core.backends.jax import manual
 from attn_core.backends.jax.chunked_forward import times
 from attn_core.backends.jax.chunked_parts import (
     lay_out,
@@ -139,8 +138,8 @@ def attend(p: Problem, x: Operands, lines: Lines) -> AttentionOutput:
         shape = (together, 1, g.block_q, g.block_k)
         limit = jax.lax.cond(
             t >= 0,
-            lambda: manual.alike(_limit(p, x, g, part, row, key_at), query),
-            lambda: manual.alike(jnp.zeros(shape, q.dtype), query),
+            lambda: _limit(p, x, g, part, row, key_at),
+            lambda: jnp.zeros(shape, q.dtype),
         )
         seen, alive = (limit > 0).any(2), (limit > 0).any(3)
         k, v = tiles.only(k, seen), tiles.only(v, seen)
@@ -157,7 +156,7 @@ def attend(p: Problem, x: Operands, lines: Lines) -> AttentionOutput:
         return out
 
     out = jnp.zeros((*query.shape[:3], p.v_width), query.dtype)
-    out = times(len(out) * turns, turn, out, query)
+    out = times(len(out) * turns, turn, out)
     out = out.reshape(-1, p.heads, *out.shape[2:])[:, :, : p.q_len]
     return AttentionOutput(out if p.layout == "BHTD" else out.swapaxes(1, 2))
 

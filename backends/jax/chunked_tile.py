@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn_core.backends.jax import manual
 from attn_core.backends.jax.arrays import DTYPES, Reading
 from attn_core.backends.jax.philox import keep_at
 from attn_core.language.values import drop_threshold
@@ -212,12 +211,7 @@ def _allowed_once(
     if p.device != "cpu" or p.mask is None:
         return found()
     shape = jax.eval_shape(found).shape
-    like = part.laid.query
-    return jax.lax.cond(
-        i >= 0,
-        lambda: manual.alike(found(), like),
-        lambda: manual.alike(jnp.zeros(shape, bool), like),
-    )
+    return jax.lax.cond(i >= 0, found, lambda: jnp.zeros(shape, bool))
 
 
 def logits(
