@@ -175,20 +175,22 @@ def _root(x: Any, name: str) -> bool:
     return any(base.__module__.split(".")[0] in roots for base in type(x).__mro__)
 
 
+_INSTEAD = {
+    "KerasTensor": ", which has no values: a graph of Keras takes a layer, ours or one of your own "
+    "that calls attention, or attn_core.compat.keras.dot_product_attention",
+    "RaggedTensor": ": pad it, query.to_tensor(), and give the lengths of its rows as `kv_lengths` "
+    "and `q_lengths`",
+}
+
+
 def find(query: Any, backend: str | None = None) -> tuple[Any, bool]:
     """The backend that answers for `query`, and whether query is a host (NumPy) array."""
     name = owner(query)
     if name is None:
-        kind = type(query)
-        hint = ""
-        if kind.__name__ == "KerasTensor":
-            hint = (
-                ": between keras.Input and keras.Model stands a layer, or "
-                "attn_core.compat.keras.dot_product_attention"
-            )
         raise TypeError(
             "`query` must be an array of NumPy, torch, TensorFlow or JAX. "
-            f"Got {kind.__module__}.{kind.__name__}{hint}."
+            f"Got {type(query).__module__}.{type(query).__name__}"
+            f"{_INSTEAD.get(type(query).__name__, '')}."
         )
     if name != "numpy":
         return load(name), False

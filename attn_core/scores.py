@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from attn_core.language.expr import cast, maximum, minimum, tanh, where
+from attn_core.language.expr import cast, maximum, minimum, tanh, tape_of, where
 from attn_core.language.operands import operand
 from attn_core.language.values import Score, score
 
@@ -37,7 +37,12 @@ def softcap(cap: Any) -> Score:
         )
     # Looked up, as torch.compile knows no product of an expression with a tensor.
     held = operand(cap)
-    return score(lambda s, b, h, q, k: held[()] * tanh(s / held[()]))
+
+    def capped(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+        cap = held.looked_up(tape_of(s), ())
+        return cap * tanh(s / cap)
+
+    return score(capped)
 
 
 def alibi(slopes: Any = None, *, heads: int | None = None) -> Score:

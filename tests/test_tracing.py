@@ -276,6 +276,24 @@ def test_a_trace_inside_a_trace_does_not_disturb_the_outer_one():
     assert (seen(mask(fn), SHAPE) == plain).all()
 
 
+def test_a_trace_inside_a_trace_has_a_row_of_its_own():
+    def fn(b, h, q, k):
+        inner = mask(lambda b, h, q, k: row + 1 > k)
+        assert text(inner.tree) == "row + 1 > k"
+        return (row - 1 < k) & (q >= k)
+
+    assert text(mask(fn).tree) == "(row - 1 < k) & (q >= k)"
+
+
+@pytest.mark.parametrize(
+    ("calls", "body"), [(1, lambda q, k: (q >= k) & (k <= row)), (2, lambda q, k: row + 1 >= k)]
+)
+def test_a_function_runs_once_or_where_the_thread_is_to_be_told_twice(calls, body):
+    ran = []
+    mask(lambda b, h, q, k: ran.append(0) or body(q, k))
+    assert len(ran) == calls
+
+
 def test_a_failed_trace_leaves_nothing_behind():
     with pytest.raises(TypeError):
         mask(lambda b, h, q, k: bool(q))

@@ -16,6 +16,10 @@ import numpy as np
 from attn_core.language.tree import Tape
 
 
+class Outside(TypeError):
+    """`row` or an operand has been used where no expression says which tape is written."""
+
+
 class _Tracing(threading.local):
     """The tape being written in this thread; set from the start: torch.compile guards on it."""
 
@@ -30,11 +34,15 @@ def current_tape() -> Tape:
     """The tape of the function being traced in this thread."""
     tape = _TRACING.tape
     if tape is None:
-        raise TypeError(
+        raise Outside(
             "`row` and operands must be used inside a function given to attn_core.mask or "
             "attn_core.score. Got a use outside of one."
         )
     return tape
+
+
+def tape_is_set() -> bool:
+    return _TRACING.tape is not None
 
 
 def set_tape(tape: Tape | None) -> Tape | None:
@@ -262,7 +270,7 @@ def position(tape: Tape, x: Any) -> int:
     )
 
 
-def _tape_of(*xs: Any) -> Tape:
+def tape_of(*xs: Any) -> Tape:
     """The tape of the first expression that has one; `row` and numbers take the current one."""
     for x in xs:
         if isinstance(x, Expr) and x._tape is not None:
@@ -272,7 +280,7 @@ def _tape_of(*xs: Any) -> Tape:
 
 def apply(op: str, *xs: Any) -> Expr:
     """`op` over expressions and numbers, on the tape that the expressions belong to."""
-    tape = _tape_of(*xs)
+    tape = tape_of(*xs)
     return Expr(tape, tape.apply(op, *[position(tape, x) for x in xs]))
 
 
@@ -318,5 +326,5 @@ def cast(x: Any, kind: type | str) -> Expr:
         raise TypeError(f"`kind` must be int, float or bool. Got {kind!r}.")
     if name == "bool":
         return apply("ne", x, 0)
-    tape = _tape_of(x)
+    tape = tape_of(x)
     return Expr(tape, tape.cast(position(tape, x), name))

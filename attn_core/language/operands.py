@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from attn_core.language.expr import Expr, Traced, array_kind, current_tape, position
+from attn_core.language.expr import Expr, Traced, array_kind, position, tape_of
 from attn_core.language.tree import INT_MAX, INT_MIN, Tape
 
 
@@ -137,7 +137,10 @@ class Operand(Traced):
                 f"an operand of shape {self.shape} must be looked up with {axes} indices, one for "
                 f"each axis. Got {len(given)}."
             )
-        tape = current_tape()
+        return self.looked_up(tape_of(*given), given)
+
+    def looked_up(self, tape: Tape, given: Any) -> Expr:
+        """The look-up on this tape, of one index for each axis."""
         at = [self._index(tape, i) for i in given]
         found = tape.lookup(self.array, self.kind, at)
         if self._bounds is not None:

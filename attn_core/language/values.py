@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from attn_core.language.expr import Expr, position, set_tape
+from attn_core.language.expr import Expr, Outside, position, set_tape, tape_is_set
 from attn_core.language.operands import Table
 from attn_core.language.text import text
 from attn_core.language.tree import Tape, Tree
@@ -35,12 +35,31 @@ def _announce() -> None:
 
 
 def trace(fn: Callable[..., Any], names: tuple[str, ...]) -> tuple[Tape, int]:
-    """Run `fn` once on expressions; the tape it wrote and the position of what it returned."""
+    """Run `fn` on expressions; the tape it wrote and the position of what it returned.
+
+    Expressions know their tape. Of what has none (`row + 1`, `table[()]`) the thread must know it;
+    but within a checkpoint torch.compile lets nothing change that stands outside. So the thread is
+    told only where a function turns out to need it, which then runs again.
+    """
+    if not tape_is_set():
+        try:
+            return _run(fn, names, Tape())
+        except Outside:
+            pass
     tape = Tape()
     previous = set_tape(tape)
     try:
+        return _run(fn, names, tape)
+    finally:
+        set_tape(previous)
+
+
+def _run(fn: Callable[..., Any], names: tuple[str, ...], tape: Tape) -> tuple[Tape, int]:
+    try:
         result = fn(*[Expr(tape, tape.index(name)) for name in names])
-        at = position(tape, result)
+        return tape, position(tape, result)
+    except Outside:
+        raise  # before torch.compile comes to what it cannot read: where an error was raised
     except (TypeError, IndexError, ValueError, AttributeError) as error:
         if _ours(error):
             raise
@@ -56,9 +75,6 @@ def trace(fn: Callable[..., Any], names: tuple[str, ...]) -> tuple[Tape, int]:
             "expression has are abs, attn_core.minimum, maximum, where and cast, and in a score "
             "attn_core.exp, log and tanh."
         ) from error
-    finally:
-        set_tape(previous)
-    return tape, at
 
 
 def _not_called(fn: Any, names: tuple[str, ...], error: BaseException) -> str:
@@ -79,7 +95,7 @@ def _ours(error: BaseException) -> bool:
     at = error.__traceback__
     while at is not None and at.tb_next is not None:
         at = at.tb_next
-    if at is None or at.tb_frame.f_code is trace.__code__:
+    if at is None or at.tb_frame.f_code is _run.__code__:
         return False
     return str(at.tb_frame.f_globals.get("__name__")).startswith("attn_core.language.")
 

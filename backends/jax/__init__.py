@@ -19,6 +19,7 @@ from attn_core.backends.jax import accounts, chunked, native, reference
 from attn_core.backends.jax import pytrees as _pytrees
 from attn_core.backends.jax.arrays import from_host, is_wide, x64
 from attn_core.backends.jax.documents import attention_module, scaled_dot_product_attention
+from attn_core.backends.jax.meshes import laid_out
 from attn_core.backends.jax.philox import keep
 from attn_core.language.operands import Table
 from attn_core.language.values import Dropout, Mask, Score, seed_array
@@ -45,9 +46,9 @@ FORMS = ("eager", "jit")
 # Compiled once for each problem, which is static: eager calls would else dispatch every operation
 # on its own, some fifteen times slower. Under a surrounding jit this is inlined.
 _HANDLERS = {
-    "chunked": jax.jit(chunked.attend, static_argnums=0),
-    "native": jax.jit(native.attend, static_argnums=0),
-    "reference": jax.jit(reference.attend, static_argnums=0),
+    "chunked": jax.jit(laid_out(chunked.attend), static_argnums=0),
+    "native": jax.jit(laid_out(native.attend), static_argnums=0),
+    "reference": jax.jit(laid_out(reference.attend), static_argnums=0),
 }
 _REFUSALS = {"chunked": chunked.refusals, "native": native.refusals, "reference": lambda p: []}
 _pytrees.register()

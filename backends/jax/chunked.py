@@ -24,6 +24,7 @@ from attn_core.backends.jax.chunked_parts import (
     whole,
 )
 from attn_core.backends.jax.chunked_tile import Part, kept_back, numbers
+from attn_core.backends.jax.meshes import axes_of, spread
 from attn_core.backends.jax.orders import once, reverse_only
 from attn_core.spec import AttentionOutput, Operands, Problem
 
@@ -43,7 +44,7 @@ def attend(p: Problem, x: Operands) -> AttentionOutput:
         return reference.attend(p, x)
     if x.bias is not None:
         x = x._replace(bias=x.bias.reshape((1,) * (4 - x.bias.ndim) + x.bias.shape))
-    return _attend(p, reverse_only(x))
+    return _attend(p, reverse_only(spread(axes_of(x), x)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

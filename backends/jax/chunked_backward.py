@@ -217,7 +217,7 @@ def _with_weights(
         total = over_tiles(g, by_rows, line, g.step_k, step, jnp.zeros(m.shape, delta.dtype))
         return _add(delta, total, i, 3)
 
-    return up._replace(delta=times(g.rows, turn, up.delta))
+    return up._replace(delta=times(g, g.rows, turn, up.delta))
 
 
 def _turned(p: Problem, g: Geometry, whole: Any, which: int, i: Array, rows: Array) -> Array:
@@ -267,7 +267,7 @@ def _sinks(
         share = jnp.exp((sinks_of(p, x, g, part, i) - m) - log_l)
         return found + jnp.where(log_l < jnp.inf, share * (d_lse - delta), 0.0).sum((0, 3))
 
-    found = times(g.rows, turn, found)
+    found = times(g, g.rows, turn, found)
     start = at[1] if g.level == 2 else jnp.int32(0)
     return _add(total, found, start, 0)
 
@@ -350,7 +350,7 @@ def _columns(
         jnp.zeros_like(part.laid.value),
         shared,
     )
-    d_query, d_keys, d_values, shared = times(g.columns, turn, carry)
+    d_query, d_keys, d_values, shared = times(g, g.columns, turn, carry)
     return shared, (given(d_query * p.scale), d_keys, d_values)
 
 

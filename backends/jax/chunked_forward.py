@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from attn_core.backends.jax import chunked_tile as tiles
 from attn_core.backends.jax.arrays import DTYPES
 from attn_core.backends.jax.chunked_tile import Geometry, Part
+from attn_core.backends.jax.meshes import spread
 from attn_core.schedule import Schedule
 from attn_core.spec import Operands, Problem
 
@@ -66,7 +67,7 @@ def forward(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule)
         rows = Rows(out, m, log_l, alive, rows.weights)
         return _weights(p, x, g, part, by_rows, line, row, rows) if p.return_weights else rows
 
-    return times(g.rows, turn, rows)
+    return times(g, g.rows, turn, rows)
 
 
 def _row(p: Problem, x: Operands, g: Geometry, part: Part, by_rows: Schedule, line: Array) -> Rows:
@@ -200,6 +201,7 @@ def over_tiles(
     if g.spans:
         return step(g.partial)(schedule.order[line, 0] * size, carry)
     full, live = schedule.full[line], schedule.live[line]
+    carry = spread(g.axes, carry)
 
     def over(masked: bool, first: Array, beyond: Array, carry: Any) -> Any:
         body = step(masked)
@@ -211,8 +213,8 @@ def over_tiles(
     return over(True, full, live, carry) if g.partial else carry
 
 
-def times(count: int, turn: Any, carry: Any) -> Any:
+def times(g: Geometry, count: int, turn: Any, carry: Any) -> Any:
     first = jnp.int32(0)
     if count == 1:
         return turn(first, carry)
-    return jax.lax.fori_loop(first, jnp.int32(count), turn, carry)
+    return jax.lax.fori_loop(first, jnp.int32(count), turn, spread(g.axes, carry))

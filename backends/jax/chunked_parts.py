@@ -17,6 +17,7 @@ import numpy as np
 
 from attn_core.backends.jax import reference
 from attn_core.backends.jax.chunked_tile import Geometry, Laid, Part, words
+from attn_core.backends.jax.meshes import axes_of, spread
 from attn_core.backends.jax.tiles import Tiles
 from attn_core.blocks import FULL, PARTIAL, block_grid, block_map
 from attn_core.language.rules import HOST
@@ -219,7 +220,7 @@ def sizes_of(p: Problem, columns: bool) -> Geometry:
 
 def cut_up(p: Problem, x: Operands, columns: bool = False) -> Cut:
     """The rows of tiles, as the forward pass goes by them, or the columns."""
-    g, spans = sizes_of(p, columns), spans_of(p, columns)
+    g, spans = sizes_of(p, columns)._replace(axes=axes_of(x)), spans_of(p, columns)
     tile = 4 * p.group * g.block_q * g.block_k
     if spans is not None:
         one = np.ones((1, 1, spans.lines), np.int32)
@@ -393,6 +394,7 @@ def over_parts(
         return turn(part, jax.tree_util.tree_map(taken, per_row), (b, h), carry)
 
     count = _known(p.batch) * (p.kv_heads if g.level == 2 else 1)
+    carry = spread(g.axes, carry)
     carry, results = jax.lax.scan(one, carry, jnp.arange(count, dtype=jnp.int32))
 
     def joined(a: Array) -> Array:

@@ -31,6 +31,7 @@ from attn_core.backends.jax.chunked_parts import (
     start_of,
 )
 from attn_core.backends.jax.chunked_tile import Geometry, Part
+from attn_core.backends.jax.meshes import axes_of
 from attn_core.language.tree import Tree
 from attn_core.spec import AttentionOutput, Operands, Problem
 
@@ -123,7 +124,8 @@ def _turn(batch: int, heads: int) -> tuple[int, int]:
 
 def attend(p: Problem, x: Operands, lines: Lines) -> AttentionOutput:
     """`out` alone. Batches are as good as heads: the mask is the same for all."""
-    laid, g = lay_out(p, x, lines.geometry), lines.geometry
+    g = lines.geometry._replace(axes=axes_of(x))
+    laid = lay_out(p, x, g)
     query, key, value = (a.reshape(-1, prod(lines.turn), *a.shape[2:]) for a in laid[:3])
     one = jnp.zeros((1, 1, 1, 1, 1), jnp.int32)  # which the mask does not read
     part = Part(laid, one, one)
@@ -156,7 +158,7 @@ def attend(p: Problem, x: Operands, lines: Lines) -> AttentionOutput:
         return out
 
     out = jnp.zeros((*query.shape[:3], p.v_width), query.dtype)
-    out = times(len(out) * turns, turn, out)
+    out = times(g, len(out) * turns, turn, out)
     out = out.reshape(-1, p.heads, *out.shape[2:])[:, :, : p.q_len]
     return AttentionOutput(out if p.layout == "BHTD" else out.swapaxes(1, 2))
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from attn_core.backends.jax.arrays import DTYPES, Reading
+from attn_core.backends.jax.meshes import spread
 from attn_core.backends.jax.philox import keep_at
 from attn_core.language.values import drop_threshold
 from attn_core.spec import Operands, Problem
@@ -39,6 +40,7 @@ class Geometry(NamedTuple):
         level: 0, all batches and heads in one tile; 1, a loop over batches; 2, and over key heads.
         full, partial: whether there may be tiles that need no mask, and tiles that do; a loop over
             tiles that cannot be is not compiled.
+        axes: of a surrounding shard_map, along which all arrays vary (meshes.py).
     """
 
     block_q: int
@@ -50,6 +52,7 @@ class Geometry(NamedTuple):
     level: int
     full: bool
     partial: bool
+    axes: tuple[str, ...] = ()
 
     @property
     def single(self) -> bool:
@@ -211,7 +214,9 @@ def _allowed_once(
     if p.device != "cpu" or p.mask is None:
         return found()
     shape = jax.eval_shape(found).shape
-    return jax.lax.cond(i >= 0, found, lambda: jnp.zeros(shape, bool))
+    return jax.lax.cond(
+        i >= 0, lambda: spread(g.axes, found()), lambda: spread(g.axes, jnp.zeros(shape, bool))
+    )
 
 
 def logits(

@@ -10,6 +10,7 @@ import numpy as np
 
 from attn_core import config, documents
 from attn_core.backends.jax.arrays import from_host, x64
+from attn_core.backends.jax.meshes import reshaped
 from attn_core.model.module import ModuleOutput
 
 
@@ -145,7 +146,7 @@ def _name(x: Any) -> str:
 
 
 def _reshape(x: Any, shape: tuple[Any, ...]) -> Any:
-    return x.reshape(shape)
+    return x.reshape(shape) if isinstance(x, np.ndarray) else reshaped(x, shape)
 
 
 def _spread(x: Any, shape: tuple[Any, ...]) -> Any:

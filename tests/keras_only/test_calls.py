@@ -55,12 +55,6 @@ def test_lists(name: str) -> None:
         LISTS[name]()
 
 
-def test_a_keras_tensor_is_told_what_takes_it() -> None:
-    x = keras.Input((4, 5, 3))
-    with pytest.raises(TypeError, match=r"KerasTensor: .* attn_core\.compat\.keras\.dot_product"):
-        attn_core.attention(x, x, x)
-
-
 SEEN = np.array(array(TOKENS) != 0)[:, None, None]
 PADDING = {
     "dense": masks.dense(SEEN),

@@ -348,8 +348,11 @@ def test_keras_tensors_are_not_ours():
 
     x = keras.Input((HQ, TQ, D))
     assert not backend.owns(x)
-    with pytest.raises(TypeError, match=r"`query` must be an array .* Got keras.*KerasTensor"):
+    with pytest.raises(TypeError, match=r"must be an array .* Got keras.*KerasTensor.*a layer"):
         attn_core.attention(x, x, x)
+    ragged = tf.RaggedTensor.from_row_lengths(tf.zeros((5, D)), [2, 3])
+    with pytest.raises(TypeError, match=r"Got .*RaggedTensor: .*to_tensor.*`kv_lengths`"):
+        attn_core.attention(ragged, ragged, ragged)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES.values(), np.bool_, np.int32, np.uint32, np.uint64])
