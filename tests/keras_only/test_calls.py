@@ -12,7 +12,6 @@ from keras_support import BACKEND, array, tensor, tensors
 from layer_cases import CASES, draw, inputs_of, weights_of
 from model_cases import DECODER, ENCODER
 
-import attn_core
 from attn_core import masks
 from attn_core.backends.keras import AdditiveAttention, MultiHeadAttention, Steps, Transformer
 from attn_core.backends.keras.tensors import room
