@@ -198,7 +198,8 @@ MISUSES: tuple[Misuse, ...] = (
     Misuse(
         "refused-mask-word",
         TypeError,
-        "`mask` must be a Mask or a boolean array. Got str.",
+        "`mask` must be a Mask or a boolean array. Got str 'causal': write "
+        "attn_core.masks.causal(..).",
         lambda: {"mask": "causal"},
     ),
     Misuse(
@@ -210,7 +211,7 @@ MISUSES: tuple[Misuse, ...] = (
     Misuse(
         "refused-mask-dense-shape",
         ValueError,
-        f"operand 0 of `mask` must broadcast to {_FULL}. Got (1, 1, 5, 6).",
+        f"operand 0 of `mask` must broadcast to {_FULL}. Got (5, 6).",
         lambda: {"mask": masks.dense(_zeros(5, 6, dtype="bool"))},
     ),
     Misuse(
