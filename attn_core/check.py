@@ -199,7 +199,8 @@ def _stated(
         mask,
         score,
         # As many heads, another number of rows: in the other layout it would be grouped heads.
-        lambda: _other(facts, layout) if heads == kv_heads else "",
+        # Sizes that come of data are not asked: torch.compile would have to guard on them.
+        lambda: "" if heads != kv_heads or None in (q_len, k_len) else _other(facts, layout),
     )
     ranges(mask, score, batch, heads, k_len, q_len, span)
 
