@@ -260,7 +260,7 @@ def main() -> None:
     for name, check in CHECKS[sys.argv[1]].items():
         try:
             check()
-        except Exception:
+        except Exception:  # the test that started this names each that fails, and why
             print(json.dumps([name, traceback.format_exc()]), flush=True)
         else:
             print(json.dumps([name, None]), flush=True)
