@@ -176,7 +176,10 @@ def write_golden(
 @vectors.command("check")
 def check_golden(
     directory: Annotated[
-        Path | None, typer.Argument(help="A golden set; the shipped one by default.")
+        Path | None,
+        typer.Argument(
+            exists=True, file_okay=False, help="A golden set; the shipped one by default."
+        ),
     ] = None,
     backend: Annotated[
         list[str] | None,

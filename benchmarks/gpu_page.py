@@ -44,8 +44,7 @@ _HEAD = f"""# On a GPU
 first checked against float64, on sampled query rows. Subjects that are compared take turns. Times
 are medians by the device's own clock, with its second-level cache swept before every call. Cases
 where we lose are shown like the others. Figures are those of the commit that stands above them:
-[KERNELS.md](KERNELS.md#history-what-was-measured-and-what-has-changed-since) says what has changed
-since.
+[KERNELS_HISTORY.md](KERNELS_HISTORY.md) says what has changed since.
 
 {_HOW}
 How to read the tables:

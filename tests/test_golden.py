@@ -585,7 +585,7 @@ def test_the_command_writes_and_checks(tmp_path: Path) -> None:
     done = command("check", str(folder))
     assert done.exit_code == 1
     assert "it was altered" in done.output
-    assert command("check", str(tmp_path / "nowhere")).exit_code == 1
+    assert command("check", str(tmp_path / "nowhere")).exit_code == 2
     assert command("check", "--backend", "torhc").exit_code == 2
     assert command("write", str(tmp_path)).exit_code == 2
 
