@@ -86,8 +86,11 @@ def by_devices(
             h if cuts.h and parts_heads(p, parts_h) else (),
         )
 
-    def laid(mesh: Any, arrays: Sequence[Any], alongs: Sequence[Along], b: Any, h: Any) -> Any:
-        specs = (a.spec(x.ndim, b or None, h or None) for x, a in zip(arrays, alongs, strict=True))
+    # XLA asks when tracing is over: what is asked holds none of the arrays.
+    ranks, rule = [x.ndim for x in flat], _rule(p, flat, given, shapes, wanted)
+
+    def laid(mesh: Any, ranks: Sequence[int], alongs: Sequence[Along], b: Any, h: Any) -> Any:
+        specs = (a.spec(n, b or None, h or None) for n, a in zip(ranks, alongs, strict=True))
         return tuple(NamedSharding(mesh, spec) for spec in specs)
 
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
@@ -103,19 +106,15 @@ def by_devices(
                 for x, a in zip(jax.tree_util.tree_leaves(found), wanted, strict=True)
             ]
 
-        lie = laid(mesh, shapes, wanted, b, h)
-        return mesh, share, list(lie), laid(mesh, flat, given, b, h)
+        lie = list(laid(mesh, [x.ndim for x in shapes], wanted, b, h))
+        return mesh, share, lie, laid(mesh, ranks, given, b, h)
 
     def infer(mesh: Any, arguments: Any, results: Any) -> Any:
-        return list(laid(mesh, shapes, wanted, *names(arguments[0].sharding)))
+        lies = names(arguments[0].sharding)
+        return list(laid(mesh, [x.ndim for x in shapes], wanted, *lies))
 
     asked = custom_partitioning(whole)
-    asked.def_partition(
-        partition,
-        infer_sharding_from_operands=infer,
-        sharding_rule=_rule(p, flat, given, shapes, wanted),
-    )
-
+    asked.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
     told: list[Array] = _either.bind(
         *flat, whole=jax.make_jaxpr(whole)(*flat), asked=jax.make_jaxpr(asked)(*flat)
     )
