@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -27,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 import attn_core
 from attn_core import Dropout, attention, masks, scores
 from attn_core.backends.jax import chunked_parts, scaled_dot_product_attention
+from attn_core.registry import UnsupportedError
 
 B, HQ, HK, TQ, TK, D, DV = 4, 8, 4, 40, 52, 8, 4
 WHOLE, ROWS, HEADS, ALONE = P("b", "h"), P("b"), P("h"), P()
@@ -85,7 +87,22 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"layout": "BTHD", **EVERYTHING},
     ),
     "nothing hidden": ({**BASE, "value": (KEY, WHOLE)}, {"mask": None}),
+    # Each device draws as the whole does, and looks up what it holds.
+    "dropout, tables of batches and heads": (
+        {
+            **BASE,
+            "ids": (jnp.asarray(IDS), ROWS),
+            "slopes": (jnp.linspace(0.1, 0.9, HQ), HEADS),
+            "bias": (normal(4, B, HQ, 1, TK), WHOLE),
+            "seed": (jnp.uint32(7), ALONE),
+        },
+        {},
+    ),
+    "heads by number": (BASE, {"mask": attn_core.mask(lambda b, h, q, k: (h < 3) | (q >= k))}),
 }
+NUMBERED = ("dropout, tables of batches and heads", "heads by number")
+"""Under shard_map a part has numbers, and so a dropout, of its own."""
+CUT = ("window", "dropout, tables of batches and heads")
 
 
 def mesh(kind: AxisType) -> Any:
@@ -133,13 +150,14 @@ def answers(name: str, impl: str, where: str) -> None:
         return
     on = mesh(AxisType.Explicit if where == "explicit" else AxisType.Auto)
     held = {n: jax.device_put(x, NamedSharding(on, specs[n])) for n, x in arrays.items()}
-    found = jax.jit(with_gradients(function, arrays))(held)
+    program = jax.jit(with_gradients(function, arrays)).lower(held).compile()
+    found = program(held)
     agree(found, wanted)
+    if name in CUT:
+        assert "all-gather" not in program.as_text(), "each device computes its own part"
+    if name == "window":
+        agree(function(**held), wanted[0])  # without jit
     if where == "explicit":
-        if name == "window":
-            agree(function(**held), wanted[0])  # without jit
-            program = jax.jit(function).lower(**held).compile().as_text()
-            assert "all-gather" not in program, "each device computes its own part"
         for n, gradient in found[1].items():
             assert gradient.sharding.is_equivalent_to(held[n].sharding, gradient.ndim), n
 
@@ -190,7 +208,7 @@ def a_ring() -> None:
 
 def a_model(kind: AxisType) -> None:
     """Batches on several devices, weights on each."""
-    config = {"kind": "decoder", "width": 16, "depth": 2, "heads": 4, "vocabulary": 50}
+    config = {"kind": "decoder", "width": 16, "depth": 1, "heads": 4, "vocabulary": 50}
     model = attn_core.build(config, backend="jax")
     model.eval()
     definition, state = nnx.split(model)
@@ -227,6 +245,46 @@ def an_axis_of_each_kind() -> None:
         agree(jax.jit(cut)(*held), call(QUERY, KEY, VALUE))
 
 
+def cut_otherwise() -> None:
+    """Along the sequence, both along one axis, or by one head of keys for many."""
+    on = mesh(AxisType.Auto)
+    part = with_gradients(partial(call, impl="chunked"), {"query": QUERY})
+    alone = {"query": QUERY, "key": KEY[:, :1], "value": VALUE[:, :1]}
+    for arrays, spec in (
+        ({"query": QUERY, "key": KEY, "value": VALUE}, P(None, None, ("b", "h"))),
+        ({"query": QUERY, "key": KEY, "value": VALUE}, P(("b", "h"))),
+        ({"query": QUERY[:3], "key": KEY[:3], "value": VALUE[:3]}, P(None, "h")),
+        (alone, P(None, ("h", "b"))),
+    ):
+        held = {
+            n: jax.device_put(x, NamedSharding(on, spec if x.shape[1] > 1 else ALONE))
+            for n, x in arrays.items()
+        }
+        agree(jax.jit(part)(held), part(arrays))
+
+
+def vmap_and_a_program_that_is_kept() -> None:
+    on = mesh(AxisType.Auto)
+    held = [jax.device_put(x, NamedSharding(on, WHOLE)) for x in (QUERY, KEY, VALUE)]
+    compiled = jax.jit(partial(call, impl="chunked"))
+    wanted = compiled(QUERY, KEY, VALUE)
+    agree(jax.jit(jax.vmap(compiled, (0, None, None)))(held[0][None], *held[1:])[0], wanted)
+    kept = jax.export.deserialize(jax.export.export(compiled)(*held).serialize())
+    agree(jax.jit(kept.call)(*held), wanted)
+
+
+def second_derivatives() -> None:
+    """Refused in our words on a mesh as elsewhere."""
+
+    def twice(q: Any) -> Any:
+        return jax.grad(lambda q: call(q, KEY, VALUE, impl="chunked").sum())(q).sum()
+
+    held = jax.device_put(QUERY, NamedSharding(mesh(AxisType.Auto), WHOLE))
+    for refused in (jax.grad(twice), lambda q: jax.jvp(twice, (q,), (q,))):
+        with pytest.raises(UnsupportedError, match="derivatives of derivatives"):
+            jax.jit(refused)(held)
+
+
 CHECKS: dict[str, dict[str, Callable[[], None]]] = {
     where: {
         f"{name}, {impl}": partial(answers, name, impl, where)
@@ -236,8 +294,11 @@ CHECKS: dict[str, dict[str, Callable[[], None]]] = {
             "score and bias": ("chunked",),
             "lengths, tokens before heads": ("chunked",),
             "nothing hidden": ("chunked", "native"),
+            "dropout, tables of batches and heads": ("chunked", "reference"),
+            "heads by number": ("chunked",),
         }.items()
         for impl in impls
+        if where == "explicit" or name not in NUMBERED
     }
     for where in ("shard_map", "explicit")
 }
@@ -248,8 +309,14 @@ CHECKS["explicit"] |= {
     "an axis of each kind": an_axis_of_each_kind,
 }
 CHECKS["auto"] = {
+    **{
+        name: partial(answers, name, "chunked", "auto")
+        for name in ("lengths, tokens before heads", *CUT, "heads by number")
+    },
     "a model": partial(a_model, AxisType.Auto),
-    "score and bias": partial(answers, "score and bias", "chunked", "auto"),
+    "cut otherwise": cut_otherwise,
+    "vmap and a program that is kept": vmap_and_a_program_that_is_kept,
+    "second derivatives": second_derivatives,
 }
 
 

@@ -15,7 +15,7 @@ from attn_core import mask, operand, score
 from attn_core.backends.numpy.arrays import Reading
 from attn_core.language.operands import Operand, Table
 from attn_core.language.text import text
-from attn_core.language.tree import INT_MAX, INT_MIN
+from attn_core.language.tree import INT_MAX, INT_MIN, axes_along
 
 INTS = [-9, -8, -7, -3, -2, -1, 0, 1, 2, 3, 5, 7, 8, 64]
 FLOATS = [-7.5, -3.0, -2.0, -0.5, -0.0, 0.0, 0.25, 0.5, 2.0, 3.0, 7.75]
@@ -462,3 +462,47 @@ def test_operands_are_not_compared_by_identity():
         with pytest.raises(TypeError, match=r"must be looked up before it is used.*`table\[q\]`"):
             mask(lambda b, h, q, k, use=use: use(q))
     assert isinstance(table, Operand)
+
+
+B, H, Q, K = SHAPE
+
+
+@pytest.mark.parametrize(
+    ("fn", "shapes", "wanted"),
+    [
+        (lambda t: lambda b, h, q, k: t[b, q] == t[b, k], [(B, 9)], ((0,), (None,))),
+        (lambda t: lambda b, h, q, k: t[q, h, b] > k, [(Q, H, B)], ((2,), (1,))),
+        (
+            lambda t, u: lambda b, h, q, k: (t[h] > k) & (u[b] > q),
+            [(H,), (B,)],
+            ((None, 0), (0, None)),
+        ),
+        (lambda t: lambda b, h, q, k: t[b, h, q, k] > 2, [(1, H, Q, K)], ((None,), (1,))),
+        (lambda t: lambda b, h, q, k: (q >= k) & (t[q] > 1), [(Q,)], ((None,), (None,))),
+        # Read in another way, of another size, or by something else too.
+        (lambda t: lambda b, h, q, k: (t[b, q] > 1) & (h < 2), [(B, Q)], ((0,), None)),
+        (lambda t: lambda b, h, q, k: t[b + 1, h // 2] > k, [(B, H)], (None, None)),
+        (lambda t: lambda b, h, q, k: t[b, h] > k, [(B + 1, H + 4)], (None, None)),
+        (lambda t: lambda b, h, q, k: t[b, h] == t[k, h], [(B, H)], (None, (1,))),
+        (lambda t: lambda b, h, q, k: t[b, b] > k, [(B, B)], (None, (None,))),
+    ],
+)
+def test_what_is_looked_up_by_an_index_alone_may_be_cut_along_it(fn, shapes, wanted):
+    rng = np.random.default_rng(0)
+    tables = [rng.integers(0, 5, shape) for shape in shapes]
+    tree = mask(fn(*[operand(t) for t in tables])).tree
+    assert tuple(axes_along(tree, n, shapes, size) for n, size in (("b", B), ("h", H))) == wanted
+
+    def entry(arrays, b, h):
+        at = {"b": b, "h": h, "q": np.arange(Q)[:, None], "k": np.arange(K), "row": 0}
+        at = {n: np.asarray(i, np.int32) for n, i in at.items()}
+        (found,) = Reading("float64").read(tree, at, host(arrays, "float64"))
+        return np.broadcast_to(found, (Q, K)).tolist()
+
+    for n, axes in zip(("b", "h"), wanted, strict=True):
+        if axes is None:
+            continue
+        last = [t if a is None else np.take(t, [-1], a) for t, a in zip(tables, axes, strict=True)]
+        for other in range(H if n == "b" else B):
+            whole, part = ((B - 1, other), (0, other)) if n == "b" else ((other, H - 1), (other, 0))
+            assert entry(last, *part) == entry(tables, *whole)

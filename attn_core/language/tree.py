@@ -87,6 +87,38 @@ def lookups_of_entries(tree: Tree) -> tuple[int, ...]:
     return tuple(steps)
 
 
+def axes_along(
+    tree: Tree, index: str, shapes: Sequence[Sequence[int | None]], size: int
+) -> tuple[int | None, ...] | None:
+    """For each operand the axis along which this index, and nothing else, looks it up.
+
+    So cutting these axes as the index is cut, and counting the index from 0 in every part, changes
+    nothing. None if it would: where the index is read in another way (`h < 4`, `slopes[h // 2]`),
+    or an axis has other than `size` entries, so that the look-up clamps. An axis of size 1, which
+    broadcasts, is no axis along it.
+    """
+    places = {n for n, s in enumerate(tree.steps) if s.op == "index" and s.value == index}
+    lookups = [step for step in tree.steps if step.op == "lookup"]
+    others = [step for step in tree.steps if step.op != "lookup"]
+    if places.intersection(tree.results) or any(places.intersection(s.args) for s in others):
+        return None
+    found: list[int | None] = []
+    for operand, shape in enumerate(shapes):
+        along = {
+            tuple(at for at, n in enumerate(step.args) if n in places and shape[at] != 1)
+            for step in lookups
+            if step.value == operand
+        }
+        if along <= {()}:
+            found.append(None)
+            continue
+        (axes,) = along if len(along) == 1 else ((),)
+        if len(axes) != 1 or shape[axes[0]] != size:
+            return None
+        found.append(axes[0])
+    return tuple(found)
+
+
 _ALONG = {
     "q": frozenset({"rows"}),
     "row": frozenset({"rows"}),

@@ -233,7 +233,7 @@ class Dropout:
 
     The mask is Philox4x32-10 on (k // 4, q, h, b) under `seed`: the same, bit for bit, in every
     framework, on every device and under every tiling. `b` and `h` index the arrays passed in, so
-    under vmap or sharding give each shard its own seed.
+    under vmap or shard_map give each part its own seed.
 
     Args:
         rate: host float, 0 <= rate < 1; the share of weights that is dropped.

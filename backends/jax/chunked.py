@@ -24,8 +24,10 @@ from attn_core.backends.jax.chunked_parts import (
     whole,
 )
 from attn_core.backends.jax.chunked_tile import Part, kept_back, numbers
+from attn_core.backends.jax.cuts import Cuts
 from attn_core.backends.jax.meshes import axes_of, spread
 from attn_core.backends.jax.orders import once, reverse_only
+from attn_core.backends.jax.partitions import by_devices
 from attn_core.spec import AttentionOutput, Operands, Problem
 
 Array = Any
@@ -49,11 +51,20 @@ def attend(p: Problem, x: Operands) -> AttentionOutput:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(p: Problem, x: Operands) -> AttentionOutput:
+    def results(cuts: Cuts) -> Any:
+        return None, cuts.results
+
+    found: AttentionOutput = by_devices(_answer, p, x, None, results)
+    return found
+
+
+def _answer(p: Problem, x: Operands, _: None) -> AttentionOutput:
     lines = chunked_spans.lines_of(p)
-    return _forward(p, x)[0] if lines is None else chunked_spans.attend(p, x, lines)
+    return _rows(p, x, None)[0] if lines is None else chunked_spans.attend(p, x, lines)
 
 
-def _forward(p: Problem, x: Operands) -> tuple[AttentionOutput, Any]:
+def _rows(p: Problem, x: Operands, _: None) -> tuple[AttentionOutput, Any]:
+    """The answer, and of every row m, log l and whether it is alive, (B, Hq, Tq)."""
     cut = cut_up(p, x)
     g, schedule = cut.geometry, cut.schedule
     filled = x if x.bias is None else x._replace(bias=padded_bias(p, g, x.bias))
@@ -69,14 +80,35 @@ def _forward(p: Problem, x: Operands) -> tuple[AttentionOutput, Any]:
     if p.return_weights:
         weights = numbers(p, whole(p, rows.weights)[..., : p.k_len])
     laid = out if p.layout == "BHTD" else out.swapaxes(1, 2)
-    return AttentionOutput(laid, lse, weights), (x, laid, m, log_l, alive)
+    return AttentionOutput(laid, lse, weights), (m, log_l, alive)
+
+
+def _forward(p: Problem, x: Operands) -> tuple[AttentionOutput, Any]:
+    def results(cuts: Cuts) -> Any:
+        return None, (cuts.results, (cuts.rows,) * 3)
+
+    # Of this JAX wants a derivative if it wants a second one, which there is not.
+    found, rows = by_devices(_rows, p, once(x), None, results)
+    return found, (x, found.out, *rows)
+
+
+def _gradients(p: Problem, x: Operands, more: Any) -> Operands:
+    return chunked_backward.backward(p, x, *more)
 
 
 def _pull(p: Problem, saved: Any, cotangents: AttentionOutput) -> tuple[Operands]:
+    def alongs(cuts: Cuts) -> Any:
+        rows = (cuts.rows,) * 3
+        upstream = AttentionOutput(
+            *[None if x is None else a for x, a in zip(cotangents, cuts.results, strict=True)]
+        )
+        more = cuts.results.out, *rows, upstream
+        return more, cuts.gradients
+
     # JAX calls this after `attend` has returned, with x64 as it is around the caller.
     with x64(any(is_wide(a) for a in jax.tree_util.tree_leaves((saved, cotangents)))):
-        (x, out, m, log_l, alive), cotangents = once((saved, cotangents))
-        return (chunked_backward.backward(p, x, out, m, log_l, alive, cotangents),)
+        (x, *more), cotangents = once((saved, cotangents))
+        return (by_devices(_gradients, p, x, (*more, cotangents), alongs),)
 
 
 _attend.defvjp(_forward, _pull)

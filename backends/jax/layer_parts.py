@@ -13,7 +13,7 @@ from flax import nnx
 
 from attn_core.backends.jax import philox
 from attn_core.backends.jax.arrays import DTYPES, is_wide, x64
-from attn_core.backends.jax.meshes import rows_of
+from attn_core.backends.jax.meshes import embedded
 from attn_core.language.values import Dropout, drop_threshold
 from attn_core.model import calls
 from attn_core.model import positions as places
@@ -60,7 +60,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, index: Array) -> Array:
         rows = self.weight.shape[0]
-        return rows_of(self.weight[...], jnp.where(index < 0, rows, index))
+        return embedded(self.weight[...], jnp.where(index < 0, rows, index))
 
 
 class Norm(nnx.Module):

@@ -9,25 +9,25 @@ is then summed over the devices), and so is whatever a loop begins with:
     spread       the same arrays, varying along these axes
 
 On a mesh whose axes are Explicit, as those of `jax.make_mesh` are, each operation must say how its
-result lies; a reshape or a slice often cannot. Batches and heads that no mask, score or dropout
-tells apart are therefore cut by shard_map, so that each device computes its own. Whatever else is
-cut is computed with Auto axes, that is XLA finds out, and only results are told where they lie:
+result lies; a reshape or a slice often cannot. Batches and heads are therefore cut by shard_map, so
+that each device computes its own (cuts.py). Whatever else is cut is computed with Auto axes, that
+is XLA finds out, and only results are told where they lie:
 
     laid_out             an implementation of attention, on any mesh
-    rows_of, reshaped    an embedding, another shape
+    embedded, reshaped   an embedding, another shape
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from attn_core.backends.jax.cuts import RANKS, cuts_of, part_of, parts_heads, placed
 from attn_core.spec import AttentionOutput, Operands, Problem
 
 Array = Any
@@ -79,7 +79,7 @@ def laid_out(attend: Callable[[Problem, Operands], AttentionOutput]) -> Any:
         cut = _cut(p, x, mesh)
         if cut is not None:
             x = _lie(mesh, x, cut.arguments)
-            compute = partial(_by_parts, attend, cut)
+            compute = partial(_by_parts, attend, p, cut)
             left = tuple(n for n in left if n not in cut.axes)
         query, value = _lies(x.query), _lies(x.value)
         batch, heads, rows = query[:3] if p.layout == "BHTD" else (query[0], query[2], query[1])
@@ -97,21 +97,31 @@ class Cut(NamedTuple):
     """What one device computes.
 
     Attributes:
-        part: its problem.
-        axes: of the mesh, along which it is cut.
+        b, h: the axes of the mesh along which batches, and heads, are cut: one, several or None.
         arguments, results: how each is cut.
     """
 
-    part: Problem
-    axes: frozenset[str]
+    b: Any
+    h: Any
     arguments: Operands
     results: AttentionOutput
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return (*_names(self.b), *_names(self.h))
 
-def _by_parts(attend: Any, cut: Cut, x: Operands) -> AttentionOutput:
+
+def _by_parts(attend: Any, p: Problem, cut: Cut, x: Operands) -> AttentionOutput:
     mesh = jax.typeof(x.query).sharding.mesh
+    parts = _parts(mesh, cut.b), _parts(mesh, cut.h)
+
+    def one(x: Operands) -> AttentionOutput:
+        part = part_of(p, x, *parts)
+        found: AttentionOutput = attend(part, placed(part, x, _names(cut.b), _names(cut.h)))
+        return found
+
     each = jax.shard_map(
-        partial(attend, cut.part),
+        one,
         mesh=mesh,
         in_specs=(cut.arguments,),
         out_specs=cut.results,
@@ -124,62 +134,30 @@ def _by_parts(attend: Any, cut: Cut, x: Operands) -> AttentionOutput:
 def _cut(p: Problem, x: Operands, mesh: Any) -> Cut | None:
     """How the problem is cut; None if it is not.
 
-    By the Explicit axes along which batches and heads of the query lie, if nothing tells batches,
-    or heads, apart by number.
+    By the Explicit axes along which batches and heads of the query lie.
     """
     first, second, third, _ = _lies(x.query)
     heads = second if p.layout == "BHTD" else third
-    explicit, trees = set(mesh.explicit_axes), [t for t in (p.mask, p.score) if t is not None]
+    explicit, cuts = set(mesh.explicit_axes), cuts_of(p, x)
 
-    def free(given: Any, index: str, *sizes: int | None) -> Any:
-        parts = _parts(mesh, given)
-        told = p.rate or any(t.reads(index) for t in trees)
-        whole = all(size is not None and size % parts == 0 for size in sizes)
-        return given if whole and not told and explicit.issuperset(_names(given)) else None
+    def kept(given: Any, whole: bool) -> Any:
+        return given if whole and explicit.issuperset(_names(given)) else None
 
-    b, h = free(first, "b", p.batch), free(heads, "h", p.heads, p.kv_heads)
+    b = kept(first, cuts.b and (p.batch or 0) % _parts(mesh, first) == 0)
+    h = kept(heads, cuts.h and parts_heads(p, _parts(mesh, heads)))
     if b is None and h is None:
         return None
-    array = jax.P(b, h) if p.layout == "BHTD" else jax.P(b, None, h)
-    bias = None
-    if x.bias is not None:
-        spans = zip((b, h, None, None), p.bias or (), strict=True)
-        bias = jax.P(*[n if spanned else None for n, spanned in spans][4 - x.bias.ndim :])
-
-    def numbers(given: Any) -> Any:
-        return None if given is None else jax.P(b) if given.ndim else jax.P()
-
-    arguments = Operands(
-        query=array,
-        key=array,
-        value=array,
-        bias=bias,
-        sinks=None if x.sinks is None else jax.P(h),
-        kv_lengths=numbers(x.kv_lengths),
-        q_lengths=numbers(x.q_lengths),
-        query_offset=numbers(x.query_offset),
-        seed=None if x.seed is None else jax.P(),
-        mask=tuple(jax.P() for _ in x.mask),
-        score=tuple(jax.P() for _ in x.score),
-    )
-    part = replace(
-        p,
-        batch=(p.batch or 0) // _parts(mesh, b),
-        heads=p.heads // _parts(mesh, h),
-        kv_heads=p.kv_heads // _parts(mesh, h),
-    )
-    found = jax.P(b, h)
+    arguments = jax.tree_util.tree_map(lambda a, x: a.spec(x.ndim, b, h), cuts.operands, x)
     results = AttentionOutput(
-        array, found if p.return_lse else None, found if p.return_weights else None
+        *[None if a is None else a.spec(n, b, h) for a, n in zip(cuts.results, RANKS, strict=True)]
     )
-    return Cut(part, frozenset((*_names(b), *_names(h))), arguments, results)
+    return Cut(b, h, arguments, results)
 
 
 def _lie(mesh: Any, x: Operands, arguments: Operands) -> Operands:
     """The same arrays, cut as they are to be, and along their other axes as they were."""
 
     def laid(a: Array, wanted: Any) -> Array:
-        wanted = (*wanted, *(None,) * (a.ndim - len(wanted)))
         used = {n for spec in wanted for n in _names(spec)}
         both = [
             new or tuple(n for n in _names(old) if n not in used)
@@ -190,7 +168,7 @@ def _lie(mesh: Any, x: Operands, arguments: Operands) -> Operands:
     return jax.tree_util.tree_map(laid, x, arguments)
 
 
-def rows_of(table: Array, index: Array) -> Array:
+def embedded(table: Array, index: Array) -> Array:
     """Rows of a table, NaN where there is no such row; they lie as the index does."""
 
     def taken(table: Array, index: Array) -> Array:

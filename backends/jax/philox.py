@@ -29,11 +29,14 @@ def keep_at(
 ) -> Array:
     """The same over keys first to first + keys - 1, where `first` is a multiple of 4.
 
-    b, h and q broadcast to (..., rows, 1); the result is (..., rows, keys).
+    b, h and q broadcast to (..., rows, 1); the result is (..., rows, keys). A seed of a part
+    (cuts.py) also says with which batch and head of the whole the part begins.
     """
     low, high = words(seed)
     blocks = first // 4 + jnp.arange((keys + 3) // 4, dtype=jnp.int32)
     counter = [jnp.asarray(c).astype(jnp.uint32) for c in (blocks, q, h, b)]
+    if isinstance(seed, tuple) and len(seed) == 4:
+        counter[2:] = counter[2] + seed[3], counter[3] + seed[2]
     shape = jnp.broadcast_shapes(*[c.shape for c in counter])
     x = philox([jnp.broadcast_to(c, shape) for c in counter], low, high)
     drawn = jnp.stack(x, -1).reshape(*shape[:-1], shape[-1] * 4)
