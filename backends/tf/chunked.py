@@ -85,7 +85,7 @@ def attend(p: Problem, x: Operands) -> AttentionOutput:
         def pull(*cotangents: Array) -> list[Array | None]:
             return _gradients(p, operands, flat, saved, dict(zip(names, cotangents, strict=True)))
 
-        return [_hidden(results[name]) for name in names], pull
+        return [_underivable(results[name]) for name in names], pull
 
     found = dict(zip(names, run(*[leaves[i] for i in present]), strict=True))
     return AttentionOutput(found["out"], found.get("lse"), found.get("weights"))
@@ -110,7 +110,7 @@ def _gradients(
         asked = (pulled["out"], pulled.get("lse"), pulled.get("weights"))
         backward = _compiled(_kind(p))[1] if tf.executing_eagerly() else partial(_backward, p)
         found = backward(x, saved, asked)
-        leaves = [_hidden(a) for a in tf.nest.flatten(found) if a is not None]
+        leaves = [_underivable(a) for a in tf.nest.flatten(found) if a is not None]
 
         def refuse(*_: Array) -> Any:
             raise UnsupportedError(_FIRST_ONLY)
@@ -122,7 +122,15 @@ def _gradients(
 
 
 def _hidden(x: Array) -> Array:
-    """x, through which no tape follows: it would keep every tile.
+    """x, through which no tape follows: it would keep every tile."""
+    # A tape that is itself in the graph passes by what nothing moves. Within tf.vectorized_map it
+    # is to come as far as `_underivable`; elsewhere, two of them would differentiate the loops.
+    mapped = not tf.executing_eagerly() and "loop_body" in tf.get_current_name_scope().split("/")
+    return _underivable(x) if mapped else tf.stop_gradient(x)
+
+
+def _underivable(x: Array) -> Array:
+    """x, whose derivative is the one that `tf.custom_gradient` was given, or raises.
 
     tf.vectorized_map, and tape.jacobian, which is made of it, copy the operations of a graph and
     lose what `tf.custom_gradient` has said of them. A tape around these is to raise here, where it
