@@ -10,7 +10,7 @@ from attn_core import masks
 from attn_core.language.operands import Table
 from attn_core.language.tree import Step
 from attn_core.language.values import Mask, Score
-from attn_core.registry import owner
+from attn_core.registry import instead, owner
 from attn_core.spec import DTYPES, WIDTH, Facts
 
 _FULL = "(B, Hq, Tq, Tk)"
@@ -45,7 +45,7 @@ def same_framework(name: str, x: Any, source: str) -> None:
     if found is None:
         raise TypeError(
             f"{_ticked(name)} must be an array of {source}, as query is. "
-            f"Got {type(x).__module__}.{type(x).__name__}."
+            f"Got {type(x).__module__}.{type(x).__name__}{instead(x, name)}."
         )
     if found != source:
         raise TypeError(

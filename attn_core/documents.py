@@ -109,7 +109,8 @@ def attend_by_heads(
             mask = verbs.reshape(verbs.spread(mask, (*lead, *last)), (batch, *last))
         options[_kind(verbs, mask)] = mask
     if layer:
-        found = parameters(q, inputs.get("key"), inputs.get("value"), seed=seed, **options)
+        keys = k if "value" in inputs else inputs.get("key")
+        found = parameters(q, keys, inputs.get("value"), seed=seed, **options)
         out = found.out
     else:
         v = inputs.get("value", k)

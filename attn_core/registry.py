@@ -178,9 +178,15 @@ def _root(x: Any, name: str) -> bool:
 _INSTEAD = {
     "KerasTensor": ", which has no values: a graph of Keras takes a layer, ours or one of your own "
     "that calls attention, or attn_core.compat.keras.dot_product_attention",
-    "RaggedTensor": ": pad it, query.to_tensor(), and give the lengths of its rows as `kv_lengths` "
-    "and `q_lengths`",
+    "RaggedTensor": ": pad it, {name}.to_tensor(), and give the lengths of its rows as "
+    "`kv_lengths` and `q_lengths`, to a model as `lengths`",
+    "SparseTensor": ": tf.sparse.to_dense({name}) makes an array of it",
 }
+
+
+def instead(x: Any, name: str) -> str:
+    """What to write for an argument that is no array but looks like one; "" of anything else."""
+    return _INSTEAD.get(type(x).__name__, "").format(name=name.strip("`"))
 
 
 def find(query: Any, backend: str | None = None) -> tuple[Any, bool]:
@@ -190,7 +196,7 @@ def find(query: Any, backend: str | None = None) -> tuple[Any, bool]:
         raise TypeError(
             "`query` must be an array of NumPy, torch, TensorFlow or JAX. "
             f"Got {type(query).__module__}.{type(query).__name__}"
-            f"{_INSTEAD.get(type(query).__name__, '')}."
+            f"{instead(query, 'query')}."
         )
     if name != "numpy":
         return load(name), False

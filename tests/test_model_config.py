@@ -124,6 +124,8 @@ def test_fields_by_name_are_refused_with_the_nearest_and_with_our_word():
             "Did you mean 'width'",
         ),
         (lambda: AttentionConfig.load({"num_heads": 2}), "Did you mean 'heads'"),
+        (lambda: AttentionConfig(width=8, num_query_heads=2), "Did you mean 'heads'"),
+        (lambda: AttentionConfig(width=8, heads=2, output_shape=6), "Did you mean 'out_width'"),
         (lambda: AttentionConfig.of(width=8, heads=2, is_causal=True), "Did you mean 'causal'"),
     ):
         with pytest.raises((TypeError, ValueError), match=words):

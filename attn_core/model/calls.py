@@ -18,6 +18,7 @@ from attn_core.model import fields
 from attn_core.model.additive import AdditiveConfig
 from attn_core.model.config import AttentionConfig, Sizes
 from attn_core.model.transformer import TransformerConfig
+from attn_core.registry import instead
 from attn_core.spec import DTYPES
 
 Shape = tuple[Any, ...]
@@ -28,10 +29,14 @@ TOKENS = ("int32", "int64")
 def check_given(make: str, **given: Any) -> None:
     """What is read is an array, and no list: `make` is what makes one of it."""
     for name, x in given.items():
-        if x is not None and not (hasattr(x, "shape") and hasattr(x, "dtype")):
+        if x is None:
+            continue
+        words = instead(x, name) if type(x).__name__ in ("RaggedTensor", "SparseTensor") else ""
+        if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+            words = f": {make}({name}) makes one"
+        if words:
             raise TypeError(
-                f"`{name}` must be an array. "
-                f"Got {type(x).__module__}.{type(x).__name__}: {make}({name}) makes one."
+                f"`{name}` must be an array. Got {type(x).__module__}.{type(x).__name__}{words}."
             )
 
 

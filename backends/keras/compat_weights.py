@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from attn_core import masks
+from attn_core.backends.keras.tensors import room
 from attn_core.compat.weights import Converted, converted, flat, output, projection, refuse
 
 
@@ -108,4 +109,5 @@ def _converted(layer: Any, config: dict[str, Any], changes: Any) -> Converted:
 
 
 def _array(variable: Any) -> Any:
-    return None if variable is None else keras.ops.convert_to_numpy(variable)
+    # By way of a tensor: of a variable NumPy 2 makes Keras itself warn.
+    return None if variable is None else room().to_numpy(keras.ops.convert_to_tensor(variable))

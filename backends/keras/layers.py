@@ -116,6 +116,12 @@ class MultiHeadAttention(Portable):
         """`call`, in which Keras has given the name `mask` to something else."""
         keys = {} if isinstance(key, Memory) else {"key": key, "value": value}
         calls.check_given("keras.ops.convert_to_tensor", query=query, **keys)
+        if key is None and value is not None:
+            raise ValueError(
+                "`key` must be given where `value` is. Got a value alone, which Keras' own layer "
+                "takes for the key, too: `layer(query, source)`. The order here is query, key, "
+                "value; there it is query, value, key."
+            )
         options = with_mask(options, mask)
         if "score" in options:
             options["score"] = leaf(options["score"])

@@ -35,6 +35,11 @@ from attn_core.spec import AttentionOutput, Operands, Problem
 
 Array = Any
 
+_FIRST_ONLY = (
+    'derivatives of derivatives, and forward mode, need impl="reference". Got impl="chunked", '
+    "which has first derivatives only, by a tape."
+)
+
 
 def attend(p: Problem, x: Operands) -> AttentionOutput:
     if 0 in (p.batch, p.q_len, p.k_len):
@@ -68,18 +73,19 @@ def attend(p: Problem, x: Operands) -> AttentionOutput:
     @tf.custom_gradient
     def run(*flat: Array) -> tuple[list[Array], Callable[..., list[Array | None]]]:
         # What is computed in here is hidden from tapes, which would keep every tile of it.
-        hidden = operands([tf.stop_gradient(a) for a in flat])
+        hidden = operands([_hidden(a) for a in flat])
         rows = _compiled(_kind(p))[0](hidden) if tf.executing_eagerly() else _forward(p, hidden)
-        rows = Rows(*[None if r is None else tf.stop_gradient(r) for r in rows])
         # The logarithm of 0 is what a row without a sum has.
         lse = rows.m + tf.math.log(rows.total) if p.return_lse else None
         results = {"out": rows.out, "lse": lse, "weights": rows.weights}
-        saved = rows._replace(weights=None)
+        # Of these TensorFlow asks derivatives where two tapes are around a tf.function.
+        saved = Rows(*[None if r is None else tf.stop_gradient(r) for r in rows])
+        saved = saved._replace(weights=None)
 
         def pull(*cotangents: Array) -> list[Array | None]:
             return _gradients(p, operands, flat, saved, dict(zip(names, cotangents, strict=True)))
 
-        return [tf.identity(results[name]) for name in names], pull
+        return [_underivable(results[name]) for name in names], pull
 
     found = dict(zip(names, run(*[leaves[i] for i in present]), strict=True))
     return AttentionOutput(found["out"], found.get("lse"), found.get("weights"))
@@ -98,23 +104,48 @@ def _gradients(
 
     @tf.custom_gradient
     def run(*given: Array) -> tuple[list[Array], Callable[..., Any]]:
-        hidden = [tf.stop_gradient(a) for a in given]
+        hidden = [_hidden(a) for a in given]
         x = operands(hidden[: len(flat)])
         pulled = dict(zip(names, hidden[len(flat) :], strict=True))
         asked = (pulled["out"], pulled.get("lse"), pulled.get("weights"))
         backward = _compiled(_kind(p))[1] if tf.executing_eagerly() else partial(_backward, p)
-        leaves = [a for a in tf.nest.flatten(backward(x, saved, asked)) if a is not None]
+        found = backward(x, saved, asked)
+        leaves = [_underivable(a) for a in tf.nest.flatten(found) if a is not None]
 
         def refuse(*_: Array) -> Any:
-            raise UnsupportedError(
-                'derivatives of derivatives, and forward mode, need impl="reference". Got '
-                'impl="chunked", which has first derivatives only, by a tape.'
-            )
+            raise UnsupportedError(_FIRST_ONLY)
 
         return leaves, refuse
 
     found = dict(zip(moving, run(*flat, *cotangents.values()), strict=True))
     return [found.get(i) for i in range(len(flat))]
+
+
+def _hidden(x: Array) -> Array:
+    """x, through which no tape follows: it would keep every tile."""
+    # A tape that is itself in the graph passes by what nothing moves. Within tf.vectorized_map it
+    # is to come as far as `_underivable`; elsewhere, two of them would differentiate the loops.
+    mapped = not tf.executing_eagerly() and "loop_body" in tf.get_current_name_scope().split("/")
+    return _underivable(x) if mapped else tf.stop_gradient(x)
+
+
+def _underivable(x: Array) -> Array:
+    """x, whose derivative is the one that `tf.custom_gradient` was given, or raises.
+
+    tf.vectorized_map, and tape.jacobian, which is made of it, copy the operations of a graph and
+    lose what `tf.custom_gradient` has said of them. A tape around these is to raise here, where it
+    would else be told that nothing moves the result, and find gradients of 0.
+    """
+    if tf.executing_eagerly() or not x.dtype.is_floating:
+        return tf.stop_gradient(x)
+    try:
+        return tf.raw_ops.PreventGradient(
+            input=x,
+            message="gradients of tf.vectorized_map and of tape.jacobian, by a tape around them, "
+            'need impl="reference". Got impl="chunked", whose tape must be within.',
+        )
+    except LookupError as error:  # a ForwardAccumulator in the graph, which asks at once
+        raise UnsupportedError(_FIRST_ONLY) from error
 
 
 def _forward(p: Problem, x: Operands) -> Rows:

@@ -10,6 +10,7 @@ import tensorflow as tf
 from attn_core import documents
 from attn_core.backends.tf.arrays import sizes
 from attn_core.model.module import ModuleOutput
+from attn_core.registry import instead
 
 
 def scaled_dot_product_attention(
@@ -104,10 +105,14 @@ def _tensors(given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     for name, x in given.items():
         if not host and not isinstance(x, (tf.Tensor, tf.Variable)):
             raise TypeError(
-                f"`{name}` must be a tensor, or all of them NumPy. Got {type(x).__name__}."
+                f"`{name}` must be a tensor, or all of them NumPy. "
+                f"Got {type(x).__name__}{instead(x, name)}."
             )
         if not host and x.shape.rank is None:
-            raise ValueError(f"`{name}` must have a known rank of at least 2. Got {x.shape}.")
+            raise ValueError(
+                f"`{name}` must have a known rank of at least 2 when the call is traced; sizes "
+                "may be unknown. Got one of unknown rank: say its shape with tf.ensure_shape."
+            )
     found = {name: tf.convert_to_tensor(x) for name, x in given.items()}
     return found, host and tf.executing_eagerly()
 

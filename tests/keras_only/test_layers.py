@@ -214,6 +214,11 @@ REFUSED = {
     "rank": (lambda: PLAIN(X[0]), ValueError, r"`query` must have shape \(B, T, 12\). Got \(5, 12"),
     "width": (lambda: PLAIN(X[..., :8]), ValueError, r"`query` must have shape"),
     "key rows": (lambda: PLAIN(X, X, X[:, :3]), ValueError, "as many rows as `key`"),
+    "a value alone, which Keras takes for the key": (
+        lambda: PLAIN(X, value=X),
+        ValueError,
+        "`key` must be given where `value` is. .* `layer\\(query, source\\)`",
+    ),
     "stock polarity": (
         lambda: PLAIN(X, mask=ops.zeros((5, 5))),
         TypeError,

@@ -45,6 +45,11 @@ def test_a_layer() -> None:
     layer.load_weights(weights)
     given = [tensor(x) for x in inputs]
     check(attention_module(*given, mask=tensor(case.mask), parameters=layer), case, array)
+    # A value alone, which the layer itself refuses, since Keras' own takes it for the key.
+    query, value = given[0], given[0] + 1.0
+    alone = attention_module(query, value=value, parameters=layer)
+    named = attention_module(query, query, value, parameters=layer)
+    assert np.array_equal(array(alone.out), array(named.out))
 
 
 @tf_only

@@ -355,6 +355,27 @@ def test_keras_tensors_are_not_ours():
         attn_core.attention(ragged, ragged, ragged)
 
 
+@pytest.mark.parametrize("name", ["ragged", "sparse"])
+def test_composite_tensors_are_refused_in_words(name):
+    """Wherever they are given: their parts have shapes and dtypes, and failed deep within."""
+    x = tf.zeros((2, 3, 8))
+    given, words = {
+        "ragged": (tf.RaggedTensor.from_tensor(x), r"RaggedTensor: pad it, {}\.to_tensor\(\)"),
+        "sparse": (tf.sparse.from_dense(x), r"SparseTensor: tf\.sparse\.to_dense\({}\) makes"),
+    }[name]
+    layer = backend.MultiHeadAttention(width=8, heads=2)
+    calls = {
+        "key": lambda: attn_core.attention(x[:, None], given, given),
+        "mask": lambda: attn_core.attention(*[x[:, None]] * 3, mask=given),
+        "q": lambda: backend.scaled_dot_product_attention(given, x, x),
+        "query": lambda: layer(given),
+        "value": lambda: layer(x, x, given),
+    }
+    for argument, call in calls.items():
+        with pytest.raises(TypeError, match=f"`{argument}` must be .*{words.format(argument)}"):
+            call()
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES.values(), np.bool_, np.int32, np.uint32, np.uint64])
 def test_numpy_there_and_back(dtype):
     raw = np.random.default_rng(4).integers(0, 2**16, (3, 5, 2)).astype(np.uint16)

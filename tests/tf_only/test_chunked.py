@@ -907,6 +907,50 @@ def test_jacobians():
     np.testing.assert_allclose(*found, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_tape_around_what_forgets_gradients_raises(compiled):
+    """tf.vectorized_map loses what `tf.custom_gradient` says: the gradients would be 0."""
+    call = inputs(2, 3, 4)
+
+    def attend(impl, q):
+        keys = {name: call[name][:1] for name in ("key", "value")}
+        return attn_core.attention(q[None], **keys, impl=impl)[0]
+
+    def gradient(function, q):
+        with tf.GradientTape() as tape:
+            tape.watch(q)
+            out = function(q)
+        return tape.gradient(out, q)
+
+    def within(impl, q):
+        return tf.vectorized_map(lambda q: gradient(lambda q: attend(impl, q), q), q)
+
+    def around(impl, q):
+        return gradient(lambda q: tf.vectorized_map(lambda q: attend(impl, q), q), q)
+
+    def jacobian(impl, q):
+        with tf.GradientTape() as tape:
+            tape.watch(q)
+            out = attend(impl, q[0])
+        return tape.jacobian(out, q)
+
+    def second(impl, q):
+        return gradient(lambda q: jacobian(impl, q), q)
+
+    def run(function, impl):
+        made = tf.function(function, autograph=False) if compiled else function
+        return made(impl, call["query"]).numpy()
+
+    want = run(within, "reference")
+    np.testing.assert_allclose(run(around, "reference"), want, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(run(within, "chunked"), want, rtol=1e-9, atol=1e-12)
+    assert np.abs(want).max() > 1e-3
+    assert np.abs(run(second, "reference")).max() > 1e-3
+    for function in (around, second):
+        with pytest.raises(LookupError, match='need impl="reference"'):
+            run(function, "chunked")
+
+
 @pytest.mark.parametrize("lengths", [False, True])
 def test_short_rows_of_unknown_length_share_a_turn(lengths, monkeypatch):
     """As they do where the length is known: a turn for each batch took 150 times as long."""

@@ -89,6 +89,13 @@ def test_unknown_rank_is_refused():
     with pytest.raises(ValueError, match="known rank"):
         run.get_concrete_function()
 
+    @tf.function(input_signature=[tf.TensorSpec(None)])
+    def documents(q):
+        return backend.scaled_dot_product_attention(q, q, q)
+
+    with pytest.raises(ValueError, match=r"`q` must have a known rank .* tf\.ensure_shape"):
+        documents.get_concrete_function()
+
 
 def test_values_do_not_retrace_and_trees_do():
     traced = []

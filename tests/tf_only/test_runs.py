@@ -236,6 +236,24 @@ def test_narrow_dtypes_are_summed_in_float32(dtype, taken):
         np.testing.assert_allclose(x, judged[n], rtol=2 * step, atol=4 * step, err_msg=n)
 
 
+def test_two_tapes_in_a_graph_ask_first_derivatives(taken):
+    """As a generator and its judge do: no tape differentiates the loops of the other's."""
+    call = {n: tf.constant(x) for n, x in inputs(1, 64, 64).items()}
+    call |= {"mask": SHORT["causal"][0]}
+
+    def both(impl):
+        query, value = call["query"], call["value"]
+        with tf.GradientTape() as first, tf.GradientTape() as second:
+            first.watch(query)
+            second.watch(value)
+            out = tf.reduce_sum(attn_core.attention(**call, impl=impl) ** 2)
+        return first.gradient(out, query), second.gradient(out, value)
+
+    found = tf.function(both, autograph=False)("chunked")
+    for one, want in zip(found, both("reference"), strict=True):
+        np.testing.assert_allclose(one, want, rtol=1e-9, atol=1e-12)
+
+
 def test_what_a_graph_cannot_differentiate_is_refused_by_name(taken):
     """As it is where the grid answers; nobody gets zeros."""
     call = {n: tf.constant(x) for n, x in inputs(1, 64, 64).items()}
