@@ -255,6 +255,16 @@ def test_inverting_inside_needs_its_name() -> None:
     same(compiled(g)[0](q), f(q))
 
 
+def test_whether_a_device_has_autocast_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.9 cannot: every call that was compiled there ended so."""
+    own = torch._dynamo.disable(torch.amp.is_autocast_available)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", own)
+    f = lambda q: attention(q, k, v, kv_lengths=5, impl="reference")  # noqa: E731
+    same(compiled(f)[0](q), f(q))
+    f = lambda q: attention(q, k, v, kv_lengths=5)  # noqa: E731
+    same(compiled(f)[0](q), f(q))
+
+
 def test_end_and_equal_lengths_share_one_compilation() -> None:
     f = lambda q, k, v: attention(q, k, v, mask=masks.causal(), query_offset="end")  # noqa: E731
     calls = [arrays(t, s) for t, s in [*LENGTHS, (6, 6), (11, 11)]]
