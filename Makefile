@@ -124,7 +124,7 @@ oldest: $(addprefix oldest-,numpy $(FRAMEWORKS))
 oldest-%:
 	test -x $(VENV)/oldest/$*/bin/python || $(PYTHON) -m venv $(VENV)/oldest/$*
 	$(VENV)/oldest/$*/bin/python -m pip install --quiet -c constraints-oldest.txt \
-		numpy==$(if $(filter jax,$*),2.0.0,1.26.0) --editable ".[$(firstword $(extras_$*))]"
+		numpy==$(if $(filter jax,$*),2.0.0,1.26.0) --editable ".$(addprefix [,$(addsuffix ],$(firstword $(extras_$*))))"
 	$(VENV)/oldest/$*/bin/attn-core conformance run --tier smoke --failures --backend $* \
 		$(addprefix --form ,eager $(if $(extras_$*),$(COMPILED)))
 
