@@ -6,6 +6,7 @@
 #   make check         format, lint, types, who may import whom; edits nothing
 #   make fmt           format and fix what can be fixed
 #   make conformance   the conformance suite alone, eager; make test runs its compiled forms too
+#   make oldest        its smoke tier on the oldest versions that are supported
 #   make bench         check, then time: hours on a quiet machine; then docs/BENCHMARKS.md
 #   make gpu           on a CUDA device: judge the kernels, then time them; then docs/GPU.md
 #                      MINUTES=14: what tells most, in that time
@@ -60,7 +61,7 @@ INTERPRETED := TRITON_INTERPRET=1 $(BIN)/attn-core conformance run --failures --
 # that stand together, and find compiled what their neighbours use; who has done steals the rest.
 PYTEST := OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/pytest --dist worksteal -n $(JOBS)
 
-.PHONY: demo test test-slow check fmt conformance bench gpu docs wheel clean
+.PHONY: demo test test-slow check fmt conformance oldest bench gpu docs wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -116,6 +117,17 @@ fmt: $(STAMP)
 
 conformance: $(STAMP)
 	$(BIN)/attn-core conformance run $(SUBJECTS)
+
+# No job of CI runs these: a framework's oldest version is another environment, of its own NumPy.
+# NumPy alone has no bfloat16; ml_dtypes comes with the extra for files of weights.
+oldest: $(addprefix oldest-,numpy $(FRAMEWORKS))
+
+oldest-%:
+	test -x $(VENV)/oldest/$*/bin/python || $(PYTHON) -m venv $(VENV)/oldest/$*
+	$(VENV)/oldest/$*/bin/python -m pip install --quiet -c constraints-oldest.txt \
+		numpy==$(if $(filter jax,$*),2.0.0,1.26.0) --editable ".[$(firstword $(extras_$*) weights)]"
+	$(VENV)/oldest/$*/bin/attn-core conformance run --tier smoke --failures --backend $* \
+		$(addprefix --form ,eager $(if $(extras_$*),$(COMPILED)))
 
 # Wrong answers of ours fail it; a missed target does not, and is published.
 bench: $(STAMP) $(TIMED)

@@ -125,6 +125,22 @@ def test_bare_imports_raise(name):
     assert ("transformers asks for another package" in run.stderr) == (name == "kernels")
 
 
+def test_the_lower_bounds_are_the_versions_of_make_oldest():
+    """What pyproject.toml and the README promise is what somebody can run."""
+    lines = (ROOT / "constraints-oldest.txt").read_text("utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    extras = PROJECT["project"]["optional-dependencies"]
+    asked = [line for name in ("torch", "tf", "tf-cpu", "jax") for line in extras[name]]
+    bounds = dict(line.split(">=") for line in asked)
+    assert bounds.pop("tensorflow") == bounds["tensorflow-cpu"]
+    assert pins.pop("jaxlib") == pins["jax"]
+    assert pins.keys() == bounds.keys()
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for name, bound in bounds.items():
+        assert f"{pins[name]}.".startswith(f"{bound}."), name
+        assert f"{bound} and newer" in readme or f"{name.title()} {bound}" in readme, name
+
+
 def test_every_constraint_is_a_dependency_and_exact():
     """A line that nothing asks for would only seem to be tested."""
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
@@ -134,5 +150,5 @@ def test_every_constraint_is_a_dependency_and_exact():
     for extra in PROJECT["project"]["optional-dependencies"].values():
         wanted += extra
     asked = {re.split(r"[^\w-]", line)[0].lower() for line in wanted}
-    # jaxlib comes with jax and keras with TensorFlow, but not at one version only.
-    assert {name for name in names if name.lower() not in asked} == {"jaxlib", "keras"}
+    # jaxlib comes with jax, but not at one version only.
+    assert {name for name in names if name.lower() not in asked} == {"jaxlib"}

@@ -13,7 +13,7 @@ import torch
 from attn_core.api import attention
 from attn_core.backends.torch import accounts, chunked, held, native, reference, triton
 from attn_core.backends.torch import pytrees as _pytrees
-from attn_core.backends.torch.arrays import DTYPES, dense, same, settle, told, tracing
+from attn_core.backends.torch.arrays import DTYPES, autocasts, dense, same, settle, told, tracing
 from attn_core.backends.torch.documents import attention_module, scaled_dot_product_attention
 from attn_core.backends.torch.layer_parts import known
 from attn_core.backends.torch.philox import keep
@@ -126,7 +126,7 @@ def admit(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
     if tracing() and query.dim() == key.dim() == value.dim() == 4:
         settle(query, key, value)
     kind = query.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not autocasts(kind) or not torch.is_autocast_enabled(kind):
         return query, key, value
     to = torch.get_autocast_dtype(kind)
     return tuple(

@@ -30,6 +30,18 @@ def tracing() -> bool:
     return fake is not None and fake.shape_env is not None
 
 
+def autocasts(device: str) -> bool:
+    """Whether devices of that type have autocast: asked of the others, torch raises.
+
+    torch.compile takes the answer for constant: that of 2.9 does not trace torch's own question.
+    """
+    return torch.amp.is_autocast_available(device)
+
+
+# What torch.compiler.assume_constant_result does, without loading torch's compiler (and triton).
+autocasts._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def dense(name: str, x: Array) -> None:
     """Raises:
     TypeError: the tensor has no one shape, or no strides.

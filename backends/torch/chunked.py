@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from attn_core.backends.torch import flops, native_tiles
+from attn_core.backends.torch.arrays import autocasts
 from attn_core.backends.torch.chunked_backward import Saved, Upstream, backward
 from attn_core.backends.torch.chunked_forward import forward
 from attn_core.backends.torch.chunked_parts import Ask, Work, operands_of, read, written
@@ -237,7 +238,7 @@ def _beside(given: Sequence[Any]) -> list[Any]:
 
 def _without_autocast(x: Array) -> Any:
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if autocasts(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
 

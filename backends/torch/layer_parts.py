@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from attn_core.backends.torch.arrays import DTYPES, dense
+from attn_core.backends.torch.arrays import DTYPES, autocasts, dense
 from attn_core.backends.torch.philox import keep, words
 from attn_core.backends.torch.tiles import constant
 from attn_core.language.values import Dropout, drop_threshold
@@ -191,7 +191,7 @@ def check_dtype(part: Any, **given: Any) -> None:
     if type(part) is not torch.nn.Linear:
         return
     kind = part.weight.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if autocasts(kind) and torch.is_autocast_enabled(kind):
         return
     for name, x in given.items():
         if x.dtype != part.weight.dtype:

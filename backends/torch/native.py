@@ -23,6 +23,10 @@ _LEAST = 2.0**-126
 """The least scale of the kernel's own causal. It hides by -inf before it scales, which is NaN by a
 scale of 0, or of what float32 may round to 0, and shows what is hidden by one below."""
 
+_GROUPS = torch.__version__ >= (2, 9)
+"""Whether the CPU kernel knows of grouped heads. Before 2.9 it reads as many heads of keys as of
+queries, past the end of the array: too old for us (pyproject.toml), but nothing keeps it away."""
+
 _DTYPES = {
     "cpu": ("float64", "float32", "bfloat16", "float16"),
     "cuda": ("bfloat16", "float16"),
@@ -36,6 +40,11 @@ def refusals(p: Problem) -> list[str]:
     if p.dtype not in _DTYPES[p.device]:
         names = ", ".join(_DTYPES[p.device])
         reasons.append(f"the dtype must be one of {names} on {p.device}. Got {p.dtype}.")
+    if p.device == "cpu" and p.group > 1 and not _GROUPS:
+        reasons.append(
+            f"key must have as many heads as query before torch 2.9. Got Hq = {p.heads} and "
+            f"Hk = {p.kv_heads} in torch {torch.__version__}."
+        )
     if p.device == "cpu" and p.return_lse and WIDTH[p.dtype] < 32:
         reasons.append(
             f"`return_lse` must be left out for {p.dtype}: the kernel has 14 bits of it. Got True."

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from attn_core.backends.torch.arrays import DTYPES, Reading
+from attn_core.backends.torch.arrays import DTYPES, Reading, autocasts
 from attn_core.backends.torch.philox import keep
 from attn_core.language.values import drop_threshold
 from attn_core.spec import FAR, AttentionOutput, Operands, Problem
@@ -23,7 +23,7 @@ Array = Any
 
 def attend(p: Problem, x: Operands) -> AttentionOutput:
     kind = x.query.device.type
-    if not torch.amp.is_autocast_available(kind):
+    if not autocasts(kind):
         return _attend(p, x)
     with torch.autocast(kind, enabled=False):
         return _attend(p, x)

@@ -229,6 +229,8 @@ def test_linen_decodes_as_flax_does():
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_nnx(kv_heads, is_causal):
+    if "is_causal" not in inspect.signature(nnx.MultiHeadAttention.__call__).parameters:
+        pytest.skip("the layer of Flax before 0.12.7 takes no is_causal")
     its, mine = [
         nnx.MultiHeadAttention(
             *(4, 16, 32),

@@ -72,7 +72,7 @@ def test_nnx(kv_heads, options):
     its = module(X, Y, mask=SEEN)
     shares = layers.used(found, {"its": its}, X, Y, kv_lengths=RAGGED)
     assert layers.within(shares), shares
-    its = module(X, Y, is_causal=True)
+    its = module(X, Y, mask=np.tri(X.shape[1], Y.shape[1], dtype=bool)[None, None])
     causal = from_nnx_attention(module, causal=True)
     assert layers.within(layers.used(causal, {"its": its}, X, Y))
 

@@ -416,6 +416,8 @@ OPCHECK: dict[str, Any] = {
 }
 
 
+# torch 2.15 itself looks at the gradient of a clone, and hides the warning where it is no error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("name", OPCHECK)
 def test_opcheck(name: str) -> None:
     ask, more = OPCHECK[name]()

@@ -85,12 +85,19 @@ def test_every_option_alone_and_in_pairs(options, dtype):
 
 @pytest.mark.parametrize("added", [False, True])
 def test_mask_and_causal_both_apply(added):
-    """torch refuses the two together, but for its kernel on a CPU, where both apply too."""
+    """torch refuses the two together; its kernel on a CPU, until 2.15, applies both."""
     q, k, v = [torch.tensor(cases.draw(n, 2, 4, t, 8)) for n, t in enumerate((5, 9, 9))]
     mask = torch.tensor(cases.draw(3, 5, 9))
     mask = mask if added else mask > 0
-    want = theirs(q, k, v, mask, is_causal=True)
+    later = torch.ones(5, 9, dtype=torch.bool).triu(1)
+    want = theirs(q, k, v, mask.masked_fill(later, -torch.inf if added else False))
     torch.testing.assert_close(ours(q, k, v, mask, is_causal=True), want)
+    try:
+        its, said = theirs(q, k, v, mask, is_causal=True), "should not be set when is_causal"
+    except RuntimeError as error:
+        its, said = want, str(error)
+    assert "should not be set when is_causal" in said
+    torch.testing.assert_close(its, want)
     assert not torch.allclose(want, theirs(q, k, v, mask), atol=1e-3)
 
 

@@ -447,6 +447,17 @@ def test_which_calls_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 4
 
 
+def test_grouped_heads_are_refused_before_torch_2_9(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel went past the end of the keys: NaN, or the end of the process, by `"auto"` too."""
+    monkeypatch.setattr(native, "_GROUPS", False)
+    q, k = draw(1, 4, 37, D), draw(1, 2, 37, D)
+    said = "as many heads as query before torch 2.9. Got Hq = 4 and Hk = 2"
+    with pytest.raises(UnsupportedError, match=said):
+        attention(q, k, k, impl="native")
+    assert attn_core.explain(q, k, k).impl == "chunked"
+    assert attn_core.explain(q, q, q).impl == "native"
+
+
 @pytest.mark.parametrize("how", ["eager", "transform", "compiled"])
 @pytest.mark.parametrize("mask", [None, masks.causal(), masks.window(40)])
 def test_sixteen_bits_of_grouped_heads_keep_their_gradients(how: str, mask: Any) -> None:
