@@ -115,13 +115,7 @@ def is_wide(x: Any) -> bool:
 
 def x64(wanted: bool) -> Any:
     """A context in which 64-bit numbers stay so, where that is wanted; no setting is touched."""
-    if not wanted:
-        return nullcontext()
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    from jax.experimental import enable_x64  # before JAX 0.8
-
-    return enable_x64()
+    return jax.enable_x64(True) if wanted else nullcontext()
 
 
 def from_host(x: np.ndarray) -> Array:

@@ -50,18 +50,16 @@ def _cast(axes: Sequence[str], x: Array) -> Array:
     # One by one: an axis that is there already may not be asked for again.
     for axis in axes:
         if axis not in _varying(x):
-            x = jax.lax.pcast(x, axis, to="varying") if _PCAST else jax.lax.pvary(x, axis)
+            x = jax.lax.pcast(x, axis, to="varying")
     return x
 
 
 def _varying(x: Array) -> frozenset[str]:
-    # JAX has said this in three ways: not at all, as `vma`, and as part of the type.
-    kind = jax.typeof(x) if hasattr(jax, "typeof") else None
+    # JAX has said this in two ways, of which 0.8 knows the other.
+    kind = jax.typeof(x)
     told = getattr(kind, "manual_axis_type", None)
-    return getattr(kind, "vma", frozenset()) if told is None else told.varying
-
-
-_PCAST = hasattr(jax.lax, "pcast")
+    found: frozenset[str] = kind.vma if told is None else told.varying
+    return found
 
 
 def laid_out(attend: Callable[[Problem, Operands], AttentionOutput]) -> Any:
@@ -209,8 +207,6 @@ def _auto(
 
 def _explicit(tree: Any) -> Any:
     """The mesh of any of the arrays that has Explicit axes; None where none has."""
-    if not hasattr(jax.sharding, "auto_axes"):
-        return None
     for x in jax.tree_util.tree_leaves(tree):
         mesh = jax.typeof(x).sharding.mesh
         if mesh.explicit_axes:

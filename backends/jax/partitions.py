@@ -19,6 +19,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.custom_partitioning import (
+    ArrayMapping,
+    CompoundFactor,
+    SdyShardingRule,
+    custom_partitioning,
+)
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding
@@ -29,18 +35,6 @@ from attn_core.backends.jax.meshes import axes_of
 from attn_core.spec import Operands, Problem
 
 Array = Any
-
-try:
-    from jax.experimental.custom_partitioning import (
-        ArrayMapping,
-        CompoundFactor,
-        SdyShardingRule,
-        custom_partitioning,
-    )
-except ImportError:  # older, where XLA is left to itself
-    _ASKS = False
-else:
-    _ASKS = hasattr(jax.sharding, "get_abstract_mesh")
 
 
 def by_devices(
@@ -126,7 +120,7 @@ def _open(tree: Any) -> bool:
 
     Neither are those of 64 bits, under a context that XLA's question comes too late for.
     """
-    if not _ASKS or jax.device_count() == 1 or axes_of(tree):
+    if jax.device_count() == 1 or axes_of(tree):
         return False
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.manual_axes or mesh.explicit_axes:
