@@ -174,6 +174,16 @@ def check_counts(name: str, given: Any, read: Shape) -> None:
     check_reach(name, given, 0, read[1], lambda _: False)
 
 
+def check_keyed(key: Any, value: Any) -> None:
+    """A value has a key. Flax refuses one without, and Keras takes it for the key."""
+    if key is None and value is not None:
+        raise ValueError(
+            "`key` must be given where `value` is. Got a value alone: `layer(query, source)` takes "
+            "the source for both, as Keras' own layer does with a value. The order here is query, "
+            "key, value; there it is query, value, key."
+        )
+
+
 def check_memory(value: Any, kv_lengths: Any, cache: Any) -> None:
     """What goes with a Memory: nothing that it says itself."""
     for name, given in (("value", value), ("cache", cache)):

@@ -107,7 +107,7 @@ class MultiHeadAttention(Portable):
         Args:
             query: (B, Tq, width).
             key: (B, Tk, key_input); self-attention where left out. Or a Memory.
-            value: (B, Tk, value_input); the key where left out.
+            value: (B, Tk, value_input); the key where left out. It needs a key.
             mask, bias, score, kv_lengths, q_lengths, query_offset: as in `attn_core.attention`.
                 A mask holds together with the config's; a score stands after ALiBi, before
                 softcap.
@@ -127,7 +127,8 @@ class MultiHeadAttention(Portable):
                 has been computed. Where the cache's lengths are traced, a row of the batch for
                 which it has no room answers NaN instead.
         """
-        c, own = self.config, key is None and value is None
+        calls.check_keyed(key, value)
+        c, own = self.config, key is None
         memory = key if isinstance(key, Memory) else None
         if memory is None:
             key = query if key is None else key

@@ -116,12 +116,7 @@ class MultiHeadAttention(Portable):
         """`call`, in which Keras has given the name `mask` to something else."""
         keys = {} if isinstance(key, Memory) else {"key": key, "value": value}
         calls.check_given("keras.ops.convert_to_tensor", query=query, **keys)
-        if key is None and value is not None:
-            raise ValueError(
-                "`key` must be given where `value` is. Got a value alone, which Keras' own layer "
-                "takes for the key, too: `layer(query, source)`. The order here is query, key, "
-                "value; there it is query, value, key."
-            )
+        calls.check_keyed(key, value)
         options = with_mask(options, mask)
         if "score" in options:
             options["score"] = leaf(options["score"])
@@ -156,7 +151,7 @@ class MultiHeadAttention(Portable):
         Args:
             query: (B, Tq, width).
             key: (B, Tk, key_input); self-attention where left out. Or a Memory.
-            value: (B, Tk, value_input); the key where left out.
+            value: (B, Tk, value_input); the key where left out. It needs a key.
             attention_mask: called `mask` where the layer is called, `layer(x, mask=..)`.
             mask, bias, score, kv_lengths, q_lengths, query_offset: as in `attn_core.attention`.
                 A mask holds together with the config's; a score stands after ALiBi, before

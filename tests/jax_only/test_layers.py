@@ -264,6 +264,11 @@ PLAIN = MultiHeadAttention(width=12, heads=4)
 CAUSAL = MultiHeadAttention(width=12, heads=4, causal=True)
 X = jnp.asarray(draw(B, 5, 12))
 REFUSED = {
+    "a value alone, which Keras takes for the key": (
+        lambda: PLAIN(X, value=X),
+        ValueError,
+        "`key` must be given where `value` is. .* `layer\\(query, source\\)`",
+    ),
     "rank": (lambda: PLAIN(X[0]), ValueError, r"`query` must have shape \(B, T, 12\). Got \(5, 12"),
     "width": (lambda: PLAIN(X[..., :8]), ValueError, r"`query` must have shape"),
     "key rows": (lambda: PLAIN(X, X, X[:, :3]), ValueError, "as many rows as `key`"),

@@ -217,6 +217,11 @@ def test_build() -> None:
 PLAIN = MultiHeadAttention(width=12, heads=4)
 X = torch.as_tensor(draw(B, 5, 12))
 REFUSED = {
+    "a value alone, which Keras takes for the key": (
+        lambda: PLAIN(X, value=X),
+        ValueError,
+        "`key` must be given where `value` is. .* `layer\\(query, source\\)`",
+    ),
     "rank": (lambda: PLAIN(X[0]), ValueError, r"`query` must have shape \(B, T, 12\). Got \(5, 12"),
     "width": (lambda: PLAIN(X[..., :8]), ValueError, r"`query` must have shape"),
     "key rows": (lambda: PLAIN(X, X, X[:, :3]), ValueError, "as many rows as `key`"),
