@@ -4,8 +4,8 @@
 
 makes those of one kind, and prints a line of JSON for each: its name, and what went wrong.
 
-Each call is made on one device, and then under shard_map and jit on meshes; the answers and all
-gradients must agree. Tiles are small, so that every loop has several turns.
+Each call is made by `reference` on one device, and then under shard_map or jit on a mesh; the
+answers and all gradients must agree. Tiles are small, so that every loop has several turns.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -129,12 +129,19 @@ def agree(found: Any, wanted: Any) -> None:
         np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=2e-4, atol=2e-4)
 
 
+@cache
+def alone(name: str) -> Any:
+    """The answer and the gradients on one device, of the formula itself."""
+    told, static = CALLS[name]
+    arrays = {n: x for n, (x, _) in told.items()}
+    return with_gradients(partial(call, impl="reference", **static), arrays)(arrays)
+
+
 def answers(name: str, impl: str, where: str) -> None:
     told, static = CALLS[name]
     arrays = {n: x for n, (x, _) in told.items()}
     specs = {n: spec for n, (_, spec) in told.items()}
-    function = partial(call, impl=impl, **static)
-    wanted = with_gradients(function, arrays)(arrays)
+    function, wanted = partial(call, impl=impl, **static), alone(name)
     if where == "shard_map":
         out = P("b", None, "h") if static.get("layout") else WHOLE
         if "return_lse" in static:
@@ -248,19 +255,22 @@ def an_axis_of_each_kind() -> None:
 def cut_otherwise() -> None:
     """Along the sequence, both along one axis, or by one head of keys for many."""
     on = mesh(AxisType.Auto)
-    part = with_gradients(partial(call, impl="chunked"), {"query": QUERY})
-    alone = {"query": QUERY, "key": KEY[:, :1], "value": VALUE[:, :1]}
+    part, whole = (
+        with_gradients(partial(call, impl=impl), {"query": QUERY})
+        for impl in ("chunked", "reference")
+    )
+    shared = {"query": QUERY, "key": KEY[:, :1], "value": VALUE[:, :1]}
     for arrays, spec in (
         ({"query": QUERY, "key": KEY, "value": VALUE}, P(None, None, ("b", "h"))),
         ({"query": QUERY, "key": KEY, "value": VALUE}, P(("b", "h"))),
         ({"query": QUERY[:3], "key": KEY[:3], "value": VALUE[:3]}, P(None, "h")),
-        (alone, P(None, ("h", "b"))),
+        (shared, P(None, ("h", "b"))),
     ):
         held = {
             n: jax.device_put(x, NamedSharding(on, spec if x.shape[1] > 1 else ALONE))
             for n, x in arrays.items()
         }
-        agree(jax.jit(part)(held), part(arrays))
+        agree(jax.jit(part)(held), whole(arrays))
 
 
 def vmap_and_a_program_that_is_kept() -> None:
