@@ -119,13 +119,12 @@ conformance: $(STAMP)
 	$(BIN)/attn-core conformance run $(SUBJECTS)
 
 # No job of CI runs these: a framework's oldest version is another environment, of its own NumPy.
-# NumPy alone has no bfloat16; ml_dtypes comes with the extra for files of weights.
 oldest: $(addprefix oldest-,numpy $(FRAMEWORKS))
 
 oldest-%:
 	test -x $(VENV)/oldest/$*/bin/python || $(PYTHON) -m venv $(VENV)/oldest/$*
 	$(VENV)/oldest/$*/bin/python -m pip install --quiet -c constraints-oldest.txt \
-		numpy==$(if $(filter jax,$*),2.0.0,1.26.0) --editable ".[$(firstword $(extras_$*) weights)]"
+		numpy==$(if $(filter jax,$*),2.0.0,1.26.0) --editable ".$(addsuffix ],$(addprefix [,$(firstword $(extras_$*))))"
 	$(VENV)/oldest/$*/bin/attn-core conformance run --tier smoke --failures --backend $* \
 		$(addprefix --form ,eager $(if $(extras_$*),$(COMPILED)))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 
 from attn_core import config
 
@@ -26,12 +27,27 @@ def lines() -> Iterator[str]:
         yield f"  {name}: {_PACKAGES[name]} {found}, {state}"
         if name == "torch" and not broken:
             yield from _kernels()
+    yield from _old()
     triton = _version("triton")
-    if triton and _version("tensorflow") and not triton.startswith(("3.4", "3.5", "3.6")):
+    if triton and _version("tensorflow") and _numbers(triton) >= (3, 7):
         yield (
             f"  triton {triton} aborts a process that imported TensorFlow first (3.7 to 3.9 do); "
             "3.6.0 does not."
         )
+
+
+def _old() -> Iterator[str]:
+    """What is older than the lower bounds of the package, which pip checks for extras alone."""
+    bounds = (re.match(r"([\w-]+)>=([\d.]+)", line) for line in requires("attn-core") or ())
+    for name, bound in dict(found.groups() for found in bounds if found).items():
+        here = _version(name)
+        if here is not None and _numbers(here) < _numbers(bound):
+            yield f"  {name} {here} is older than {bound}, the oldest that is tried: make it newer."
+
+
+def _numbers(found: str) -> tuple[int, ...]:
+    """The numbers that a version begins with: (2, 10, 0) of 2.10.0+cpu."""
+    return tuple(int(n) for n in re.findall(r"\d+", re.sub(r"[^\d.].*", "", found)))
 
 
 def _kernels() -> Iterator[str]:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from attn_core import __version__
+from attn_core.conformance.questions import numpy_dtype
 
 FORMAT = 1
 """Raised when a reader of the last one would misread; `check` refuses every other."""
@@ -84,7 +85,7 @@ def load(directory: str | os.PathLike[str], entry: dict[str, Any]) -> dict[str, 
 
     Raises:
         GoldenError: the file is not what the index says.
-        ImportError: safetensors, or ml_dtypes for a bfloat16 case, is missing.
+        ImportError: safetensors is missing.
     """
     library = import_safetensors()
     content = _content(Path(directory), entry)
@@ -110,16 +111,8 @@ def load(directory: str | os.PathLike[str], entry: dict[str, Any]) -> dict[str, 
 
 def _dtype(name: str) -> np.dtype:
     """Files are little-endian, whatever the machine."""
-    if name != "bfloat16":
-        return np.dtype(name).newbyteorder("<")
-    try:
-        import ml_dtypes
-    except ImportError as error:
-        raise ImportError(
-            "ml_dtypes must be installed for the bfloat16 cases: pip install 'attn-core[golden]'. "
-            f"Got {error}."
-        ) from error
-    return np.dtype(ml_dtypes.bfloat16)
+    found = numpy_dtype(name)
+    return found if name == "bfloat16" else found.newbyteorder("<")
 
 
 def parsed(where: Path) -> dict[str, Any]:

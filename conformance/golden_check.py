@@ -45,7 +45,7 @@ def check(
     Raises:
         GoldenError: the set is missing, truncated, altered, or of another format.
         ValueError: an unknown backend.
-        ImportError: safetensors, ml_dtypes or the backend's framework is missing.
+        ImportError: safetensors or the backend's framework is missing.
     """
     backend = "numpy" if backend is None else backend
     if isinstance(backend, str):

@@ -108,7 +108,7 @@ def write(
 
     Raises:
         ValueError: an unknown case, or a directory that holds anything else.
-        ImportError: safetensors, or ml_dtypes for a bfloat16 case, is missing.
+        ImportError: safetensors is missing.
     """
     library = import_safetensors()
     asked = {case.name: case for case in map(_case, CASES if cases is None else cases)}

@@ -290,7 +290,7 @@ def backend_objection(module, name, root, lazily):
     if root in ("attn_core", "numpy"):
         return None
     if root == "ml_dtypes":
-        # JAX and TensorFlow bring it; elsewhere NumPy's bfloat16 is optional.
+        # JAX and TensorFlow load it; elsewhere it is loaded when NumPy's bfloat16 is met.
         return None if lazily or own in ("tf", "jax") else "ml_dtypes is imported inside functions"
     if own and root in ROOMS[own]:
         # flax is an extra of jax: layers may need it, calls may not.

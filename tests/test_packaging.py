@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import attn_core
+from attn_core import cli_doctor
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -96,7 +97,7 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(wheel):
 def test_the_wheel_is_pure_and_needs_no_framework(wheel):
     (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
     needed = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", wheel.read(name).decode(), re.M)
-    assert set(needed) == {"numpy", "typer", "rich"}
+    assert set(needed) == {"numpy", "ml_dtypes", "typer", "rich"}
     assert wheel.filename is not None
     assert wheel.filename.endswith("-py3-none-any.whl")
 
@@ -139,6 +140,14 @@ def test_the_lower_bounds_are_the_versions_of_make_oldest():
     for name, bound in bounds.items():
         assert f"{pins[name]}.".startswith(f"{bound}."), name
         assert f"{bound} and newer" in readme or f"{name.title()} {bound}" in readme, name
+
+
+def test_doctor_names_what_is_older_than_a_lower_bound(monkeypatch):
+    here = {"torch": "2.9.1+cpu", "tensorflow": "2.16.1", "jax": "0.12.0.1", "triton": "3.4.0"}
+    monkeypatch.setattr(cli_doctor, "_version", here.get)
+    torch, triton = cli_doctor._old()
+    assert "torch 2.9.1+cpu is older than 2.10" in torch
+    assert "triton 3.4.0 is older than 3.6" in triton
 
 
 def test_every_constraint_is_a_dependency_and_exact():
