@@ -38,8 +38,9 @@ def lines() -> Iterator[str]:
 
 def _old() -> Iterator[str]:
     """What is older than the lower bounds of the package, which pip checks for extras alone."""
-    bounds = (re.match(r"([\w-]+)>=([\d.]+)", line) for line in requires("attn-core") or ())
-    for name, bound in dict(found.groups() for found in bounds if found).items():
+    asked = "\n".join(requires("attn-core") or ())
+    bounds: list[tuple[str, str]] = re.findall(r"^([\w-]+)>=([\d.]+)", asked, re.MULTILINE)
+    for name, bound in dict(bounds).items():
         here = _version(name)
         if here is not None and _numbers(here) < _numbers(bound):
             yield f"  {name} {here} is older than {bound}, the oldest that is tried: make it newer."
