@@ -137,6 +137,11 @@ def part_of(p: Problem, x: Operands, parts_b: int, parts_h: int) -> Problem:
     )
 
 
+def names_of(given: Any) -> tuple[str, ...]:
+    """The axes of a mesh that cut an axis of an array, which may be none, one or several."""
+    return () if given is None else given if isinstance(given, tuple) else (given,)
+
+
 def parts_heads(p: Problem, parts: int) -> bool:
     """Whether its heads can be cut into so many parts."""
     return p.heads % parts == 0 and (p.kv_heads == 1 or p.kv_heads % parts == 0)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn_core.backends.jax.cuts import RANKS, cuts_of, part_of, parts_heads, placed
+from attn_core.backends.jax.cuts import RANKS, cuts_of, names_of, part_of, parts_heads, placed
 from attn_core.spec import AttentionOutput, Operands, Problem
 
 Array = Any
@@ -106,7 +106,7 @@ class Cut(NamedTuple):
 
     @property
     def axes(self) -> tuple[str, ...]:
-        return (*_names(self.b), *_names(self.h))
+        return (*names_of(self.b), *names_of(self.h))
 
 
 def _by_parts(attend: Any, p: Problem, cut: Cut, x: Operands) -> AttentionOutput:
@@ -115,7 +115,7 @@ def _by_parts(attend: Any, p: Problem, cut: Cut, x: Operands) -> AttentionOutput
 
     def one(x: Operands) -> AttentionOutput:
         part = part_of(p, x, *parts)
-        found: AttentionOutput = attend(part, placed(part, x, _names(cut.b), _names(cut.h)))
+        found: AttentionOutput = attend(part, placed(part, x, names_of(cut.b), names_of(cut.h)))
         return found
 
     each = jax.shard_map(
@@ -139,7 +139,7 @@ def _cut(p: Problem, x: Operands, mesh: Any) -> Cut | None:
     explicit, cuts = set(mesh.explicit_axes), cuts_of(p, x)
 
     def kept(given: Any, whole: bool) -> Any:
-        return given if whole and explicit.issuperset(_names(given)) else None
+        return given if whole and explicit.issuperset(names_of(given)) else None
 
     b = kept(first, cuts.b and (p.batch or 0) % _parts(mesh, first) == 0)
     h = kept(heads, cuts.h and parts_heads(p, _parts(mesh, heads)))
@@ -156,9 +156,9 @@ def _lie(mesh: Any, x: Operands, arguments: Operands) -> Operands:
     """The same arrays, cut as they are to be, and along their other axes as they were."""
 
     def laid(a: Array, wanted: Any) -> Array:
-        used = {n for spec in wanted for n in _names(spec)}
+        used = {n for spec in wanted for n in names_of(spec)}
         both = [
-            new or tuple(n for n in _names(old) if n not in used)
+            new or tuple(n for n in names_of(old) if n not in used)
             for new, old in zip(wanted, _lies(a), strict=True)
         ]
         return jax.sharding.reshard(a, jax.NamedSharding(mesh, jax.P(*[n or None for n in both])))
@@ -220,12 +220,8 @@ def _lies(x: Array) -> tuple[Any, ...]:
     return spec + (None,) * (x.ndim - len(spec))
 
 
-def _names(given: Any) -> tuple[str, ...]:
-    return () if given is None else given if isinstance(given, tuple) else (given,)
-
-
 def _parts(mesh: Any, given: Any) -> int:
-    return math.prod(mesh.shape[name] for name in _names(given))
+    return math.prod(mesh.shape[name] for name in names_of(given))
 
 
 def _once_each(lies: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -233,7 +229,7 @@ def _once_each(lies: tuple[Any, ...]) -> tuple[Any, ...]:
     taken: set[str] = set()
     kept = []
     for given in lies:
-        left = tuple(name for name in _names(given) if name not in taken)
+        left = tuple(name for name in names_of(given) if name not in taken)
         taken.update(left)
         kept.append(left or None)
     return tuple(kept)

@@ -30,7 +30,7 @@ from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding
 
 from attn_core.backends.jax.arrays import is_wide
-from attn_core.backends.jax.cuts import Along, cuts_of, part_of, parts_heads, placed
+from attn_core.backends.jax.cuts import Along, cuts_of, names_of, part_of, parts_heads, placed
 from attn_core.backends.jax.meshes import axes_of
 from attn_core.spec import Operands, Problem
 
@@ -73,7 +73,7 @@ def by_devices(
         if not isinstance(lies, NamedSharding):
             return (), ()
         spec = (*lies.spec, *(None,) * (4 - len(lies.spec)))
-        b, h = (() if at is None else _several(spec[at]) for at in (given[0].b, given[0].h))
+        b, h = (() if at is None else names_of(spec[at]) for at in (given[0].b, given[0].h))
         parts_b, parts_h = (prod(lies.mesh.shape[n] for n in axes) for axes in (b, h))
         return (
             b if cuts.b and (p.batch or 0) % parts_b == 0 else (),
@@ -126,10 +126,6 @@ def _open(tree: Any) -> bool:
     if mesh.manual_axes or mesh.explicit_axes:
         return False
     return not any(is_wide(x) for x in jax.tree_util.tree_leaves(tree))
-
-
-def _several(names: Any) -> tuple[str, ...]:
-    return () if names is None else names if isinstance(names, tuple) else (names,)
 
 
 def _added(x: Array, names: tuple[str, ...]) -> Array:
