@@ -6,6 +6,7 @@ numbers of the whole, is told where the part begins. Key heads are cut with thei
 one is shared.
 
     cuts_of      which axis of every operand goes along batches, which along heads
+    dealt        along which axes of a mesh it is
     part_of      the problem of one part
     placed       its operands, with a seed that knows the part's first batch and head
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +26,8 @@ from attn_core.language.tree import Tree, axes_along
 from attn_core.spec import AttentionOutput, Operands, Problem
 
 Array = Any
-
+Names = tuple[str, ...]
+"""Axes of a mesh."""
 
 RANKS = AttentionOutput(4, 3, 4)
 """Of out, lse and weights."""
@@ -37,11 +40,10 @@ class Along:
     b: int | None = None
     h: int | None = None
 
-    def spec(self, rank: int, b: Any, h: Any) -> Any:
+    def spec(self, rank: int, b: Names, h: Names) -> Any:
         """How the array lies if batches and heads are cut along these axes of a mesh."""
-        return jax.sharding.PartitionSpec(
-            *[b if at == self.b else h if at == self.h else None for at in range(rank)]
-        )
+        cut = [b if at == self.b else h if at == self.h else () for at in range(rank)]
+        return jax.sharding.PartitionSpec(*[n[0] if len(n) == 1 else n or None for n in cut])
 
 
 class Cuts(NamedTuple):
@@ -137,17 +139,29 @@ def part_of(p: Problem, x: Operands, parts_b: int, parts_h: int) -> Problem:
     )
 
 
-def names_of(given: Any) -> tuple[str, ...]:
+def names_of(given: Any) -> Names:
     """The axes of a mesh that cut an axis of an array, which may be none, one or several."""
     return () if given is None else given if isinstance(given, tuple) else (given,)
 
 
-def parts_heads(p: Problem, parts: int) -> bool:
-    """Whether its heads can be cut into so many parts."""
-    return p.heads % parts == 0 and (p.kv_heads == 1 or p.kv_heads % parts == 0)
+def parts_of(mesh: Any, given: Any) -> int:
+    """In how many parts they cut it."""
+    return prod(mesh.shape[name] for name in names_of(given))
 
 
-def placed(p: Problem, x: Operands, b: Sequence[str], h: Sequence[str]) -> Operands:
+def dealt(p: Problem, cuts: Cuts, mesh: Any, lies: Sequence[Any]) -> tuple[Names, Names]:
+    """The axes of the mesh along which batches, and heads, are dealt out evenly.
+
+    Those that cut a query that lies like this; none where they cannot be.
+    """
+    query = cuts.operands.query
+    b, h = (() if at is None else names_of(lies[at]) for at in (query.b, query.h))
+    parts_b, parts_h = parts_of(mesh, b), parts_of(mesh, h)
+    even = p.heads % parts_h == 0 and (p.kv_heads == 1 or p.kv_heads % parts_h == 0)
+    return b if (p.batch or 0) % parts_b == 0 else (), h if even else ()
+
+
+def placed(p: Problem, x: Operands, b: Names, h: Names) -> Operands:
     """The operands of a part, of batches and heads cut along these axes of a mesh.
 
     Inside of what runs on each device; p is the part's problem.
@@ -156,8 +170,8 @@ def placed(p: Problem, x: Operands, b: Sequence[str], h: Sequence[str]) -> Opera
         return x
     low, high = words(x.seed)
 
-    def first(names: Sequence[str], size: int | None) -> Array:
-        at = jax.lax.axis_index(tuple(names)) if names else 0
+    def first(names: Names, size: int | None) -> Array:
+        at = jax.lax.axis_index(names) if names else 0
         return jnp.asarray(at * (size or 0), jnp.uint32)
 
     return x._replace(seed=(low, high, first(b, p.batch), first(h, p.heads)))

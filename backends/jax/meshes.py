@@ -19,7 +19,6 @@ is XLA finds out, and only results are told where they lie:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any, NamedTuple
@@ -27,7 +26,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn_core.backends.jax.cuts import RANKS, cuts_of, names_of, part_of, parts_heads, placed
+from attn_core.backends.jax.cuts import (
+    RANKS,
+    Names,
+    cuts_of,
+    dealt,
+    names_of,
+    part_of,
+    parts_of,
+    placed,
+)
 from attn_core.spec import AttentionOutput, Operands, Problem
 
 Array = Any
@@ -95,27 +103,27 @@ class Cut(NamedTuple):
     """What one device computes.
 
     Attributes:
-        b, h: the axes of the mesh along which batches, and heads, are cut: one, several or None.
+        b, h: the axes of the mesh along which batches, and heads, are cut.
         arguments, results: how each is cut.
     """
 
-    b: Any
-    h: Any
+    b: Names
+    h: Names
     arguments: Operands
     results: AttentionOutput
 
     @property
-    def axes(self) -> tuple[str, ...]:
-        return (*names_of(self.b), *names_of(self.h))
+    def axes(self) -> Names:
+        return self.b + self.h
 
 
 def _by_parts(attend: Any, p: Problem, cut: Cut, x: Operands) -> AttentionOutput:
     mesh = jax.typeof(x.query).sharding.mesh
-    parts = _parts(mesh, cut.b), _parts(mesh, cut.h)
+    parts = parts_of(mesh, cut.b), parts_of(mesh, cut.h)
 
     def one(x: Operands) -> AttentionOutput:
         part = part_of(p, x, *parts)
-        found: AttentionOutput = attend(part, placed(part, x, names_of(cut.b), names_of(cut.h)))
+        found: AttentionOutput = attend(part, placed(part, x, cut.b, cut.h))
         return found
 
     each = jax.shard_map(
@@ -134,16 +142,10 @@ def _cut(p: Problem, x: Operands, mesh: Any) -> Cut | None:
 
     By the Explicit axes along which batches and heads of the query lie.
     """
-    first, second, third, _ = _lies(x.query)
-    heads = second if p.layout == "BHTD" else third
     explicit, cuts = set(mesh.explicit_axes), cuts_of(p, x)
-
-    def kept(given: Any, whole: bool) -> Any:
-        return given if whole and explicit.issuperset(names_of(given)) else None
-
-    b = kept(first, cuts.b and (p.batch or 0) % _parts(mesh, first) == 0)
-    h = kept(heads, cuts.h and parts_heads(p, _parts(mesh, heads)))
-    if b is None and h is None:
+    both = dealt(p, cuts, mesh, _lies(x.query))
+    b, h = (names if explicit.issuperset(names) else () for names in both)
+    if not (b or h):
         return None
     arguments = jax.tree_util.tree_map(lambda a, x: a.spec(x.ndim, b, h), cuts.operands, x)
     results = AttentionOutput(
@@ -185,7 +187,7 @@ def reshaped(x: Array, shape: tuple[int, ...]) -> Array:
         return x.reshape(shape)
     lies = _lies(x)
     kept = [n if shape[at] == x.shape[at] else None for at, n in ((-2, lies[-2]), (-1, lies[-1]))]
-    first = lies[0] if shape[0] % _parts(mesh, lies[0]) == 0 else None
+    first = lies[0] if shape[0] % parts_of(mesh, lies[0]) == 0 else None
     return _auto(mesh, lambda x: x.reshape(shape), (first, *(None,) * (len(shape) - 3), *kept))(x)
 
 
@@ -218,10 +220,6 @@ def _lies(x: Array) -> tuple[Any, ...]:
     """For each axis of an array the axis of the mesh that cuts it, several, or None."""
     spec = tuple(jax.typeof(x).sharding.spec)
     return spec + (None,) * (x.ndim - len(spec))
-
-
-def _parts(mesh: Any, given: Any) -> int:
-    return math.prod(mesh.shape[name] for name in names_of(given))
 
 
 def _once_each(lies: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import prod
 from typing import Any
 
 import jax
@@ -30,7 +29,7 @@ from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding
 
 from attn_core.backends.jax.arrays import is_wide
-from attn_core.backends.jax.cuts import Along, cuts_of, names_of, part_of, parts_heads, placed
+from attn_core.backends.jax.cuts import Along, Names, cuts_of, dealt, part_of, parts_of, placed
 from attn_core.backends.jax.meshes import axes_of
 from attn_core.spec import Operands, Problem
 
@@ -50,9 +49,11 @@ def by_devices(
         along: of the `Cuts`: an `Along` for every array of `more`, and one for every result.
             Results along neither are sums over the parts.
     """
-    cuts = cuts_of(p, x)
     arguments = x, more
-    if not (cuts.b or cuts.h) or not _open(arguments):
+    if not _open(arguments):
+        return run(p, x, more)
+    cuts = cuts_of(p, x)
+    if not (cuts.b or cuts.h):
         return run(p, x, more)
     flat, tree = jax.tree_util.tree_flatten(arguments)
     program, shape = jax.make_jaxpr(partial(run, p), return_shape=True)(*arguments)
@@ -68,23 +69,17 @@ def by_devices(
         found: list[Array] = jaxpr_as_fun(closed)(*flat[:count])
         return found
 
-    def names(lies: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def names(lies: Any) -> tuple[Names, Names]:
         """The axes of the mesh that cut batches, and heads, of a query that lies like this."""
         if not isinstance(lies, NamedSharding):
             return (), ()
-        spec = (*lies.spec, *(None,) * (4 - len(lies.spec)))
-        b, h = (() if at is None else names_of(spec[at]) for at in (given[0].b, given[0].h))
-        parts_b, parts_h = (prod(lies.mesh.shape[n] for n in axes) for axes in (b, h))
-        return (
-            b if cuts.b and (p.batch or 0) % parts_b == 0 else (),
-            h if cuts.h and parts_heads(p, parts_h) else (),
-        )
+        return dealt(p, cuts, lies.mesh, (*lies.spec, *(None,) * (4 - len(lies.spec))))
 
     # XLA asks when tracing is over: what is asked holds none of the arrays.
     ranks, rule = [x.ndim for x in flat], _rule(p, flat, given, shapes, wanted)
 
     def laid(mesh: Any, ranks: Sequence[int], alongs: Sequence[Along], b: Any, h: Any) -> Any:
-        specs = (a.spec(n, b or None, h or None) for n, a in zip(ranks, alongs, strict=True))
+        specs = (a.spec(n, b, h) for n, a in zip(ranks, alongs, strict=True))
         return tuple(NamedSharding(mesh, spec) for spec in specs)
 
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
@@ -92,8 +87,7 @@ def by_devices(
 
         def share(*flat: Array) -> list[Array]:
             mine, more = tree.unflatten(flat[:count])
-            sizes = [prod(mesh.shape[n] for n in axes) for axes in (b, h)]
-            part = part_of(p, mine, *sizes)
+            part = part_of(p, mine, parts_of(mesh, b), parts_of(mesh, h))
             found = run(part, placed(part, mine, b, h), more)
             return [
                 _added(x, (() if a.b is not None else b) + (() if a.h is not None else h))

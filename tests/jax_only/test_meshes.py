@@ -14,11 +14,15 @@ PROGRAM = Path(__file__).parents[1] / "jax_meshes.py"
 FLAG = "--xla_force_host_platform_device_count=4"
 
 
-@pytest.mark.parametrize("where", ["shard_map", "explicit", "auto"])
+@pytest.mark.parametrize("where", ["shard_map", "explicit", "auto", "older"])
 def test_arrays_on_four_devices(where: str) -> None:
     done = subprocess.run(
         [sys.executable, str(PROGRAM), where],
-        env={**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAG}"},
+        env={
+            **os.environ,
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAG}",
+            "JAX_USE_SHARDY_PARTITIONER": str(where != "older"),
+        },
         capture_output=True,
         text=True,
     )
