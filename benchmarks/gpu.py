@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 from attn_core.benchmarks import gpu_cases, gpu_stages, timing
 from attn_core.benchmarks.check import asked, error, expected_names, shares
 from attn_core.benchmarks.gpu_cases import GpuCase, Measured
-from attn_core.benchmarks.gpu_stages import LEAST, Call, Stage
+from attn_core.benchmarks.gpu_stages import LEAST, Stage
 
 VERSION = 1
 SHARES = {
@@ -64,10 +64,11 @@ class Pace(NamedTuple):
 
 
 PACE = Pace()
-HURRIED = Pace(3, 10, 8)
+HURRIED = Pace(3, 5, 8)
 """Where minutes are given."""
 
 Say = Callable[[str], None]
+Call = Callable[[], Any]
 Keep = Callable[[Sequence[Measured]], None]
 
 
@@ -88,6 +89,13 @@ class Limit:
         """The limit of whoever has the time up to this share of it."""
         other = copy(self)
         other.seconds = None if self.seconds is None else share * self.seconds
+        return other
+
+    def part(self, share: float) -> Limit:
+        """The limit of whoever has this part of what is left."""
+        other = copy(self)
+        if self.seconds is not None:
+            other.seconds = self.seconds - (1 - share) * self.left()
         return other
 
 
@@ -119,7 +127,7 @@ def run(
     minutes: float | None = None,
     environment: Mapping[str, Any] | None = None,
     say: Say = print,
-    call: Call | None = None,
+    call: gpu_stages.Call | None = None,
     given: Sequence[GpuCase] | None = None,
     bench: Callable[..., None] | None = None,
 ) -> tuple[dict[str, Any], Path]:
@@ -248,24 +256,67 @@ def measured(
     direction: str,
     pace: Pace,
     subjects: Sequence[str],
-    beginning: Callable[[str], None] = lambda subject: None,
 ) -> list[Measured]:
-    """Every subject checked, then all timed turn by turn; `beginning` is told who comes next."""
-    ready: dict[str, Callable[[], Any]] = {}
-    told: dict[str, Measured] = {}
+    """Every subject checked, then all timed turn by turn."""
+    told, calls = judged(machine, case, direction, pace.heads, subjects)
+    return timed(machine, timer, case, direction, pace, told, calls.__getitem__)
+
+
+def judged(
+    machine: Any,
+    case: GpuCase,
+    direction: str,
+    heads: int,
+    subjects: Sequence[str],
+    beginning: Callable[[str], None] = lambda subject: None,
+) -> tuple[list[Measured], dict[str, Call]]:
+    """Every subject's answer checked: (what is told of each, the calls of those that are right).
+
+    Args:
+        beginning: is told who comes next.
+    """
+    told: list[Measured] = []
+    calls: dict[str, Call] = {}
     for subject in subjects:
         beginning(subject)
         plain = Measured(case.name, subject, direction, "measured")
         try:
             call = machine.prepared(subject, case, direction)
-            told[subject] = _checked(plain, call, case, pace.heads)
-            if told[subject].status == "measured":
-                short = case.kind == "decode" and subject.startswith(gpu_cases.OURS)
-                ready[subject] = machine.captured(call.run) if short else call.run
+            told.append(_checked(plain, call, case, heads))
+            calls[subject] = call.run
         except machine.Refused as reason:
-            told[subject] = plain._replace(status="refused", problem=str(reason))
+            told.append(plain._replace(status="refused", problem=str(reason)))
         except Exception as raised:  # whatever a subject raises is told of it, and costs no other
-            told[subject] = plain._replace(status="error", problem=_told(raised))
+            told.append(plain._replace(status="error", problem=_told(raised)))
+    beginning("")
+    return told, calls
+
+
+def timed(
+    machine: Any,
+    timer: Any,
+    case: GpuCase,
+    direction: str,
+    pace: Pace,
+    told: Sequence[Measured],
+    call: Callable[[str], Call],
+    beginning: Callable[[str], None] = lambda subject: None,
+) -> list[Measured]:
+    """Those that were right timed, turn by turn; `call` prepares a subject's."""
+    found = {m.subject: m for m in told}
+    ready: dict[str, Call] = {}
+
+    def wrong(subject: str, raised: Exception) -> None:
+        found[subject] = found[subject]._replace(status="error", problem=_told(raised))
+
+    for subject in [m.subject for m in told if m.status == "measured"]:
+        beginning(subject)
+        short = case.kind == "decode" and subject.startswith(gpu_cases.OURS)
+        try:
+            run = call(subject)
+            ready[subject] = machine.captured(run) if short else run
+        except Exception as raised:
+            wrong(subject, raised)
     beginning("")
     samples: dict[str, list[float]] = {subject: [] for subject in ready}
     for turn in timing.turns(list(ready), pace.rounds):
@@ -275,12 +326,11 @@ def measured(
             milliseconds = timer.sample(ready[turn.name], pace.repeats)
         except Exception as raised:
             del ready[turn.name], samples[turn.name]
-            wrong = told[turn.name]._replace(status="error", problem=_told(raised))
-            told[turn.name] = wrong
+            wrong(turn.name, raised)
             continue
         if turn.counted:
             samples[turn.name].append(milliseconds)
-    return [m._replace(samples=tuple(samples.get(s, ()))) for s, m in told.items()]
+    return [m._replace(samples=tuple(samples.get(s, ()))) for s, m in found.items()]
 
 
 def _told(raised: Exception) -> str:

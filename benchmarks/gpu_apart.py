@@ -1,14 +1,18 @@
-"""The cases of a GPU in a process of their own: a kernel that ends it, or never ends, costs itself.
+"""The cases of a GPU in processes apart: a kernel that ends one, or never ends, costs itself.
 
 An address that is not the kernel's leaves a CUDA process without a device, and every case after it
-without a figure; a barrier that nobody comes to waits for good. So a worker goes through the cases,
-and says of each who begins and what came of it:
+without a figure; a barrier that nobody comes to waits for good. So workers go through the cases,
+and say of each who begins and what came of it:
 
-    {"begins": "torch:triton"}      {"begins": ""}      {"measured": [...]}
+    {"begins": "torch:triton"}      {"begins": ""}      {"told": [...]}
 
-Where it ends, where it says nothing for `PATIENCE` seconds, or where the device no longer answers
+Where one ends, where it says nothing for `PATIENCE` seconds, or where the device no longer answers
 after an error, the subject that had begun is told of it, the rest of the case is asked again
 without it, and another worker goes on.
+
+They go through the cases twice. First about as many as there are processors judge answers, side by
+side: what takes long then, compilers and the judge, is the host's work, and what is compiled stays
+in caches on its disk. Then one alone times who was right, on numbers that the device has drawn.
 """
 
 from __future__ import annotations
@@ -19,15 +23,20 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple
 
-from attn_core.benchmarks.gpu import Keep, Limit, Pace, Say, measured
+from attn_core.benchmarks.gpu import Keep, Limit, Pace, Say, judged, timed
 from attn_core.benchmarks.gpu_cases import GpuCase, Measured
 
 PATIENCE = 180.0
 """Seconds without a word after which a worker is taken for dead; compiling is the longest."""
+
+JUDGING = 0.6
+"""The part of the time that judging may take."""
 
 _FUTILE = 3
 """Workers one after another that end before they have said anything."""
@@ -40,11 +49,18 @@ COMMAND = (sys.executable, "-c", _CODE)
 
 
 class Unit(NamedTuple):
-    """A case, a direction, and who is asked."""
+    """A case, a direction, and what is told of each subject: of those to be asked "measured"."""
 
     case: GpuCase
     direction: str
-    subjects: tuple[str, ...]
+    told: tuple[Measured, ...]
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        return tuple(m.subject for m in self.told if m.status == "measured")
+
+
+Told = Callable[[Unit, Sequence[Measured]], None]
 
 
 def bench(
@@ -56,17 +72,65 @@ def bench(
     keep: Keep,
     command: Sequence[str] = COMMAND,
     patience: float = PATIENCE,
+    judges: int | None = None,
 ) -> None:
     """`gpu.in_place`, in workers: what they measure is kept as it comes.
+
+    Args:
+        judges: how many judge answers side by side; by default one for each processor but two.
 
     Raises:
         RuntimeError: workers end before they have begun with anything.
     """
-    left = [Unit(case, direction, case.who(direction)) for case, direction in units]
-    whole, futile = len(left), 0
+    given = [
+        Unit(c, d, tuple(Measured(c.name, s, d, "measured") for s in c.who(d))) for c, d in units
+    ]
+    names = list(dict.fromkeys(case.name for case, _ in units))
+    many = max(1, min(judges or (os.cpu_count() or 1) - 2, len(names)))
+    answers: dict[tuple[str, str], list[Measured]] = {}
+
+    def judged(unit: Unit, found: Sequence[Measured]) -> None:
+        answers.setdefault((unit.case.name, unit.direction), []).extend(found)
+        for m in found:
+            if m.status in ("wrong", "error"):
+                say(f"{m.case} {m.direction}, {m.subject}: {m.status}. {m.problem}")
+
+    def judge(at: int) -> None:
+        mine = [unit for unit in given if unit.case.name in names[at::many]]
+        _through(mine, "judge", pace, limit.part(JUDGING), judged, command, patience)
+
+    say(f"{len(given)} to judge, {many} at once")
+    with ThreadPoolExecutor(many) as pool:
+        list(pool.map(judge, range(many)))
+    right = [
+        unit._replace(told=tuple(answers[unit.case.name, unit.direction]))
+        for unit in given
+        if (unit.case.name, unit.direction) in answers
+    ]
+    say(f"{len(right)} judged; now they are timed")
+
+    def measured(unit: Unit, found: Sequence[Measured]) -> None:
+        keep(found)
+        at = right.index(unit) + 1 if unit in right else 0
+        if at:
+            say(f"{at} of {len(right)}: {unit.case.name}, {unit.direction}")
+
+    _through(right, "time", pace, limit, measured, command, patience)
+
+
+def _through(
+    units: Sequence[Unit],
+    job: str,
+    pace: Pace,
+    limit: Limit,
+    told: Told,
+    command: Sequence[str],
+    patience: float,
+) -> None:
+    """Workers do this job on all units, one worker after another."""
+    left, futile = list(units), 0
     while left and limit.left() > 0:
-        worker, begun, spoken = _Worker(command, left, pace), "", False
-        say(f"{whole - len(left) + 1} of {whole}: {left[0].case.name}, {left[0].direction}")
+        worker, begun, spoken = _Worker(command, job, left, pace), "", False
         while left:
             line = worker.line(min(patience, limit.left()))
             if line is None:
@@ -75,12 +139,10 @@ def bench(
             if "begins" in line:
                 begun = line["begins"]
                 continue
-            keep([Measured(**{**m, "samples": tuple(m["samples"])}) for m in line["measured"]])
-            left.pop(0)
+            found = {m["subject"]: m for m in line["told"]}
+            unit = left.pop(0)
+            told(unit, [_merged(m, found.get(m.subject)) for m in unit.told])
             begun = ""
-            if left:
-                at = whole - len(left) + 1
-                say(f"{at} of {whole}: {left[0].case.name}, {left[0].direction}")
         how = worker.end()
         if not left or limit.left() <= 0 or how == _LOST:
             continue  # of the last, what was lost had been told before
@@ -88,17 +150,27 @@ def bench(
         if futile == _FUTILE:
             raise RuntimeError(f"a worker must begin with its cases. Got {how}: {worker.last}")
         if spoken:
-            _blamed(left, begun, f"the process ended with it ({how}): {worker.last}", keep)
+            left[0] = _blamed(left[0], begun, f"the process ended with it ({how}): {worker.last}")
 
 
-def _blamed(left: list[Unit], begun: str, problem: str, keep: Keep) -> None:
+def _merged(before: Measured, found: Any) -> Measured:
+    """What a worker found of it; its answer was judged before it was timed."""
+    if found is None:
+        return before
+    now = Measured(**{**found, "samples": tuple(found["samples"])})
+    return now._replace(rmse=before.rmse if now.rmse is None else now.rmse)
+
+
+def _blamed(unit: Unit, begun: str, problem: str) -> Unit:
     """Whoever had begun gets no figure here; of a case that was being timed, nobody does."""
-    unit = left.pop(0)
-    bad = [begun] if begun else list(unit.subjects)
-    keep([Measured(unit.case.name, s, unit.direction, "error", problem[:400]) for s in bad])
-    others = tuple(s for s in unit.subjects if s not in bad)
-    if others:
-        left.insert(0, unit._replace(subjects=others))
+    return unit._replace(
+        told=tuple(
+            m._replace(status="error", problem=problem[:400])
+            if m.status == "measured" and begun in ("", m.subject)
+            else m
+            for m in unit.told
+        )
+    )
 
 
 class _Worker:
@@ -108,8 +180,8 @@ class _Worker:
         last: the last line that it said beside its answers.
     """
 
-    def __init__(self, command: Sequence[str], units: Sequence[Unit], pace: Pace) -> None:
-        asked = [(asdict(u.case), u.direction, u.subjects) for u in units]
+    def __init__(self, command: Sequence[str], job: str, units: Sequence[Unit], pace: Pace) -> None:
+        asked = [(asdict(u.case), u.direction, u.asked) for u in units]
         self.last = "no message"
         self.lines: queue.Queue[str | None] = queue.Queue()
         self.process = subprocess.Popen(
@@ -126,7 +198,7 @@ class _Worker:
             thread.start()
         try:
             assert self.process.stdin is not None
-            self.process.stdin.write(json.dumps({"units": asked, "pace": pace}) + "\n")
+            self.process.stdin.write(json.dumps({"job": job, "units": asked, "pace": pace}) + "\n")
             self.process.stdin.close()
         except BrokenPipeError:
             pass  # it has ended, which its lines will tell
@@ -167,7 +239,7 @@ class _Worker:
 
 
 def main(machine: Any = None) -> None:
-    """A worker: one line of JSON comes in, with the units and the pace."""
+    """A worker: one line of JSON comes in, with the job, the units and the pace."""
     from attn_core.conformance.worker import own_stdout
 
     channel = own_stdout()
@@ -176,19 +248,25 @@ def main(machine: Any = None) -> None:
         from attn_core.benchmarks import gpu_calls
 
         machine = gpu_calls
-    pace, timer = Pace(*asked["pace"]), machine.Timer()
+    pace, timing = Pace(*asked["pace"]), asked["job"] == "time"
+    timer = machine.Timer() if timing else None
 
     def say(line: dict[str, Any]) -> None:
         print(json.dumps(line), file=channel, flush=True)
 
+    def beginning(subject: str) -> None:
+        say({"begins": subject})
+
     for fields, direction, subjects in asked["units"]:
         lists = {n: tuple(x) for n, x in fields.items() if isinstance(x, list)}
         case = GpuCase(**{**fields, **lists})
-        found = measured(
-            *(machine, timer, case, direction, pace, subjects),
-            beginning=lambda subject: say({"begins": subject}),
-        )
-        say({"measured": [m._asdict() for m in found]})
+        if timing:
+            told = [Measured(case.name, subject, direction, "measured") for subject in subjects]
+            call = partial(machine.warmed, case=case, direction=direction)
+            found = timed(machine, timer, case, direction, pace, told, call, beginning)
+        else:
+            found, _ = judged(machine, case, direction, pace.heads, subjects, beginning)
+        say({"told": [m._asdict() for m in found]})
         if any(m.status == "error" for m in found) and not machine.answers():
             channel.flush()
             os._exit(_LOST)  # whatever is left would wait for the device

@@ -84,8 +84,11 @@ def answers() -> bool:
         return False
 
 
-def prepared(name: str, case: GpuCase, direction: str) -> Prepared:
+def prepared(name: str, case: GpuCase, direction: str, drawn: bool = False) -> Prepared:
     """The subject on the case's arrays.
+
+    Args:
+        drawn: by the device itself, in no time: such numbers are for timing alone.
 
     Raises:
         Refused: it is not for this case, or not here.
@@ -119,7 +122,24 @@ def prepared(name: str, case: GpuCase, direction: str) -> Prepared:
         back = attn_core.registry.load("torch").to_numpy
         return {n: back(x.detach().cpu()) for n, x in zip(keys, found, strict=True)}
 
-    return Prepared(made(_moved(case.arrays())), answer)
+    return Prepared(made(_drawn(case) if drawn else _moved(case.arrays())), answer)
+
+
+def warmed(name: str, case: GpuCase, direction: str) -> Callable[[], Any]:
+    """One call of the subject on numbers that the device draws; compiled, and called before."""
+    run = prepared(name, case, direction, drawn=True).run
+    for _ in range(2):
+        run()
+    return run
+
+
+def _drawn(case: GpuCase) -> dict[str, Any]:
+    dice = torch.Generator("cuda").manual_seed(case.length)
+    dtype = getattr(torch, case.dtype)
+    return {
+        name: torch.randn(case.sizes(name), generator=dice, device="cuda", dtype=dtype)
+        for name in ("query", "key", "value", "cotangent")
+    }
 
 
 def _moved(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def _judged(*words: str) -> list[str]:
 
 def _jobs() -> int:
     # Compiling is most of it, and that a GPU's host does beside.
-    return max(1, min(8, (os.cpu_count() or 2) // 2))
+    return max(1, min(16, (os.cpu_count() or 2) - 2))
 
 
 def _suite(name: str, tier: str) -> Callable[[Call, float, Path], Stage]:

@@ -27,7 +27,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 from attn_core.benchmarks.gpu import Limit
@@ -245,9 +245,6 @@ def tune(
             plain = configs.Entry(kernel, (architecture,), (width,), 16, (name,), now, "", "yours")
             question = Question(kernel, architecture, SAMPLES[name], width, case.dtype)
             found: list[Tried] = []
-            # Of decoding the arrays are large, and the same for all.
-            call = machine.prepared
-            call = lru_cache(maxsize=1)(call) if kernel == "decode" else call
             for config in _proposed(kernel, now, described, width, partial(clean, question), found):
                 if limit.left() <= 0:
                     if kernel == "decode" and len(found) > 1:
@@ -255,7 +252,7 @@ def tune(
                     say(f"no time was left for {what} and {len(asked) - number - 1} more")
                     return won, tried
                 entry = plain._replace(config=config)
-                found.append(_timed(machine, call, timer, configs, entry, case, direction, repeats))
+                found.append(_timed(machine, timer, configs, entry, case, direction, repeats))
                 tried.append(found[-1])
             best = min(found, key=lambda each: each.milliseconds)
             if not math.isfinite(best.milliseconds):
@@ -297,8 +294,7 @@ def _told(config: Any) -> str:
 
 
 def _timed(
-    machine: Any, call: Callable[..., Any], timer: Any, configs: Any, entry: Any, case: GpuCase,
-    direction: str, repeats: int,
+    machine: Any, timer: Any, configs: Any, entry: Any, case: GpuCase, direction: str, repeats: int
 ) -> Tried:  # fmt: skip
     plain = Tried(entry.kernel, entry.widths[0], entry.classes[0], entry.config, math.inf)
     try:
@@ -307,8 +303,7 @@ def _timed(
             stack.enter_context(configs.fusing(entry.config.instead))
             if entry.kernel in PARTS:
                 stack.enter_context(configs.parting(True))
-            run = call(case.subjects[0], case, direction).run
-            run()
+            run = machine.warmed(case.subjects[0], case, direction)
             if case.kind == "decode":
                 run = machine.captured(run)
             return plain._replace(milliseconds=timer.sample(run, repeats))

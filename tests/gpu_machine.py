@@ -93,6 +93,11 @@ class Machine:
 
         return SimpleNamespace(run=run, answer=answer)
 
+    def warmed(self, subject: str, case: GpuCase, direction: str) -> Callable[[], str]:
+        run: Callable[[], str] = self.prepared(subject, case, direction).run
+        run()
+        return run
+
     def answers(self) -> bool:
         return self.there
 

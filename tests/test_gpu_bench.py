@@ -263,11 +263,32 @@ def test_a_kernel_that_ends_its_process_or_never_ends_costs_itself(how: str) -> 
     assert [(m.case, m.subject, m.status) for m in found] == [
         (case, subject, status)
         for case in ("one", "two")
-        for subject, status in ((FLASH, "error"), (OURS, "measured"))
+        for subject, status in ((OURS, "measured"), (FLASH, "error"))
     ]
     said = "an illegal address" if how == "crash" else "no word for"
-    assert said in found[0].problem
-    assert found[1].samples
+    assert said in found[1].problem
+    assert found[0].samples
+
+
+def test_answers_are_judged_side_by_side_and_timed_by_one_alone() -> None:
+    """Each in the order of the cases, whoever judged it; and nobody is timed who is wrong."""
+    names = ("one", "two", "three")
+    given = [small(n, length=32, directions=("forward",)) for n in names]
+    found = apart(f"wrong={FLASH}", given=given, judges=3)
+    assert [(m.case, m.subject, m.status, len(m.samples)) for m in found] == [
+        (case, subject, status, samples)
+        for case in names
+        for subject, status, samples in ((OURS, "measured", 2), (FLASH, "wrong", 0))
+    ]
+    assert "errors of what is allowed" in found[1].problem
+
+
+def test_judging_leaves_time_for_timing() -> None:
+    """What is not judged by then is not timed, and what is judged is."""
+    limit = gpu.Limit(1.0, lambda: 0.0)
+    assert limit.part(gpu_apart.JUDGING).left() == pytest.approx(36)
+    assert limit.until(0.5).part(gpu_apart.JUDGING).left() == pytest.approx(18)
+    assert gpu.Limit(None).part(0.5).left() == float("inf")
 
 
 def test_a_device_that_answers_no_more_gets_another_process() -> None:
