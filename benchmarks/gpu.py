@@ -37,8 +37,8 @@ from attn_core.benchmarks.gpu_stages import LEAST, Stage
 
 VERSION = 1
 SHARES = {
-    "doctor": 2,
-    "tests": 28,
+    "doctor": 4,
+    "tests": 26,
     "smoke": 15,
     "bench": 35,
     "tune": 12,

@@ -23,6 +23,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -100,6 +101,7 @@ def bench(
         _through(mine, "judge", pace, limit.part(JUDGING), judged, command, patience)
 
     say(f"{len(given)} to judge, {many} at once")
+    began = time.monotonic()
     with ThreadPoolExecutor(many) as pool:
         list(pool.map(judge, range(many)))
     right = [
@@ -107,7 +109,7 @@ def bench(
         for unit in given
         if (unit.case.name, unit.direction) in answers
     ]
-    say(f"{len(right)} judged; now they are timed")
+    say(f"{len(right)} judged in {time.monotonic() - began:.0f} s; now they are timed")
 
     def measured(unit: Unit, found: Sequence[Measured]) -> None:
         keep(found)

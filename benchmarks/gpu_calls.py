@@ -13,6 +13,7 @@
 A sample is the mean of some calls, each between two events of the device, with its second-level
 cache swept before. The device then waits for a while, so that the host, which needs some hundred
 microseconds for a call, has said all there is to do: of a short call its own time would be seen.
+Before the first call of a sample it waits longer, for a host that has been idle.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ _SWEPT = 256 * 2**20
 
 _AHEAD = 2_000_000
 """Cycles that the device waits before each call, about a millisecond."""
+
+_LEAD = 10_000_000
+"""And before the first of a sample: about five. Where it waited one, an H200's host came too late
+for the first calls, and short ones of ours took up to twice as long as others of the same run."""
 
 _BACKENDS = {
     gpu_cases.CUDNN: SDPBackend.CUDNN_ATTENTION,
@@ -222,6 +227,7 @@ class Timer:
     def sample(self, run: Callable[[], Any], repeats: int) -> float:
         """Milliseconds per call."""
         pairs = []
+        torch.cuda._sleep(_LEAD)
         for _ in range(repeats):
             self.swept.zero_()
             pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import zlib
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 import attn_core
 from attn_core import attention
+from attn_core.backends.torch import triton_launch
 from attn_core.conformance import tolerance
+from attn_core.kernels import configs
 from attn_core.spec import as_output
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,6 +62,14 @@ def found(call: Any, given: dict[str, Any], up: torch.Tensor, up_lse: torch.Tens
     finite = output.lse.isfinite()
     loss = (output.out * up).sum() + torch.where(finite, output.lse * up_lse, 0.0).sum()
     return [output.out.detach(), output.lse.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def tiles(stack: ExitStack, **of: configs.Config) -> None:
+    """These tiles for these kernels, here and now, whatever the dtype."""
+    here = triton_launch.architecture(torch.device(DEVICE))
+    for kernel, config in of.items():
+        entry = configs.Entry(kernel, (here,), (), 0, (), config, "a test", "yours")
+        stack.enter_context(configs.trying(entry))
 
 
 HALVES = (torch.float16, torch.bfloat16)

@@ -209,9 +209,11 @@ def test_every_stage_has_its_share_of_the_time(tmp_path: Path) -> None:
     stages = ["doctor", "tests", "smoke", "tune"]
     gpu.run(Machine(), tmp_path / "x.json", stages=stages, minutes=57, call=call)
     # Nothing was spent: each has its own share and what those before it left.
-    for stage, until in (("doctor", 2), ("tests", 30), ("smoke", 45)):
+    for stage, until in (("doctor", 4), ("tests", 30), ("smoke", 45)):
         assert asked[stage] == pytest.approx(60 * until, abs=5)
     assert asked["tune"] == pytest.approx(60 * 57 + 20, abs=5)
+    # A quarter of an hour is enough for the first one to begin.
+    assert 14 * 60 * gpu.SHARES["doctor"] / sum(gpu.SHARES.values()) > gpu_stages.LEAST
 
 
 def test_some_heads_are_judged_as_all_are() -> None:

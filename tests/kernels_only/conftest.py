@@ -3,18 +3,23 @@
 A machine with a GPU may be there for minutes only: each failure is told as it happens, too.
 """
 
+import json
 import os
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
+COMPILED = False
+"""Whether there is a GPU that kernels are compiled for."""
+
 if find_spec("triton") is None or find_spec("torch") is None:
     collect_ignore_glob = ["*"]
 else:
     import torch
 
-    if not torch.cuda.is_available():
+    COMPILED = torch.cuda.is_available()
+    if not COMPILED:
         os.environ["TRITON_INTERPRET"] = "1"
 
 # What is shipped is judged, on any machine: a user's table is left aside, here and in subprocesses.
@@ -63,11 +68,41 @@ def pytest_addoption(parser: Any) -> None:
     parser.addoption("--failures-into", help="A file to add each failure to, as it happens.")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """What a process of its own finds of the kernels is found once, before workers begin.
+
+    Each would else ask one, all at once: forty seconds of every worker, on the GPU that it was
+    first seen on.
+    """
+    if COMPILED:
+        from attn_core.backends.torch import probe
+
+        node.workerinput["probed"] = json.dumps(probe.finding())
+
+
+def _take(probed: str | None) -> None:
+    if probed is None:
+        return
+    from attn_core.backends.torch import probe
+
+    gpus, problem, hazards = json.loads(probed)
+    each = [
+        probe.Gpu(name, tuple(at), wrong, tuple((d, n, why) for d, n, why in narrower))
+        for name, at, wrong, narrower in gpus
+    ]
+    probe._found[:] = [probe.Finding(tuple(each), problem, tuple(hazards))]
+
+
 def pytest_configure(config: Any) -> None:
-    compiled = "TRITON_INTERPRET" not in os.environ
-    if compiled:
+    if COMPILED:
         # Torch says so once of a thread of its own that goes backward, and mends it by itself.
         config.addinivalue_line("filterwarnings", "ignore:Attempting to run cuBLAS")
-    asked = compiled or config.getoption("--failures-into")
+        # Of torch's own, where its compiler is first imported: by a reset, too, if there is a GPU.
+        config.addinivalue_line(
+            "filterwarnings", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+        )
+        _take(getattr(config, "workerinput", {}).get("probed"))
+    asked = COMPILED or config.getoption("--failures-into")
     if asked and not hasattr(config, "workerinput"):  # they have no screen
         config.pluginmanager.register(Failures(config), "attn-core-failures")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_calls import DEVICE, HALVES, by_kernel, compare, described, draw, found, narrowed
+from kernel_calls import DEVICE, HALVES, by_kernel, compare, described, draw, found, narrowed, tiles
 from kernel_cases import CASES, HQ, KEY, QUERY, TQ, VALUE, B, D
 
 from attn_core import attention, masks
@@ -110,14 +110,6 @@ def test_poison_stays_where_nobody_looks(dtype: torch.dtype, ran: Ran) -> None:
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
     assert ran.backward()[:2] == PARTS
-
-
-def tiles(stack: ExitStack, **of: Config) -> None:
-    """These tiles for these kernels, here and now."""
-    here = triton_launch.architecture(torch.device(DEVICE))
-    for kernel, config in of.items():
-        entry = Entry(kernel, (here,), (), 0, (), config, "a test", "yours")
-        stack.enter_context(configs.trying(entry))
 
 
 @pytest.mark.parametrize("name", ["plain", "lengths", "dropout", "everything"])

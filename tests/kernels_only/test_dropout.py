@@ -18,8 +18,11 @@ EDGES = (0, 1, 2**31 - 1, 2**31, 2**32 - 1)
 @triton.jit
 def words_of(out, counters, key0, key1, COUNT: tl.constexpr):
     at = tl.arange(0, COUNT)
-    x = [tl.load(counters + n * COUNT + at).to(tl.uint32) for n in tl.static_range(4)]
-    found = philox(x[0], x[1], x[2], x[3], tl.load(key0).to(tl.uint32), tl.load(key1).to(tl.uint32))
+    # One by one: no list can be made in what is compiled.
+    x0, x1 = tl.load(counters + at).to(tl.uint32), tl.load(counters + COUNT + at).to(tl.uint32)
+    x2 = tl.load(counters + 2 * COUNT + at).to(tl.uint32)
+    x3 = tl.load(counters + 3 * COUNT + at).to(tl.uint32)
+    found = philox(x0, x1, x2, x3, tl.load(key0).to(tl.uint32), tl.load(key1).to(tl.uint32))
     for n in tl.static_range(4):
         tl.store(out + n * COUNT + at, found[n].to(tl.int64))
 

@@ -22,6 +22,9 @@ SCRIPT = Path(__file__).resolve().parent.parent / "launches.py"
 WAYS = ("even", "odd")
 
 
+@pytest.mark.skipif(
+    "TRITON_INTERPRET" not in os.environ, reason="compiles all of it for a GPU that is not there"
+)
 def test_every_launch_compiles_for_hopper() -> None:
     environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), "90"]

@@ -229,10 +229,18 @@ def _condition(depth: int, draw: np.random.Generator) -> Callable[..., Any]:
     return joined[int(draw.integers(len(joined)))]
 
 
-def test_of_masks_that_nobody_thought_of(prepared: Launches) -> None:
-    """Some of them have no function, and are made by torch: the lists are the same."""
-    made, count, kinds = 0, 16, set()
-    for seed in range(count):
+@pytest.mark.parametrize(
+    ("seeds", "there_are"),
+    [(range(0, 16, 2), {EMPTY, PARTIAL, FULL}), (range(1, 16, 2), {EMPTY, PARTIAL})],
+    ids=["even", "odd"],
+)
+def test_of_masks_that_nobody_thought_of(
+    seeds: range, there_are: set[int], prepared: Launches
+) -> None:
+    """Some of them have no function, and are made by torch: the lists are the same. Half of them
+    at a time: on a GPU nearly all of it is waiting for a compiler."""
+    made, count, kinds = 0, len(seeds), set()
+    for seed in seeds:
         draw = np.random.default_rng(seed)
         mask = attn_core.mask(_condition(2, draw))
         sizes = [int(n) for n in draw.integers(1, 70, 2)]
@@ -245,7 +253,7 @@ def test_of_masks_that_nobody_thought_of(prepared: Launches) -> None:
         before = prepared.count("schedule")
         kinds |= compared(mask, *sizes, tile, ends=(seed % 3 == 0, seed % 5 == 0), **more)
         made += prepared.count("schedule") > before
-    assert kinds == {EMPTY, PARTIAL, FULL}
+    assert kinds == there_are
     assert count // 3 < made < count
 
 
