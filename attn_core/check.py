@@ -198,6 +198,7 @@ def _stated(
         sizes,
         mask,
         score,
+        rate,
         # As many heads, another number of rows: in the other layout it would be grouped heads.
         # Sizes that come of data are not asked: torch.compile would have to guard on them.
         lambda: "" if heads != kv_heads or None in (q_len, k_len) else _other(facts, layout),

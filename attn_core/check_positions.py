@@ -98,11 +98,15 @@ def offset_of(
     sizes: tuple[Any, Any],
     mask: Mask | None,
     score: Score | None,
+    rate: float,
     other: Callable[[], str],
 ) -> tuple[str, Any, tuple[int, int]]:
     """The kind of offset, its operand, and the least and most it can be.
 
+    Of numbers that nothing asks for it is "zero", so that no framework makes an array of them.
+
     Args:
+        rate: of dropout, which draws by positions.
         other: a hint where sizes differ only because the layout is another one.
         sizes: Tq and Tk as the framework has them: of two unknown ones it may know that they are
             equal. They are compared only where that matters, since torch.compile guards on it.
@@ -116,10 +120,10 @@ def offset_of(
         if x == "start":
             return "zero", None, (0, 0)
         return "end", None, (-(FAR if q_len is None else q_len), FAR if k_len is None else k_len)
+    reads = (mask is not None and mask.tree.reads("q")) or (
+        score is not None and score.tree.reads("q")
+    )
     if x is None:
-        reads = (mask is not None and mask.tree.reads("q")) or (
-            score is not None and score.tree.reads("q")
-        )
         if not reads or _same(backend, *sizes):
             return "zero", None, (0, 0)
         what = "mask" if mask is not None and mask.tree.reads("q") else "score"
@@ -136,6 +140,8 @@ def offset_of(
         if low < -FAR or high > FAR:
             far = max(x, key=abs)
             raise ValueError(f"`query_offset` must lie within +-{FAR}. Got {far}.")
+        if not reads and rate == 0:
+            return "zero", None, (0, 0)
         return "given", x, (low, high)
     return "given", x, (-FAR, FAR)
 
