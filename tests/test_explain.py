@@ -339,7 +339,11 @@ def test_the_command_says_the_same_as_the_function() -> None:
         (("--kv-lengths", "5"), "options", ["kv_lengths"]),
         (("--q-lengths", "5"), "options", ["q_lengths"]),
         (("--mask", "causal", "--query-offset", "3"), "options", ["query_offset 3"]),
-        (("--dropout", "0.25", "--query-offset", "3"), "options", ["query_offset 3", "dropout 0.25"]),
+        (
+            ("--dropout", "0.25", "--query-offset", "3"),
+            "options",
+            ["query_offset 3", "dropout 0.25"],
+        ),
         (("--return-lse",), "options", ["return_lse"]),
         (("--return-weights",), "options", ["return_weights"]),
     ],
