@@ -21,8 +21,8 @@ few minutes only:
                                         backward pass wins
 
 Results are written to `benchmarks/results/<gpu>.json` after every case, and failures to the folder
-of that name as they happen, so that nothing is lost if the run is stopped. Every case runs in a
-process of its own; one that crashes does not end the others.
+of that name as they happen, so that nothing is lost if the run is stopped. First many processes
+judge answers side by side, then one alone times who was right; a case that crashes ends itself.
 """
 
 NOTHING = f"""# On a GPU
@@ -92,7 +92,7 @@ def _chapter(whole: Mapping[str, Any]) -> str:
         text += f"| {name} | {stage['status']} | {_cell(stage['said'])} |\n"
     text += "\n| target | must | aim | worst | holds |\n| --- | --- | --- | --- | --- |\n"
     for found in run.promises():
-        worst = "" if found.worst is None else f"{found.worst:.3g}"
+        worst = "" if found.worst is None else f"{found.worst:.4g}"
         verdict = f"**{found.verdict}**" if found.verdict == "missed" else found.verdict
         text += f"| {found.promise.name} | {_bounds(found)} | {worst} | {verdict} |\n"
     return text + _times(run) + _without(run)
