@@ -39,6 +39,7 @@ def gpu(
     """Judge the kernels on this machine's GPU, then time them; exit 1 on a wrong answer."""
     from attn_core.benchmarks import gpu as gpus
     from attn_core.benchmarks import gpu_apart, results
+    from attn_core.kernels import configs
 
     unknown = sorted(set(stage or ()) - set(gpus.STAGES))
     if unknown:
@@ -51,6 +52,8 @@ def gpu(
     console = Console()
     environment = {**results.environment(1), "commit": results.commit(), "date": results.now()}
     environment["ptxas"] = _ptxas(machine.facts()["architecture"])
+    if configs.VARIABLE in os.environ:  # other tiles than those of the commit
+        environment["settings"][configs.VARIABLE] = os.environ[configs.VARIABLE]
     pace = gpus.PACE if minutes is None else gpus.HURRIED
     whole, path = gpus.run(
         machine,

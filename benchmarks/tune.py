@@ -110,7 +110,7 @@ def candidates(kernel: str, now: Any, descriptors: bool, width: int) -> list[Any
     for rows in tall:
         for keys in wide:
             for warps in (4, 8):
-                for stages in (1, 2) if fused else (2, 3):
+                for stages in (1, 2) if fused else (2, 3, 4):
                     for described in (True, False) if descriptors else (False,):
                         made.append(kind(rows, keys, warps, stages, described, fused))
     made += [kind(*tile) for tile in (WIDEST.get(kernel, ()) if width == 256 else ())]
