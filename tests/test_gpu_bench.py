@@ -618,7 +618,9 @@ def test_tuning_ends_in_time_with_what_was_found(monkeypatch: pytest.MonkeyPatch
     limited = gpu.Limit
     monkeypatch.setattr(tune, "Limit", lambda minutes: limited(minutes, Clock(1.0)))
     said: list[str] = []
-    won, tried = tune.tune(Tuned(), kernels=("forward",), widths=(64,), minutes=1.5, say=said.append)
+    won, tried = tune.tune(
+        Tuned(), kernels=("forward",), widths=(64,), minutes=1.5, say=said.append
+    )
     assert len(won) == 1
     assert len(tried) < 90
     assert said[-1] == "no time was left for forward D64 positions and 2 more"
