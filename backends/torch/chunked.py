@@ -21,6 +21,7 @@ from operator import index
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from attn_core.backends.torch import flops, native_tiles
 from attn_core.backends.torch.arrays import autocasts
@@ -69,6 +70,8 @@ def attend(
         ask = Ask(p.layout, p.offset, p.rate, p.mask, p.score, len(x.mask), *extras)
         if _functionalized():
             found = _forward_op(ask.written(), p.scale, *_packed(given))
+        elif _unwatched(given):
+            found = _forward(ask, p.scale, given)
         else:
             found = _Attend.apply(ask, p.scale, len(x.mask), *given)
     return AttentionOutput(
@@ -88,6 +91,16 @@ def _functionalized() -> bool:
     if kinds.Grad in stack or kinds.Jvp in stack:
         raise _refused("derivatives by torch.func under torch.func.functionalize need")
     return True
+
+
+def _unwatched(given: Sequence[Any]) -> bool:
+    """Whether nobody differentiates, transforms or traces the call: it is made at once, which takes
+    the host a fifth less time than by way of a function that could be differentiated."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+        return False
+    return _real(given)
 
 
 def sums_wide(group: int, dtype: str) -> bool:

@@ -455,6 +455,37 @@ def test_an_ask_is_read_back_from_its_text() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_what_nobody_differentiates_is_called_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers; and a function that can be differentiated wherever somebody might."""
+    made: list[str] = []
+    apply = chunked._Attend.apply
+
+    def counted(*args: Any) -> Any:
+        made.append("a function")
+        return apply(*args)
+
+    monkeypatch.setattr(chunked._Attend, "apply", counted)
+    q, k, v = small().values()
+    leaf = v.clone().requires_grad_()
+    at_once = attention(q, k, v, impl="chunked")
+    with torch.no_grad():
+        assert torch.equal(attention(q, k, leaf, impl="chunked"), at_once)
+    with torch.inference_mode():
+        assert torch.equal(attention(q, k, leaf, impl="chunked"), at_once)
+    assert made == []
+    watched = attention(q, k, leaf, impl="chunked")
+    assert torch.equal(watched, at_once)
+    assert (made, watched.requires_grad, at_once.requires_grad) == (["a function"], True, False)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, q)
+        with pytest.raises(UnsupportedError, match="forward-mode"):
+            attention(dual, k, v, impl="chunked")
+    with torch.no_grad():
+        each = torch.vmap(lambda q: attention(q, k, v, impl="chunked"))(torch.stack([q, 2 * q]))
+    assert torch.equal(each[0], at_once)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_forward_mode_and_second_derivatives_name_the_reference() -> None:
     q, k, v = small().values()
     call = lambda q: attention(q, k, v, impl="chunked").square().sum()  # noqa: E731
