@@ -39,6 +39,9 @@ PATIENCE = 180.0
 JUDGING = 0.6
 """The part of the time that judging may take."""
 
+ROOM = 8 * 2**30
+"""Bytes of the device that a judge may need: arrays of seven subjects, and what comes of them."""
+
 _FUTILE = 3
 """Workers one after another that end before they have said anything."""
 
@@ -78,7 +81,8 @@ def bench(
     """`gpu.in_place`, in workers: what they measure is kept as it comes.
 
     Args:
-        judges: how many judge answers side by side; by default one for each processor but two.
+        judges: how many judge answers side by side; by default one for each processor but two, as
+            far as the device's memory goes.
 
     Raises:
         RuntimeError: workers end before they have begun with anything.
@@ -87,7 +91,7 @@ def bench(
         Unit(c, d, tuple(Measured(c.name, s, d, "measured") for s in c.who(d))) for c, d in units
     ]
     names = list(dict.fromkeys(case.name for case, _ in units))
-    many = max(1, min(judges or (os.cpu_count() or 1) - 2, len(names)))
+    many = min(judges or _judges(machine), len(names))
     answers: dict[tuple[str, str], list[Measured]] = {}
 
     def judged(unit: Unit, found: Sequence[Measured]) -> None:
@@ -111,13 +115,19 @@ def bench(
     ]
     say(f"{len(right)} judged in {time.monotonic() - began:.0f} s; now they are timed")
 
+    done: list[Unit] = []
+
     def measured(unit: Unit, found: Sequence[Measured]) -> None:
         keep(found)
-        at = right.index(unit) + 1 if unit in right else 0
-        if at:
-            say(f"{at} of {len(right)}: {unit.case.name}, {unit.direction}")
+        done.append(unit)
+        say(f"{len(done)} of {len(right)}: {unit.case.name}, {unit.direction}")
 
     _through(right, "time", pace, limit, measured, command, patience)
+
+
+def _judges(machine: Any) -> int:
+    room = machine.facts()["memory"] // ROOM
+    return max(1, min((os.cpu_count() or 1) - 2, room))
 
 
 def _through(

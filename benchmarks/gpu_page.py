@@ -7,7 +7,7 @@ from statistics import quantiles
 from typing import Any
 
 from attn_core.benchmarks.gpu import measured_of
-from attn_core.benchmarks.gpu_cases import OURS, Found, Run, cases
+from attn_core.benchmarks.gpu_cases import CUDNN, FLASH, FLEX, OURS, Found, Run, cases
 
 _HOW = """To measure on your own GPU, run `make gpu`. It checks the kernels on that GPU, times them
 beside cuDNN, FlashAttention-2 and flex_attention, and writes this page. If you have the GPU for a
@@ -95,13 +95,30 @@ def _chapter(whole: Mapping[str, Any]) -> str:
         worst = "" if found.worst is None else f"{found.worst:.4g}"
         verdict = f"**{found.verdict}**" if found.verdict == "missed" else found.verdict
         text += f"| {found.promise.name} | {_bounds(found)} | {worst} | {verdict} |\n"
-    return text + _times(run) + _without(run)
+    return text + _ranges(run) + _times(run) + _without(run)
 
 
 def _bounds(found: Found) -> str:
     promise = found.promise
     sign = "≥" if promise.more else "≤"
     return f"{sign} {promise.must:g} | {sign} {promise.aim:g}"
+
+
+def _ranges(run: Run) -> str:
+    """Of each other subject its least and greatest time as a share of ours, over all its cases."""
+    text = "\n| theirs / ours | direction | from | to | cases |\n| --- | --- | --- | --- | --- |\n"
+    for base in (CUDNN, FLASH, FLEX):
+        for direction in ("forward", "backward"):
+            found = {
+                name: run.ratio(name, direction, base)
+                for name, case in run.cases.items()
+                if base in case.subjects and direction in case.directions
+            }
+            known = {ratio: name for name, ratio in found.items() if ratio is not None}
+            if known:
+                low, high = (f"{at:.2f} ({known[at]})" for at in (min(known), max(known)))
+                text += f"| {base} | {direction} | {low} | {high} | {len(known)} |\n"
+    return text
 
 
 def _times(run: Run) -> str:

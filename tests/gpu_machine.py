@@ -62,7 +62,7 @@ class Machine:
         self.there = True
 
     def facts(self) -> dict[str, Any]:
-        return {"gpu": "NVIDIA Stand-In 9", "architecture": "sm_90"}
+        return {"gpu": "NVIDIA Stand-In 9", "architecture": "sm_90", "memory": 24 * 2**30}
 
     def prepared(self, subject: str, case: GpuCase, direction: str) -> Any:
         if subject == self.refused:

@@ -242,7 +242,7 @@ def apart(*words: str, given: Any = None, **more: Any) -> list[Measured]:
     command = [sys.executable, str(Path(__file__).parent / "gpu_machine.py"), *words]
     cases = given or [small(n, length=32, directions=("forward",)) for n in ("one", "two")]
     gpu_apart.bench(
-        *(None, [(case, d) for case in cases for d in case.directions], gpu.Pace(1, 1)),
+        *(Machine(), [(case, d) for case in cases for d in case.directions], gpu.Pace(1, 1)),
         *(lambda words: None, gpu.Limit(None), found.extend, command),
         **more,
     )
@@ -285,6 +285,27 @@ def test_answers_are_judged_side_by_side_and_timed_by_one_alone() -> None:
     assert "errors of what is allowed" in found[1].problem
 
 
+@pytest.mark.parametrize(
+    ("processors", "memory", "judges"), [(16, 141, 14), (64, 24, 3), (2, 4, 1)]
+)
+def test_judges_have_processors_and_room(
+    processors: int, memory: int, judges: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_apart.os, "cpu_count", lambda: processors)
+    monkeypatch.setattr(Machine, "facts", lambda self: {"memory": memory * 2**30})
+    said: list[str] = []
+
+    def through(units: Any, job: str, *about: Any) -> None:
+        said.append(job)
+
+    monkeypatch.setattr(gpu_apart, "_through", through)
+    units = [(small(f"case {n}"), "forward") for n in range(50)]
+    gpu_apart.bench(Machine(), units, gpu.PACE, said.append, gpu.Limit(None), said.extend)
+    assert said.count("judge") == judges
+    assert f"50 to judge, {judges} at once" in said
+    assert said.count("time") == 1
+
+
 def test_judging_leaves_time_for_timing() -> None:
     """What is not judged by then is not timed, and what is judged is."""
     limit = gpu.Limit(1.0, lambda: 0.0)
@@ -308,7 +329,9 @@ def test_workers_that_never_begin_are_given_up() -> None:
     units = [(small("one"), "forward")]
     command = [sys.executable, "-c", "raise SystemExit('no such module')"]
     with pytest.raises(RuntimeError, match="no such module"):
-        gpu_apart.bench(None, units, gpu.PACE, print, gpu.Limit(None), lambda found: None, command)
+        gpu_apart.bench(
+            *(Machine(), units, gpu.PACE, print, gpu.Limit(None), lambda found: None, command)
+        )
 
 
 def test_a_bench_that_never_begins_fails_its_stage(tmp_path: Path) -> None:
@@ -447,6 +470,7 @@ def test_the_page_holds_what_was_measured_and_says_what_was_not() -> None:
     assert "| forward vs FlashAttention-2 | ≥ 1.15 | ≥ 1.4 | 1.2 | incomplete |" in text
     assert "| backward vs FlashAttention-2 | ≥ 1 | ≥ 1.3 |  | not measured |" in text
     assert "it / broke" in text
+    assert re.search(r"\| torch-sdpa-cudnn \| forward \| 0.70 \(\S+\) \| [\d.]+ ", text)
     assert "rounds of turns" not in text
     hurried = {**whole, "pace": {**gpu.HURRIED._asdict(), "minutes": 9.0}}
     said = "In 9 minutes: 3 rounds of turns, and answers checked on 8 key heads of each case."
@@ -462,6 +486,16 @@ def test_the_committed_page_is_made_of_the_committed_results() -> None:
     runs = [json.loads(p.read_text("utf-8")) for p in (ROOT / "benchmarks/results").glob("*.json")]
     runs = [whole for whole in runs if "gpu" in whole]
     assert (ROOT / "docs/GPU.md").read_text("utf-8") == gpu_page.page(runs)
+
+
+def test_the_readme_says_what_the_page_says() -> None:
+    """Of everybody we are compared with the worst and the best case, on the GPU measured first."""
+    page, readme = ((ROOT / at).read_text("utf-8") for at in ("docs/GPU.md", "README.md"))
+    row = r"\| torch-\S+ \| (?:for|back)ward \| ([\d.]+) \(\S+\) \| ([\d.]+) \(\S+\) \| \d+ \|"
+    found = re.findall(row, page)
+    assert len(found) >= 6
+    words = " ".join(readme.split())
+    assert [f"{low} to {high}" in words for low, high in found[:6]] == [True] * 6
 
 
 def test_another_version_is_refused() -> None:
