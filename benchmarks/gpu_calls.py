@@ -7,6 +7,7 @@
     ... +together, +apart       the same, dK and dV in one launch or in one each
     torch-sdpa-cudnn            scaled_dot_product_attention, pinned to SDPBackend.CUDNN_ATTENTION
     torch-sdpa-flash            the same, pinned to SDPBackend.FLASH_ATTENTION
+    torch-sdpa                  the same, with the backend that torch prefers
     torch-flex                  flex_attention under torch.compile
     copy                        a copy of as many bytes as the case's keys and values
 
@@ -153,12 +154,12 @@ def _moved(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _attend(name: str, case: GpuCase) -> Callable[..., Any]:
-    if name in _BACKENDS:
+    if name in _BACKENDS or name == gpu_cases.SDPA:
         in_words(name, case, "full", "causal")
         causal, grouped = case.mask == "causal", bool(case.kv_heads)
 
         def pinned(q: Any, k: Any, v: Any) -> Any:
-            with sdpa_kernel(_BACKENDS[name]):
+            with sdpa_kernel(_BACKENDS[name]) if name in _BACKENDS else nullcontext():
                 return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
 
         return pinned

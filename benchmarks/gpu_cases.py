@@ -29,8 +29,12 @@ or in one kernel with them; dK and dV in one launch or in one each."""
 WAYS = (SPLIT, FUSED, TOGETHER, APART)
 
 CUDNN, FLASH, FLEX = "torch-sdpa-cudnn", "torch-sdpa-flash", "torch-flex"
+SDPA = "torch-sdpa"
+"""With the backend that torch itself prefers, which is what `impl="auto"` has where it takes
+torch's own."""
+
 COPY = "copy"
-SUBJECTS = (OURS, DROPOUT, DETERMINISTIC, *WAYS, CUDNN, FLASH, FLEX, COPY)
+SUBJECTS = (OURS, DROPOUT, DETERMINISTIC, *WAYS, CUDNN, FLASH, SDPA, FLEX, COPY)
 
 TOKENS, NUMBERS = 16384, 2048
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -192,7 +196,7 @@ def _dense(width: int, length: int, mask: str, kv_heads: int = 0, name: str = ""
     if (width, length) == (128, 8192) and not kv_heads:
         subjects = (*subjects, DROPOUT, DETERMINISTIC)
     if length == 4096 and not kv_heads:
-        subjects = (*subjects, SPLIT, FUSED)
+        subjects = (*subjects, SDPA, SPLIT, FUSED)
         if width == 256:  # where the two of them take more registers than there are
             subjects = (*subjects, TOGETHER, APART)
     return GpuCase(

@@ -56,8 +56,9 @@ How to read the tables:
   weights, `+deterministic` runs under `torch.use_deterministic_algorithms(True)`, and `+split` and
   `+fused` force one way or the other of computing the backward pass.
 - `torch-sdpa-cudnn` and `torch-sdpa-flash` are torch's `scaled_dot_product_attention` with that
-  backend (the latter is FlashAttention-2), `torch-flex` is compiled `flex_attention`, and `copy`
-  copies keys and values once, which is the least that decoding can take.
+  backend (the latter is FlashAttention-2), `torch-sdpa` the same with whichever torch prefers,
+  `torch-flex` is compiled `flex_attention`, and `copy` copies keys and values once, which is the
+  least that decoding can take.
 """
 
 
