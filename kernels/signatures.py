@@ -65,17 +65,26 @@ ROWS = (WHOLE, WHOLE, WHOLE, 1)
 
 
 def source(job: Job, config: Config) -> ASTSource:
-    """What `triton.compile` takes, for one kernel."""
+    """What `triton.compile` takes, for one kernel.
+
+    To the last word what a launch hands over, attributes that say nothing among them: so a launch
+    finds in Triton's cache what has been compiled ahead of time (`hash_in_order`).
+    """
     kernel, positional, constants = _ARGUMENTS[job.kernel](_Call(job, config))
     names = kernel.arg_names
     signature: dict[str, Any] = {}
     known: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     for at, (name, given) in enumerate(zip(names, positional, strict=False)):
-        signature[name] = _told(given, (at,), known, attributes)
+        if kernel.params[at].do_not_specialize:
+            signature[name] = _told(given, (at,), known, {})
+        else:
+            signature[name] = _told(given, (at,), known, attributes)
     for name in names[len(positional) :]:
         signature[name] = "constexpr"
-        known[(names.index(name),)] = constants.pop(name)
+        known[(names.index(name),)] = told = constants.pop(name)
+        if isinstance(told, str):
+            attributes[(names.index(name),)] = []
     assert not constants, constants
     return ASTSource(kernel, signature, known, attributes)
 
@@ -107,6 +116,8 @@ def _told(given: Any, at: tuple[int, ...], known: Any, attributes: Any) -> Any:
         return "constexpr"
     if given.startswith("*"):
         attributes[at] = [["tt.divisibility", 16]]
+    elif given == "i32":
+        attributes[at] = []
     return given
 
 

@@ -224,6 +224,8 @@ def differs(launched: Any, kernel: str, sample: str, shape: Any, case: str) -> l
             for at in sorted({*ours, *theirs})
             if str(ours.get(at) or None) != str(theirs.get(at) or None)
         ]
+    if not found and launched.hash() != checked.hash():
+        found.append("where Triton's cache keeps it: what is compiled ahead is not found there")
     return sorted(found)
 
 
@@ -254,6 +256,7 @@ def step(name: str, sizes: tuple[int, int, int], **options: Any) -> None:
 
 def main(architecture: int) -> None:
     driver.set_active(Driver(GPUTarget("cuda", architecture, 32)))  # type: ignore[arg-type]
+    signatures.hash_in_order()
     # The tensors are on the CPU, and are taken for a GPU's.
     backend = registry.load("torch")
     backend._REFUSALS["triton"] = lambda p: []

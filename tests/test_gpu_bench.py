@@ -523,6 +523,7 @@ def test_a_run_says_whose_tiles_it_measured(
 ) -> None:
     monkeypatch.setattr(gpu, "device", Machine)
     monkeypatch.setattr(gpu_stages, "called", lambda command, seconds, into: (0, "done"))
+    monkeypatch.delenv(configs.VARIABLE, raising=False)
     found = []
     for tiles in (None, str(tmp_path / "mine.toml")):
         if tiles:
