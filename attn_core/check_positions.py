@@ -103,7 +103,8 @@ def offset_of(
 ) -> tuple[str, Any, tuple[int, int]]:
     """The kind of offset, its operand, and the least and most it can be.
 
-    Of numbers that nothing asks for it is "zero", so that no framework makes an array of them.
+    Of numbers that are 0 or that nothing asks for it is "zero": no framework makes an array of
+    them, and tiles are known from sizes alone.
 
     Args:
         rate: of dropout, which draws by positions.
@@ -140,7 +141,7 @@ def offset_of(
         if low < -FAR or high > FAR:
             far = max(x, key=abs)
             raise ValueError(f"`query_offset` must lie within +-{FAR}. Got {far}.")
-        if not reads and rate == 0:
+        if not any(x) or (not reads and rate == 0):
             return "zero", None, (0, 0)
         return "given", x, (low, high)
     return "given", x, (-FAR, FAR)

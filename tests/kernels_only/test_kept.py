@@ -110,6 +110,7 @@ STATIC: dict[str, dict[str, Any]] = {
     "decode, wherever it stands": {"query": QUERY, "query_offset": 7},
     "causal decode": {"query": QUERY, "mask": masks.causal(), "query_offset": "end"},
     "causal": {"query": draw(B, HQ, T, D), "mask": masks.causal()},
+    "causal, from 0": {"query": draw(B, HQ, T, D), "mask": masks.causal(), "query_offset": 0},
     "window": {"query": draw(B, HQ, T, D), "mask": masks.window(30, 0)},
 }
 
