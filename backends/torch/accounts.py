@@ -110,6 +110,8 @@ def _native(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Accoun
         forward += torch.get_num_threads() * (logits + rows * p.width * wide)
         backward += torch.get_num_threads() * (2 * logits + rows * p.width * wide)
     if whole:
+        if _packs(p, q_len):
+            forward += batch * p.kv_heads * k_len * (p.width + p.v_width) * narrow
         # The kernel wants what flows back as (B, T, H, D).
         backward += results if p.layout == "BHTD" else 0
     else:
@@ -123,6 +125,12 @@ def _native(p: Problem, found: tuple[int, int, int], numbers: Numbers) -> Accoun
     # Documents are cut where they begin, which no tile of one size tells.
     cut = whole or _documented(p, found)
     return Account(None if cut else (block_q, block_k), forward, backward, *numbers)
+
+
+def _packs(p: Problem, q_len: int) -> bool:
+    """Whether torch's CPU kernel copies keys and values, laid out for AMX: seen with torch 2.13."""
+    able = torch.cpu._is_amx_tile_supported() and torch.backends.mkldnn.enabled
+    return bool(able) and p.dtype == "bfloat16" and q_len >= 64
 
 
 def _lengths(p: Problem) -> bool:

@@ -147,6 +147,8 @@ def test_values_that_nobody_has_yet() -> None:
         {"mask": masks.window(256, 0), "impl": "native", "kv_heads": 1, "batch": 3},
         {"mask": masks.window(256, 0), "impl": "native", "kv_heads": 1, "dtype": torch.bfloat16},
         {"mask": masks.causal(), "impl": "native", "layout": "BTHD", "dtype": torch.bfloat16},
+        {"impl": "native", "dtype": torch.bfloat16, "batch": 3},
+        {"impl": "native", "dtype": torch.bfloat16, "kv_heads": 1},
         {"mask": EACH & masks.causal(), "impl": "native", "batch": 2},
         {"mask": EACH, "impl": "native", "batch": 2},
         {"mask": EACH & masks.causal(), "impl": "native", "batch": 2, "dtype": torch.bfloat16},
