@@ -283,7 +283,8 @@ def judged(
         try:
             call = machine.prepared(subject, case, direction)
             told.append(_checked(plain, call, case, heads))
-            calls[subject] = call.run
+            if told[-1].status == "measured":
+                calls[subject] = call.run
         except machine.Refused as reason:
             told.append(plain._replace(status="refused", problem=str(reason)))
         except Exception as raised:  # whatever a subject raises is told of it, and costs no other

@@ -92,24 +92,24 @@ def bench(
     ]
     names = list(dict.fromkeys(case.name for case, _ in units))
     many = min(judges or _judges(machine), len(names))
-    answers: dict[tuple[str, str], list[Measured]] = {}
+    answers: dict[tuple[str, str], tuple[Measured, ...]] = {}
 
-    def judged(unit: Unit, found: Sequence[Measured]) -> None:
-        answers.setdefault((unit.case.name, unit.direction), []).extend(found)
+    def answered(unit: Unit, found: Sequence[Measured]) -> None:
+        answers[unit.case.name, unit.direction] = tuple(found)
         for m in found:
             if m.status in ("wrong", "error"):
                 say(f"{m.case} {m.direction}, {m.subject}: {m.status}. {m.problem}")
 
     def judge(at: int) -> None:
         mine = [unit for unit in given if unit.case.name in names[at::many]]
-        _through(mine, "judge", pace, limit.part(JUDGING), judged, command, patience)
+        _through(mine, "judge", pace, limit.part(JUDGING), answered, command, patience)
 
     say(f"{len(given)} to judge, {many} at once")
     began = time.monotonic()
     with ThreadPoolExecutor(many) as pool:
         list(pool.map(judge, range(many)))
     right = [
-        unit._replace(told=tuple(answers[unit.case.name, unit.direction]))
+        unit._replace(told=answers[unit.case.name, unit.direction])
         for unit in given
         if (unit.case.name, unit.direction) in answers
     ]

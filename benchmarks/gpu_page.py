@@ -110,15 +110,15 @@ def _ranges(run: Run) -> str:
     text = "\n| theirs / ours | direction | from | to | cases |\n| --- | --- | --- | --- | --- |\n"
     for base in (CUDNN, FLASH, FLEX):
         for direction in ("forward", "backward"):
-            found = {
-                name: run.ratio(name, direction, base)
+            found = sorted(
+                (ratio, name)
                 for name, case in run.cases.items()
                 if base in case.subjects and direction in case.directions
-            }
-            known = {ratio: name for name, ratio in found.items() if ratio is not None}
-            if known:
-                low, high = (f"{at:.2f} ({known[at]})" for at in (min(known), max(known)))
-                text += f"| {base} | {direction} | {low} | {high} | {len(known)} |\n"
+                if (ratio := run.ratio(name, direction, base)) is not None
+            )
+            if found:
+                low, high = (f"{ratio:.2f} ({name})" for ratio, name in (found[0], found[-1]))
+                text += f"| {base} | {direction} | {low} | {high} | {len(found)} |\n"
     return text
 
 

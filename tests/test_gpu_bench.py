@@ -294,20 +294,23 @@ def test_judges_have_processors_and_room(
     monkeypatch.setattr(gpu_apart.os, "cpu_count", lambda: processors)
     monkeypatch.setattr(Machine, "facts", lambda self: {"memory": memory * 2**30})
     said: list[str] = []
+    ends: dict[str, float] = {}
 
-    def through(units: Any, job: str, *about: Any) -> None:
+    def through(units: Any, job: str, pace: Any, limit: gpu.Limit, *about: Any) -> None:
         said.append(job)
+        ends[job] = limit.left()
 
     monkeypatch.setattr(gpu_apart, "_through", through)
     units = [(small(f"case {n}"), "forward") for n in range(50)]
-    gpu_apart.bench(Machine(), units, gpu.PACE, said.append, gpu.Limit(None), said.extend)
+    limit = gpu.Limit(1.0, lambda: 0.0)
+    gpu_apart.bench(Machine(), units, gpu.PACE, said.append, limit, lambda found: None)
+    assert ends == {"judge": pytest.approx(36), "time": 60}
     assert said.count("judge") == judges
     assert f"50 to judge, {judges} at once" in said
     assert said.count("time") == 1
 
 
 def test_judging_leaves_time_for_timing() -> None:
-    """What is not judged by then is not timed, and what is judged is."""
     limit = gpu.Limit(1.0, lambda: 0.0)
     assert limit.part(gpu_apart.JUDGING).left() == pytest.approx(36)
     assert limit.until(0.5).part(gpu_apart.JUDGING).left() == pytest.approx(18)
@@ -470,6 +473,9 @@ def test_the_page_holds_what_was_measured_and_says_what_was_not() -> None:
     assert "| forward vs FlashAttention-2 | ≥ 1.15 | ≥ 1.4 | 1.2 | incomplete |" in text
     assert "| backward vs FlashAttention-2 | ≥ 1 | ≥ 1.3 |  | not measured |" in text
     assert "it / broke" in text
+    # Of cases that are alike in their ratio each one counts; the one that broke has none.
+    count = sum(FLASH in case.subjects for case in gpu_cases.cases()) - 1
+    assert re.search(rf"\| torch-sdpa-flash \| forward \| .* \| {count} \|\n", text)
     assert re.search(r"\| torch-sdpa-cudnn \| forward \| 0.70 \(\S+\) \| [\d.]+ ", text)
     assert "rounds of turns" not in text
     hurried = {**whole, "pace": {**gpu.HURRIED._asdict(), "minutes": 9.0}}

@@ -218,3 +218,17 @@ def test_the_flag_is_told() -> None:
         said = explain(x, x, x)
     assert (said.backend, said.backend_from, said.impl) == ("torch", "use", "reference")
     assert (said.asked, said.asked_by) == ("reference", "use")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [16, 63, 64])
+def test_keys_are_copied_for_many_queries_alone(rows: int, dtype: torch.dtype) -> None:
+    """By torch's CPU kernel, in bfloat16, where the processor multiplies tiles of it."""
+    query, key = draw(rows, 1, 4, dtype), draw(2048, 1, 4, dtype)
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return attention(query, key, key, impl="native")
+
+    said = explain(query, key, key, impl="native").forward
+    assert near(said, peak(forward) - query.numel() * query.element_size())

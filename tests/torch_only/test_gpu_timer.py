@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from attn_core.benchmarks import gpu_calls
+from attn_core.benchmarks import gpu_calls, gpu_cases
 
 
 def test_the_device_waits_until_the_host_has_said_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,3 +39,18 @@ def test_the_device_waits_until_the_host_has_said_all(monkeypatch: pytest.Monkey
     assert found == 3.0
     calls = ["sweep", "wait", "event", "call", "event"] * 2
     assert told == ["wait for long", *calls, "end"]
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_what_torch_prefers_is_not_pinned(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pinned(backend: Any) -> Any:
+        raise AssertionError(f"nobody may be pinned. Got {backend}.")
+
+    monkeypatch.setattr(gpu_calls, "sdpa_kernel", pinned)
+    case = gpu_cases.GpuCase("small", 32, 16, 2, 1, "float32", mask)
+    q, k, v = (torch.randn(1, 2, 32, 16) for _ in range(3))
+    found = gpu_calls._attend(gpu_cases.SDPA, case)(q, k, v)
+    wanted = F.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal")
+    torch.testing.assert_close(found, wanted)
+    with pytest.raises(AssertionError, match="FLASH"):
+        gpu_calls._attend(gpu_cases.FLASH, case)(q, k, v)
