@@ -153,14 +153,14 @@ def _along_rows(
     order, start = line
     k_at = tile * N + tl.arange(0, N)
     # One loop for all heads of the group: two, one in the other, would fill their pipeline anew
-    # for each head, and have the sums in registers while they do.
+    # for each head, and have the sums in registers while they do. Turns are counted, since of a
+    # group that is not known a division takes 40 instructions; and nothing is moved out of the
+    # loop, to wait in registers.
     STAGES: tl.constexpr = 1 if AGAIN else None  # it is rare, and must not take registers
-    turn, lane = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
-    for _ in tl.range(0, (stop - begin) * group, num_stages=STAGES, disable_licm=AGAIN):
-        i, head = begin + turn, kv_head * group + lane
-        lane += 1  # counted: of a group that is not known, a division takes 40 instructions
-        turn += (lane == group).to(tl.int32)
-        lane = tl.where(lane == group, 0, lane)
+    turn = tl.zeros((), tl.int32)
+    for n in tl.range(0, (stop - begin) * group, num_stages=STAGES, disable_licm=True):
+        i, head = begin + turn, (kv_head - turn) * group + n
+        turn += (n + 1 == (turn + 1) * group).to(tl.int32)
         h = tl.zeros((1, 1), tl.int32) + head
         j = _tile_of(order, start, i, stop_full, RUN, KIND)
         row = j * M + tl.arange(0, M)

@@ -10,10 +10,19 @@ exp(x) is exp2(x log2 e); product and difference are one FMA if m is kept in uni
 
     m' = max(m, log2 e max s)     P = exp2(s log2 e - m')
 
-An FMA does not round that product, and the rounding error of m' is the same for all of a row, so
-that it cancels in P / l. But for a logit of 1e9 it is tens: P would exceed 1, and the backward pass
-takes m at its word. So a row whose m becomes HIGH or DEEP gets a sum of NaN, and its tile of rows
-runs once more, `exact`: there the product comes after the difference. (With ALiBi's distances a row
+P is rounded to the 16 bits of V before they are multiplied, which is half of the error that there
+is; but a weight of 1 needs no rounding. So it is not measured from m' but, as far as that is in
+REACH, from the maximum of its own tile, whose weight is among the greatest:
+
+    t = max(log2 e max s, m' - REACH)     P = exp2(s log2 e - t)
+
+The sums follow t, up and down, and are worth at the end what they are at m. A tile further below
+its row's m has too little weight for that to matter, and the sums would outgrow float32.
+
+An FMA does not round that product, and t may be any number, so that its rounding cancels in P / l.
+But for a logit of 1e9 it is tens: P would exceed 1, and the backward pass takes m at its word. So a
+row whose t becomes HIGH or DEEP gets a sum of NaN, and its tile of rows runs once more, `exact`:
+there the product comes after the difference, which is of m'. (With ALiBi's distances a row
 may begin at -1e4, and end near 0.) Without a score or a bias a positive scale is part of that
 product.
 
@@ -42,8 +51,12 @@ import triton.language as tl
 from attn_core.kernels.tile import LOG2E, ahead_of, facts_of, judged, kept_of, line_of, taken
 
 HIGH, DEEP = tl.constexpr(512.0), tl.constexpr(-65536.0)
-"""Row maxima in units of log 2. 2^-24 of HIGH is 1/16 of float16's rounding, 2^-24 of DEEP all of
+"""What a row is measured from, in units of log 2. 2^-24 of HIGH is 1/16 of float16's rounding, 2^-24 of DEEP all of
 bfloat16's. Rows that end between -512 and DEEP are what a finite bias has left of hidden ones."""
+
+REACH = tl.constexpr(3.0)
+"""In units of log 2. Sums may be 8 times what they end as; of weights below an eighth of their
+row's greatest little is left to be gained."""
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -235,17 +248,18 @@ def along(
     if LATE:
         unit = numbers[0] * LOG2E
     m = tl.full((M,), float("-inf"), tl.float32)
+    t = m
     total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, PAD_V), tl.float32)
     # Left alone, LLVM holds so much ready before the loop that it has no registers within.
-    for t in tl.range(first, stop, disable_licm=True):
+    for i in tl.range(first, stop, disable_licm=True):
         if RUN:
-            j = tl.load(order + t, mask=t >= stop_full, other=start + t)
+            j = tl.load(order + i, mask=i >= stop_full, other=start + i)
         else:
-            j = tl.load(order + t)
+            j = tl.load(order + i)
         k = taken(key, strides[0], b, kv_head, j * N, k_len, N, D, PAD, False, DESCRIPTORS)
         at = (b, h2, row2, j * N + tl.arange(0, N)[None, :], j * N)
-        partial = t >= stop_full
+        partial = i >= stop_full
         ahead = ahead_of(at, facts, arrays, partial, M, N, MASK, BIAS, EARLY, LOOKS)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32)
         if not LATE:
@@ -266,14 +280,15 @@ def along(
         if CAREFUL:
             seen = tl.max(s, 0) != float("-inf")
         if EXACT:
-            top, p, fade = _exactly(s, m, unit)
+            m, p, fade = _exactly(s, m, unit)
         elif CAREFUL:
             if exact:
-                top, p, fade = _exactly(s, m, unit)
+                m, p, fade = _exactly(s, m, unit)
+                t = m
             else:
-                top, p, fade = _swiftly(s, m, unit)
+                m, t, p, fade = _swiftly(s, m, t, unit)
         else:
-            top, p, fade = _swiftly(s, m, unit)
+            m, t, p, fade = _swiftly(s, m, t, unit)
         total = total * fade + tl.sum(p, 1)
         if DROPOUT:
             kept = kept_of(arrays[4][0], b, h, row + facts[0], j * N, numbers[1], M, N)
@@ -283,7 +298,6 @@ def along(
             v = tl.where(seen[:, None], v, 0.0).to(v.dtype)
         acc = acc * fade[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-        m = top
     natural = 1.0
     if LATE:
         natural = numbers[0]
@@ -292,6 +306,8 @@ def along(
             natural = tl.where(exact, natural, LN2)
         else:
             natural = LN2
+        fade = tl.where(m == float("-inf"), 1.0, tl.exp2(t - m))
+        total, acc = total * fade, acc * fade[:, None]
     return m * natural, total, acc
 
 
@@ -305,14 +321,17 @@ def _exactly(s, m, unit):
 
 
 @triton.jit
-def _swiftly(s, m, unit):
-    """The same with m in units of log 2. Earlier sums are worth NaN where m' is HIGH or DEEP."""
+def _swiftly(s, m, t, unit):
+    """(m', t', P, what earlier sums are worth now), m and t in units of log 2. Earlier sums are
+    worth NaN where t' is HIGH or DEEP."""
     most = tl.max(s, 1)
-    top = tl.maximum(m, most * unit)
+    here = most * unit
+    top = tl.maximum(m, here)
+    mark = tl.maximum(here, top - REACH)
     # Of a logit near the least of float32 the product is -inf: no row without keys, but a DEEP one.
-    base = tl.where(tl.maximum(m, most) == float("-inf"), 0.0, top)
-    fade = tl.where((base < HIGH) & (base > DEEP), tl.exp2(m - base), float("nan"))
-    return top, tl.exp2(s * unit - base[:, None]), fade
+    base = tl.where(tl.maximum(m, most) == float("-inf"), 0.0, mark)
+    fade = tl.where((base < HIGH) & (base > DEEP), tl.exp2(t - base), float("nan"))
+    return top, mark, tl.exp2(s * unit - base[:, None]), fade
 
 
 @triton.jit

@@ -90,6 +90,43 @@ def test_logits_that_log_2_would_round(place: str, dtype: torch.dtype) -> None:
     compare({**given, "scale": 1.0})
 
 
+def two_tiles(below: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """Of two tiles of 64 keys a key each, the second's logit so much below the first's, and its
+    value 1; other keys, and other values, come to 0."""
+    query = torch.zeros(1, 1, len(below), D, device=DEVICE, dtype=dtype)
+    query[..., 1], query[..., 2] = -below.to(dtype), -1000
+    key = torch.zeros(1, 1, 128, D, device=DEVICE, dtype=dtype)
+    key[..., 2] = 1
+    for number, at in enumerate((0, 64)):
+        key[0, 0, at, 2], key[0, 0, at, number] = 0, 1
+    value = torch.zeros_like(key)
+    value[0, 0, 64] = 1
+    return {"query": query, "key": key, "value": value, "scale": 1.0}
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_greatest_weight_of_a_tile_is_not_rounded(dtype: torch.dtype) -> None:
+    """So that all is rounded once, when it is stored."""
+    given = two_tiles(torch.linspace(0.05, 2, 64, device=DEVICE), dtype)
+    with ExitStack() as stack:
+        tiles(stack, forward=Config(64, 64, 4, 2))
+        out = attn_core.attention(**given, impl="triton")[0, 0, :, 0]
+    below = -given["query"][0, 0, :, 1].double()
+    assert torch.equal(out, (1 / (1 + below.exp())).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_tile_far_below_its_row_leaves_the_sums_as_they_are(dtype: torch.dtype) -> None:
+    given = two_tiles(torch.linspace(0, 85, 64, device=DEVICE), dtype)
+    given["value"][0, 0, 0] = 3e4
+    with ExitStack() as stack:
+        tiles(stack, forward=Config(64, 64, 4, 2))
+        out = attn_core.attention(**given, impl="triton")[0, 0, :, 0]
+    weight = 1 / (1 + given["query"][0, 0, :, 1].double().exp())
+    want = 1 - weight + 3e4 * weight
+    torch.testing.assert_close(out.double(), want, rtol=torch.finfo(dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize("rows", [TQ, 2])
 @pytest.mark.parametrize("way", ["bias", "score"])
 def test_rows_of_the_least_float32(way: str, rows: int) -> None:
