@@ -559,6 +559,8 @@ def test_tiles_through_descriptors(queries: int, monkeypatch: pytest.MonkeyPatch
     for x in (draw(B, HK, 90, 3), draw(B, HK, 90, 32)[..., ::2]):
         query = draw(B, HQ, queries, x.shape[3])
         compare({**given, "query": query, "key": x, "value": x})
+    # And values of no columns, of which lse alone is asked: there is no descriptor of no entries.
+    compare({**given, "value": draw(B, HK, 90, 32)[..., :0]})
     assert {o["DESCRIPTORS"] for _, o in launched if "DESCRIPTORS" in o} == {False}
 
 
