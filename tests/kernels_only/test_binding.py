@@ -90,10 +90,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"query": draw(1, 1, 3, 8), "key": draw(1, 1, 3, 8), "value": draw(1, 1, 3, 257)},
         "D and Dv must be at most 256. Got 8 and 257.",
     ),
-    "no keys": (
-        {"key": draw(B, HK, 0, D), "value": draw(B, HK, 0, D)},
-        "B, Tq and Tk must be at least 1. Got 2, 20, 0.",
-    ),
 }
 
 
