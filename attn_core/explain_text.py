@@ -123,7 +123,7 @@ def _blocks(r: Report) -> list[tuple[str, str]]:
         said += f"; of {b.batches * b.heads} maps, one for each {' and '.join(axes)}"
     if r.tiles is None:
         said += f"; in blocks of {b.block_q} by {b.block_k}"
-        if r.impl is not None:
+        if r.impl is not None and b.total:
             said += f", since {r.impl} has no tiles of its own"
     found = [tiles, ("live blocks", said)]
     if b.excess is not None and b.allowed_share is not None:

@@ -44,10 +44,9 @@ def account(p: Problem, impl: str) -> Account:
         return Account(None, None, None, *numbers)
     if impl == "native":
         return _native(p, found, numbers)
-    if impl == "triton":
-        return _triton(p, found, numbers)
-    if impl == "chunked" and 0 not in found:
-        return _chunked(p, found, numbers)
+    if impl in ("chunked", "triton") and 0 not in found:
+        # Of arrays that hold nothing neither has a tile.
+        return (_triton if impl == "triton" else _chunked)(p, found, numbers)
     return _reference(p, found, numbers)
 
 

@@ -159,7 +159,8 @@ def _backward_op(ask: str, scale: float, wanted: Sequence[bool], *given: Any) ->
 def _launched(ask: Ask, given: Sequence[Any]) -> Ask:
     """As it is asked, but that no kernel is launched on arrays that hold nothing.
 
-    Where a compiler knows sizes only as it runs, nobody could refuse them before.
+    Kernels of ours leave them to the loop; of torch's fused one, which refuses them, only those
+    come here whose sizes a compiler knows as it runs.
     """
     empty = ask.kernel and 0 in (*given[0].shape, *given[1].shape)
     return replace(ask, kernel="") if empty else ask

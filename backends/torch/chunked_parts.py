@@ -152,7 +152,6 @@ class Work:
         query: (B, Hk, G, Tq, D); key, value: (B, Hk, Tk, D or Dv). Views as given.
         bias: (Bb, Hkb, Gb, Tqb, Tkb), each axis spanned or 1; None without bias.
         kv_lengths, q_lengths: int64 (B or 1, 1, 1, 1, 1), or None.
-        words: of the seed, or None.
         rows: slices of the tiles of rows.
     """
 
@@ -176,7 +175,6 @@ class Work:
         self.k_len = self.key.shape[2]
         self.bias = None if x.bias is None else self.spread(x.bias)
         self.kv_lengths, self.q_lengths = _wide(x.kv_lengths), _wide(x.q_lengths)
-        self.words = None if x.seed is None else _words(x.seed)
         self.offset = reference.offset(ask, x, self.q_len, self.k_len)[..., None]
         self.structured = bool(ask.mask or x.kv_lengths is not None or x.q_lengths is not None)
         self.block_q, tall, self.block_k, _ = tiles_of(
@@ -255,11 +253,17 @@ class Work:
         return spans
 
     @cached_property
+    def words(self) -> tuple[int, int]:
+        """Of the seed, which a tensor's values are waited for: where a tile is dropped at all."""
+        return _words(self.x.seed)
+
+    @cached_property
     def status(self) -> np.ndarray:
         """Of every block, int8 (Bm, Hm, rows, columns), Hm over key heads."""
         tall, wide = len(self.rows), -(-self.k_len // self.block_k)
-        if not self.structured or tall * wide <= 1:
-            # Of a single tile the map could only say what evaluating the mask says as well.
+        if not self.structured or tall * wide <= 1 or not self.batch:
+            # Of a single tile the map could only say what evaluating the mask says as well; of no
+            # batch nobody reads it, and what it is made of need not be waited for.
             return np.full((1, 1, tall, wide), PARTIAL if self.structured else FULL, np.int8)
         ask, x = self.ask, self.x
         sizes = (self.q_len, self.k_len, self.block_q, self.block_k)

@@ -128,7 +128,6 @@ class Tile:
 
     def kept(self, span: Span) -> Array:
         """Dropout's mask over the tile."""
-        assert self.w.words is not None
         index = self.indices(span)
         return keep_tile(
             drop_threshold(self.w.ask.rate),

@@ -3,8 +3,9 @@
     out, m, log l = one kernel        dK and dV, dQ, dbias = one kernel each
 
 They are bound as `chunked` is: the same operators, opaque to torch.compile, hand the work to
-kernels instead of a loop in Python. This module loads no triton; `probe` says whether it may be
-loaded and whether kernels run here.
+kernels instead of a loop in Python. Where B, Tq or Tk is 0 nothing is launched: the loop, which has
+nothing to go over then but rows without keys, answers. This module loads no triton; `probe` says
+whether it may be loaded and whether kernels run here.
 """
 
 from __future__ import annotations
@@ -36,8 +37,6 @@ def refusals(p: Problem) -> list[str]:
         reasons.append(f"D and Dv must be at most {WIDEST}. Got {p.width} and {p.v_width}.")
     if p.return_weights:
         reasons.append("`return_weights` must be left out: kernels keep no weights. Got True.")
-    if 0 in (p.batch, p.q_len, p.k_len):
-        reasons.append(f"B, Tq and Tk must be at least 1. Got {p.batch}, {p.q_len}, {p.k_len}.")
     return reasons + chunked.refusals(p)
 
 

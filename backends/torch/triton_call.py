@@ -135,7 +135,7 @@ def tiled(
 ) -> tuple[tuple[Any, ...], bool]:
     """Arrays (B, H, T, D) as a kernel reads tiles of them, and whether that is by descriptors.
 
-    A descriptor needs entries side by side, all else in steps of 16 bytes, and one step at least
+    A descriptor needs entries, side by side, all else in steps of 16 bytes, and one step at least
     between neighbours.
 
     Args:
@@ -155,7 +155,12 @@ def tiled(
 def _describable(x: Array) -> bool:
     *outer, last = x.stride()
     steps = [stride * x.element_size() for stride in outer]
-    return last == 1 and x.data_ptr() % 16 == 0 and all(n > 0 and n % 16 == 0 for n in steps)
+    return (
+        x.shape[3] > 0
+        and last == 1
+        and x.data_ptr() % 16 == 0
+        and all(n > 0 and n % 16 == 0 for n in steps)
+    )
 
 
 def map_strides(schedule: Schedule) -> tuple[int, ...]:

@@ -90,10 +90,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"query": draw(1, 1, 3, 8), "key": draw(1, 1, 3, 8), "value": draw(1, 1, 3, 257)},
         "D and Dv must be at most 256. Got 8 and 257.",
     ),
-    "no keys": (
-        {"key": draw(B, HK, 0, D), "value": draw(B, HK, 0, D)},
-        "B, Tq and Tk must be at least 1. Got 2, 20, 0.",
-    ),
 }
 
 
@@ -559,6 +555,8 @@ def test_tiles_through_descriptors(queries: int, monkeypatch: pytest.MonkeyPatch
     for x in (draw(B, HK, 90, 3), draw(B, HK, 90, 32)[..., ::2]):
         query = draw(B, HQ, queries, x.shape[3])
         compare({**given, "query": query, "key": x, "value": x})
+    # And values of no columns, of which lse alone is asked: there is no descriptor of no entries.
+    compare({**given, "value": draw(B, HK, 90, 32)[..., :0]})
     assert {o["DESCRIPTORS"] for _, o in launched if "DESCRIPTORS" in o} == {False}
 
 
