@@ -55,19 +55,22 @@ def gpu(
     if configs.VARIABLE in os.environ:  # other tiles than those of the commit
         environment["settings"][configs.VARIABLE] = os.environ[configs.VARIABLE]
     pace = gpus.PACE if minutes is None else gpus.HURRIED
-    whole, path = gpus.run(
-        machine,
-        json,
-        stages=stage or gpus.STAGES,
-        only=case or (),
-        pace=pace._replace(rounds=rounds or pace.rounds),
-        minutes=minutes,
-        environment=environment,
-        bench=gpu_apart.bench,
-        say=lambda words: console.print(words, markup=False, soft_wrap=True),
-    )
+    try:
+        whole, path = gpus.run(
+            machine,
+            json,
+            stages=stage or gpus.STAGES,
+            only=case or (),
+            pace=pace._replace(rounds=rounds or pace.rounds),
+            minutes=minutes,
+            environment=environment,
+            bench=gpu_apart.bench,
+            say=lambda words: console.print(words, markup=False, soft_wrap=True),
+        )
+    except gpus.Unreadable as error:
+        raise refused(error) from error
     console.print(f"written: {path}", markup=False, soft_wrap=True)
-    raise typer.Exit(1 if gpus.failed(whole) else 0)
+    raise typer.Exit(1 if gpus.failed(whole, stage or gpus.STAGES) else 0)
 
 
 def _ptxas(architecture: str) -> str:

@@ -9,14 +9,15 @@
     sanitizer     NVIDIA's compute-sanitizer over a small part of it, where it is installed
 
     {"version": 1, "gpu": "NVIDIA H200", "facts": {...}, "environment": {...}, "pace": {...},
-     "stages": {"conformance": {"status": "passed", "said": "..."}, ...},
+     "stages": {"smoke": {"status": "passed", "said": "...", "commit": ..., "date": ...}, ...},
      "measured": [{"case": ..., "subject": ..., "direction": ..., "samples": [..ms..]}, ...]}
 
 in `benchmarks/results/<gpu>.json`, from which `gpu_page.py` makes docs/GPU.md. It is written after
 every case, and what a stage says goes into the folder of that name as it is said, so that who is
 stopped has what was measured and what failed. Where minutes are given, each stage has its part of
-them, and none goes on beyond: what was not reached is told, and is no figure. Without a GPU nothing
-runs and nothing is written.
+them, and none goes on beyond: what was not reached is told, and is no figure. What the file holds
+of stages that are not asked for now stays, under the commit that it is of; the measurements, the
+environment and the pace are those of `bench`. Without a GPU nothing runs and nothing is written.
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ STAGES = tuple(SHARES)
 
 class NoGpu(RuntimeError):
     """There is no GPU to run on."""
+
+
+class Unreadable(ValueError):
+    """Where the results belong stands something else."""
 
 
 class Pace(NamedTuple):
@@ -139,20 +144,31 @@ def run(
         minutes: how long all of it may take.
         call: runs a command.
         bench: times the cases: `bench` here, or `gpu_apart.bench`, which survives its kernels.
+
+    Raises:
+        Unreadable: what stands in `into` is no JSON.
     """
     limit = Limit(minutes)
     known = machine.facts()
     path = into or Path("benchmarks/results") / f"{slug(known['gpu'])}.json"
     said_in = path.with_suffix("")
+    place = dict(environment or {})
+    now = {name: place[name] for name in ("commit", "date") if name in place}
     whole: dict[str, Any] = {
         "version": VERSION,
         "gpu": known["gpu"],
         "facts": known,
-        "environment": dict(environment or {}),
+        "environment": place,
         "pace": {**pace._asdict(), "minutes": minutes},
         "stages": {},
         "measured": [],
     }
+    before = _before(path, whole)
+    for stage in STAGES:  # at once, so that who is stopped has lost none of it
+        unasked = Stage("skipped", "not asked for")._asdict()
+        whole["stages"][stage] = before.get("stages", {}).get(stage, unasked)
+    if "bench" not in stages and before.get("measured"):
+        whole |= {name: before[name] for name in ("environment", "pace", "measured")}
 
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +192,6 @@ def run(
     spent, whole_share = 0, sum(SHARES[stage] for stage in stages)
     for stage in STAGES:
         if stage not in stages:
-            whole["stages"][stage] = Stage("skipped", "not asked for")._asdict()
             continue
         say(f"== {stage}")
         spent += SHARES[stage]
@@ -189,9 +204,25 @@ def run(
             said_in.mkdir(parents=True, exist_ok=True)
             result = gpu_stages.STAGES[stage](call or gpu_stages.called, mine.left(), said_in)
         say(f"{stage}: {result.status}. {result.said}")
-        whole["stages"][stage] = result._asdict()
+        whole["stages"][stage] = dict(result._asdict(), **now)
         write()
     return whole, path
+
+
+def _before(path: Path, whole: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the file holds of this GPU; nothing where it is of another one, or of another version.
+
+    Raises:
+        Unreadable: it is no JSON.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise Unreadable(f"{path} must hold JSON, or not exist. Got {error}.") from error
+    same = isinstance(found, dict) and all(found.get(n) == whole[n] for n in ("version", "gpu"))
+    return found if same else {}
 
 
 def _of_bench(units: Sequence[tuple[GpuCase, str]], found: Sequence[Measured]) -> Stage:
@@ -210,9 +241,10 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def failed(whole: Mapping[str, Any]) -> bool:
-    """Whether anything was wrong; a missed target is none of that, and is published."""
-    return any(stage["status"] == "failed" for stage in whole["stages"].values())
+def failed(whole: Mapping[str, Any], stages: Sequence[str] = STAGES) -> bool:
+    """Whether anything was wrong in one of these; a missed target is none of that, and is
+    published."""
+    return any(whole["stages"][stage]["status"] == "failed" for stage in stages)
 
 
 def measured_of(whole: Mapping[str, Any]) -> list[Measured]:

@@ -43,8 +43,9 @@ _HEAD = f"""# On a GPU
 `make gpu` writes this page from measurements; nothing here is written by hand. Every result was
 first checked against float64, on sampled query rows. Subjects that are compared take turns. Times
 are medians by the device's own clock, with its second-level cache swept before every call. Cases
-where we lose are shown like the others. Figures are those of the commit that stands above them:
-[KERNELS_HISTORY.md](KERNELS_HISTORY.md) says what has changed since.
+where we lose are shown like the others. Figures are those of the commit that stands above them,
+and each stage is of the commit in its line: [KERNELS_HISTORY.md](KERNELS_HISTORY.md) says what has
+changed since.
 
 {_HOW}
 How to read the tables:
@@ -88,9 +89,12 @@ def _chapter(whole: Mapping[str, Any]) -> str:
             f"\nIn {pace['minutes']:g} minutes: {pace['rounds']} rounds of turns, and answers "
             f"checked on {pace['heads']} key heads of each case.\n"
         )
-    text += "\n| stage | came out | |\n| --- | --- | --- |\n"
+    text += "\n| stage | came out | at commit | |\n| --- | --- | --- | --- |\n"
     for name, stage in whole["stages"].items():
-        text += f"| {name} | {stage['status']} | {_cell(stage['said'])} |\n"
+        at = stage.get("commit") or ""
+        # The last of what it said tells most.
+        said = " | ".join(part.strip("= ") for part in reversed(stage["said"].split(" | ")))
+        text += f"| {name} | {stage['status']} | {at} | {_cell(said)} |\n"
     text += "\n| target | must | aim | worst | holds |\n| --- | --- | --- | --- | --- |\n"
     for found in run.promises():
         worst = "" if found.worst is None else f"{found.worst:.4g}"

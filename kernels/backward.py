@@ -58,6 +58,7 @@ def d_keys(
     SITES: tl.constexpr,  # what `sites_of` says; none but where FUSED
     KEY: tl.constexpr, VALUE: tl.constexpr,  # which of dK and dV it makes
     FUSED: tl.constexpr,  # whether it does what `d_query` does, too; it then makes both
+    ALONE: tl.constexpr,  # whether each query head has keys of its own: a group is 1
     RUN: tl.constexpr,  # whether full tiles are neighbours, so that they need not be looked up
     DESCRIPTORS: tl.constexpr,  # whether query, d_out, key, value, d_query are tensor descriptors
     PRECISION: tl.constexpr,
@@ -85,18 +86,18 @@ def d_keys(
         dk, dv = _along_rows(
             dk, dv, *told, 0, stop_full, stop_full,
             D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, EARLY, LOOKS, SITES, KEY, VALUE,
-            FUSED, RUN, DESCRIPTORS, PRECISION, FULL, False,
+            FUSED, ALONE, RUN, DESCRIPTORS, PRECISION, FULL, False,
         )  # fmt: skip
         dk, dv = _along_rows(
             dk, dv, *told, stop_full, stop_full, stop,
             D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, EARLY, LOOKS, SITES, KEY, VALUE,
-            FUSED, RUN, DESCRIPTORS, PRECISION, PARTIAL, False,
+            FUSED, ALONE, RUN, DESCRIPTORS, PRECISION, PARTIAL, False,
         )  # fmt: skip
     else:
         dk, dv = _along_rows(
             dk, dv, *told, 0, stop_full, stop,
             D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, EARLY, LOOKS, SITES, KEY, VALUE,
-            FUSED, RUN, DESCRIPTORS, PRECISION, EITHER, False,
+            FUSED, ALONE, RUN, DESCRIPTORS, PRECISION, EITHER, False,
         )  # fmt: skip
         good = True
         if KEY:
@@ -108,7 +109,7 @@ def d_keys(
             dk, dv = _along_rows(
                 dk, dv, *told, 0, 0, stop,
                 D, DV, PAD, PAD_V, M, N, MASK, SCORE, BIAS, DROPOUT, EARLY, LOOKS, SITES, KEY,
-                VALUE, FUSED, RUN, DESCRIPTORS, PRECISION, PARTIAL, True,
+                VALUE, FUSED, ALONE, RUN, DESCRIPTORS, PRECISION, PARTIAL, True,
             )  # fmt: skip
     # The same tile, worked out anew, so that no compiler knows it for the same: where it begins, in
     # every form in which that is asked for, would else wait in registers while the loops run.
@@ -144,7 +145,7 @@ def _along_rows(
     MASK: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     EARLY: tl.constexpr, LOOKS: tl.constexpr,
     SITES: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, FUSED: tl.constexpr,
-    RUN: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    ALONE: tl.constexpr, RUN: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
     KIND: tl.constexpr,  # of these tiles
     AGAIN: tl.constexpr,  # whether it is done again, with care
 ):  # fmt: skip
@@ -153,14 +154,19 @@ def _along_rows(
     order, start = line
     k_at = tile * N + tl.arange(0, N)
     # One loop for all heads of the group: two, one in the other, would fill their pipeline anew
-    # for each head, and have the sums in registers while they do. Turns are counted, since of a
-    # group that is not known a division takes 40 instructions; and nothing is moved out of the
-    # loop, to wait in registers.
+    # for each head, and have the sums in registers while they do.
+    turn = tl.zeros((), tl.int32) + begin
     STAGES: tl.constexpr = 1 if AGAIN else None  # it is rare, and must not take registers
-    turn = tl.zeros((), tl.int32)
-    for n in tl.range(0, (stop - begin) * group, num_stages=STAGES, disable_licm=True):
-        i, head = begin + turn, (kv_head - turn) * group + n
-        turn += (n + 1 == (turn + 1) * group).to(tl.int32)
+    # Read by descriptors, tiles of 64 x 64 have no register left: nothing is moved out of the loop,
+    # where it would wait in one, and a turn is counted though it need not be, which takes fewer.
+    TIGHT: tl.constexpr = DESCRIPTORS
+    for n in tl.range(begin * group, stop * group, num_stages=STAGES, disable_licm=AGAIN or TIGHT):
+        if ALONE and not TIGHT:
+            i, head = n, kv_head
+        else:
+            i, head = turn, (kv_head - turn) * group + n
+            # Counted: of a group that is not known, a division takes 40 instructions.
+            turn += (n + 1 == (turn + 1) * group).to(tl.int32)
         h = tl.zeros((1, 1), tl.int32) + head
         j = _tile_of(order, start, i, stop_full, RUN, KIND)
         row = j * M + tl.arange(0, M)

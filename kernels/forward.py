@@ -51,8 +51,9 @@ import triton.language as tl
 from attn_core.kernels.tile import LOG2E, ahead_of, facts_of, judged, kept_of, line_of, taken
 
 HIGH, DEEP = tl.constexpr(512.0), tl.constexpr(-65536.0)
-"""What a row is measured from, in units of log 2. 2^-24 of HIGH is 1/16 of float16's rounding, 2^-24 of DEEP all of
-bfloat16's. Rows that end between -512 and DEEP are what a finite bias has left of hidden ones."""
+"""What rows are measured from, in units of log 2. 2^-24 of HIGH is 1/16 of float16's rounding, and
+2^-24 of DEEP all of bfloat16's. Rows that end between -512 and DEEP are what a finite bias has left
+of hidden ones."""
 
 REACH = tl.constexpr(3.0)
 """In units of log 2. Sums may be 8 times what they end as; of weights below an eighth of their

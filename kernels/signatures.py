@@ -318,6 +318,7 @@ def _d_keys(c: _Call, key: bool = True, value: bool = True, fused: bool = False)
         "VALUE": value,
         "SITES": sites,
         "FUSED": fused,
+        "ALONE": c.job.even,
         "RUN": c.runs("q", "row"),
         "DESCRIPTORS": c.config.descriptors,
     }

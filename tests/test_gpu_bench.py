@@ -72,6 +72,41 @@ def test_a_run_is_checked_timed_and_written(tmp_path: Path) -> None:
     assert 0 < found[0].rmse < 1e-6
 
 
+def test_what_is_not_asked_for_stays_as_it_was(tmp_path: Path) -> None:
+    """A stage alone does not cost a page its figures, nor figures what stages have said."""
+    where, given = tmp_path / "it.json", [small("one")]
+    said = {"status": "passed", "said": "all passed", "commit": "old", "date": "then"}
+
+    def run(place: dict[str, Any], *stages: str, status: int = 0) -> dict[str, Any]:
+        whole, _ = gpu.run(
+            Machine(), where, given=given, stages=stages, environment=place,
+            call=lambda command, seconds, into: (status, "all passed"),
+        )  # fmt: skip
+        written: dict[str, Any] = json.loads(where.read_text("utf-8"))
+        assert written == json.loads(json.dumps(whole))
+        return written
+
+    old = run({"commit": "old", "date": "then"}, "bench", "smoke")
+    assert old["stages"]["smoke"] == said
+    new = run({"commit": "new", "date": "now"}, "doctor", status=1)
+    assert new["stages"]["doctor"] == {**said, "status": "failed", "commit": "new", "date": "now"}
+    assert new["stages"]["smoke"] == said
+    assert new["stages"]["tests"] == {"status": "skipped", "said": "not asked for"}
+    assert (new["environment"], new["measured"]) == (old["environment"], old["measured"])
+    again = run({"commit": "new", "date": "now"}, "bench")
+    assert again["stages"]["smoke"] == said
+    assert again["environment"]["commit"] == again["stages"]["bench"]["commit"] == "new"
+    assert len(again["measured"]) == len(old["measured"])
+    assert again["stages"]["doctor"]["status"] == "failed"
+    assert not gpu.failed(again, ["bench"])
+
+    where.write_text(json.dumps({**again, "gpu": "another"}), "utf-8")
+    assert run({"commit": "new"}, "doctor")["measured"] == []
+    where.write_text("{", "utf-8")
+    with pytest.raises(gpu.Unreadable, match=r"it\.json must hold JSON, or not exist\. Got "):
+        run({"commit": "new"}, "doctor")
+
+
 def test_a_wrong_answer_has_no_figure_and_fails_the_run(tmp_path: Path) -> None:
     whole, _ = gpu.run(
         Machine(wrong=OURS), tmp_path / "x.json", given=[small("one")], stages=["bench"], say=print
@@ -464,12 +499,16 @@ def test_the_page_holds_what_was_measured_and_says_what_was_not() -> None:
         "gpu": "NVIDIA Stand-In 9",
         "facts": {"gpu": "NVIDIA Stand-In 9", "architecture": "sm_90"},
         "environment": {"commit": "abc", "date": "2026-01-01T00:00:00", "packages": {"torch": "9"}},
-        "stages": {"conformance": {"status": "failed", "said": "a | b"}},
+        "stages": {
+            "conformance": {"status": "failed", "said": "a | == b ==", "commit": "d0e"},
+            "bench": {"status": "passed", "said": "c"},
+        },
         "measured": [m._asdict() for m in synthetic() if m.direction == "forward"],
     }
     whole["measured"][0].update(status="error", samples=(), problem="it | broke")
     text = gpu_page.page([whole])
     assert "## NVIDIA Stand-In 9" in text
+    assert "| conformance | failed | d0e | b / a |\n| bench | passed |  | c |\n" in text
     assert "| forward vs FlashAttention-2 | ≥ 1.15 | ≥ 1.4 | 1.2 | incomplete |" in text
     assert "| backward vs FlashAttention-2 | ≥ 1 | ≥ 1.3 |  | not measured |" in text
     assert "it / broke" in text

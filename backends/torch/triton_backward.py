@@ -173,6 +173,7 @@ class _Backward:
             KEY=key,
             VALUE=value,
             FUSED=dq is not None,
+            ALONE=c.group == 1,
             RUN=neighbours(c.ask.mask, "q", "row"),
             DESCRIPTORS=described,
             **self.options,
