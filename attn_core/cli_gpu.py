@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +52,10 @@ def gpu(
         raise refused(error) from error
     console = Console()
     environment = {**results.environment(1), "commit": results.commit(), "date": results.now()}
+    try:
+        environment["packages"]["triton"] = version("triton")
+    except PackageNotFoundError:
+        pass  # of another name, as in builds for AMD's GPUs
     environment["ptxas"] = _ptxas(machine.facts()["architecture"])
     if configs.VARIABLE in os.environ:  # other tiles than those of the commit
         environment["settings"][configs.VARIABLE] = os.environ[configs.VARIABLE]

@@ -17,7 +17,8 @@ every case, and what a stage says goes into the folder of that name as it is sai
 stopped has what was measured and what failed. Where minutes are given, each stage has its part of
 them, and none goes on beyond: what was not reached is told, and is no figure. What the file holds
 of stages that are not asked for now stays, under the commit that it is of; the measurements, the
-environment and the pace are those of `bench`. Without a GPU nothing runs and nothing is written.
+facts, the environment and the pace are those of `bench`, and stay until it measures anew. Without a
+GPU nothing runs and nothing is written.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from attn_core.benchmarks.gpu_cases import GpuCase, Measured
 from attn_core.benchmarks.gpu_stages import LEAST, Stage
 
 VERSION = 1
+_OF_BENCH = ("facts", "environment", "pace", "measured")
 SHARES = {
     "doctor": 4,
     "tests": 26,
@@ -146,12 +148,17 @@ def run(
         bench: times the cases: `bench` here, or `gpu_apart.bench`, which survives its kernels.
 
     Raises:
-        Unreadable: what stands in `into` is no JSON.
+        Unreadable: what stands in `into` is not of a run like this, or it has no suffix.
     """
     limit = Limit(minutes)
     known = machine.facts()
     path = into or Path("benchmarks/results") / f"{slug(known['gpu'])}.json"
     said_in = path.with_suffix("")
+    if said_in == path:
+        raise Unreadable(
+            f"the file of results must have a suffix, as in {path}.json: the folder of what stages "
+            f"say has its name without one. Got {path}."
+        )
     place = dict(environment or {})
     now = {name: place[name] for name in ("commit", "date") if name in place}
     whole: dict[str, Any] = {
@@ -167,8 +174,9 @@ def run(
     for stage in STAGES:  # at once, so that who is stopped has lost none of it
         unasked = Stage("skipped", "not asked for")._asdict()
         whole["stages"][stage] = before.get("stages", {}).get(stage, unasked)
-    if "bench" not in stages and before.get("measured"):
-        whole |= {name: before[name] for name in ("environment", "pace", "measured")}
+    ours = {name: whole[name] for name in _OF_BENCH}
+    if before.get("measured"):
+        whole |= {name: before[name] for name in _OF_BENCH if name in before}
 
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +185,9 @@ def run(
         beside.replace(path)
 
     def keep(found: Sequence[Measured]) -> None:
-        whole["measured"] += [m._asdict() for m in found]
+        ours["measured"] += [m._asdict() for m in found]
+        whole.update(ours)
+        whole["stages"]["bench"] = dict(Stage("stopped", "it did not end")._asdict(), **now)
         write()
 
     def timed(limit: Limit) -> Stage:
@@ -187,7 +197,7 @@ def run(
             (bench or in_place)(machine, units, pace, say, limit, keep)
         except RuntimeError as raised:  # of `gpu_apart`: no worker begins with anything
             return Stage("failed", str(raised))
-        return _of_bench(units, measured_of(whole))
+        return _of_bench(units, measured_of({**whole, **ours}))
 
     spent, whole_share = 0, sum(SHARES[stage] for stage in stages)
     for stage in STAGES:
@@ -213,7 +223,7 @@ def _before(path: Path, whole: Mapping[str, Any]) -> Mapping[str, Any]:
     """What the file holds of this GPU; nothing where it is of another one, or of another version.
 
     Raises:
-        Unreadable: it is no JSON.
+        Unreadable: it is no JSON, or of something else, which is not to be written over.
     """
     if not path.exists():
         return {}
@@ -221,8 +231,11 @@ def _before(path: Path, whole: Mapping[str, Any]) -> Mapping[str, Any]:
         found = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise Unreadable(f"{path} must hold JSON, or not exist. Got {error}.") from error
-    same = isinstance(found, dict) and all(found.get(n) == whole[n] for n in ("version", "gpu"))
-    return found if same else {}
+    if not isinstance(found, dict) or "gpu" not in found:
+        raise Unreadable(
+            f"{path} must be of `attn-core bench gpu`, or not exist. Got JSON without `gpu`."
+        )
+    return found if all(found.get(n) == whole[n] for n in ("version", "gpu")) else {}
 
 
 def _of_bench(units: Sequence[tuple[GpuCase, str]], found: Sequence[Measured]) -> Stage:

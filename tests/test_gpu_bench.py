@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,69 @@ def test_what_is_not_asked_for_stays_as_it_was(tmp_path: Path) -> None:
     where.write_text("{", "utf-8")
     with pytest.raises(gpu.Unreadable, match=r"it\.json must hold JSON, or not exist\. Got "):
         run({"commit": "new"}, "doctor")
+
+
+def test_who_is_stopped_has_lost_no_figure_and_no_stage_speaks_for_another(tmp_path: Path) -> None:
+    """Figures stay until others are there, and then no stage of before vouches for these."""
+    where, given = tmp_path / "it.json", [small("one"), small("two")]
+    run = partial(gpu.run, into=where, given=given, stages=["doctor", "bench"])
+    run(Machine(), environment={"commit": "old"}, call=lambda *_: (0, "fine"))
+    old = json.loads(where.read_text("utf-8"))
+    assert old["stages"]["bench"]["status"] == "passed"
+
+    def stopped(after: int) -> dict[str, Any]:
+        def bench(machine: Any, units: Any, pace: Any, say: Any, limit: Any, keep: Any) -> None:
+            for case, direction in units[:after]:
+                keep([Measured(case.name, OURS, direction, "measured", samples=(1.0,))])
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(Machine(), environment={"commit": "new"}, call=lambda *_: (0, "fine"), bench=bench)
+        found: dict[str, Any] = json.loads(where.read_text("utf-8"))
+        return found
+
+    early = stopped(0)
+    assert early["stages"]["doctor"]["commit"] == "new"
+    for name in ("facts", "environment", "pace", "measured"):
+        assert early[name] == old[name]
+    assert early["stages"]["bench"] == old["stages"]["bench"]
+    late = stopped(1)
+    assert late["environment"]["commit"] == "new"
+    assert len(late["measured"]) == 1
+    said = {"status": "stopped", "said": "it did not end", "commit": "new"}
+    assert late["stages"]["bench"] == said
+
+
+def test_figures_keep_the_facts_that_they_are_of(tmp_path: Path) -> None:
+    class Newer(Machine):
+        def facts(self) -> dict[str, Any]:
+            return {**super().facts(), "cuda": "99"}
+
+    where = tmp_path / "it.json"
+    gpu.run(Machine(), where, given=[small("one")], stages=["bench"])
+    old = json.loads(where.read_text("utf-8"))
+    del old["pace"]  # as a file may be that somebody else wrote
+    where.write_text(json.dumps(old), "utf-8")
+    whole, _ = gpu.run(Newer(), where, stages=["doctor"], call=lambda *_: (0, "fine"))
+    assert whole["facts"] == old["facts"]
+    assert whole["measured"] == old["measured"]
+
+
+@pytest.mark.parametrize("text", ["[]", '{"version": 1, "measurements": [1]}'])
+def test_what_is_not_of_such_a_run_is_not_written_over(tmp_path: Path, text: str) -> None:
+    where = tmp_path / "cpu.json"
+    where.write_text(text, "utf-8")
+    with pytest.raises(gpu.Unreadable, match=r"cpu\.json must be of `attn-core bench gpu`"):
+        gpu.run(Machine(), where, stages=["doctor"], call=lambda *_: (0, "fine"))
+    assert where.read_text("utf-8") == text
+
+
+def test_a_file_without_a_suffix_would_stand_where_its_folder_does(tmp_path: Path) -> None:
+    with pytest.raises(
+        gpu.Unreadable, match=r"must have a suffix, as in .*it\.json: .* Got .*it\."
+    ):
+        gpu.run(Machine(), tmp_path / "it", stages=["doctor"], call=lambda *_: (0, "fine"))
+    assert not (tmp_path / "it").exists()
 
 
 def test_a_wrong_answer_has_no_figure_and_fails_the_run(tmp_path: Path) -> None:
@@ -563,19 +627,22 @@ def test_without_a_gpu_nothing_runs(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_says_whose_tiles_it_measured(
+def test_a_run_says_whose_tiles_it_measured_and_by_which_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "device", Machine)
     monkeypatch.setattr(gpu_stages, "called", lambda command, seconds, into: (0, "done"))
     monkeypatch.delenv(configs.VARIABLE, raising=False)
+    monkeypatch.setattr("attn_core.cli_gpu.version", lambda name: f"{name} 9")
     found = []
     for tiles in (None, str(tmp_path / "mine.toml")):
         if tiles:
             monkeypatch.setenv(configs.VARIABLE, tiles)
         into = tmp_path / "x.json"
         CliRunner().invoke(app, ["bench", "gpu", "--stage", "doctor", "--json", str(into)])
-        found.append(json.loads(into.read_text())["environment"]["settings"].get(configs.VARIABLE))
+        where = json.loads(into.read_text())["environment"]
+        assert where["packages"]["triton"] == "triton 9"  # which compiled what is timed
+        found.append(where["settings"].get(configs.VARIABLE))
     assert found == [None, tiles]
 
 
