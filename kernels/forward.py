@@ -17,7 +17,10 @@ REACH, from the maximum of its own tile, whose weight is among the greatest:
     t = max(log2 e max s, m' - REACH)     P = exp2(s log2 e - t)
 
 The sums follow t, up and down, and are worth at the end what they are at m. A tile further below
-its row's m has too little weight for that to matter, and the sums would outgrow float32.
+its row's m has too little weight for that to matter, and the sums would outgrow float32. So would
+those of bfloat16's greatest values at m - REACH, where they are 8 times what they end as: bfloat16,
+to whose weights a power of 2 more or less is nothing, has both terms greater by REACH, so that t is
+m at least. (float16 has no such values, but weights that would be subnormal.)
 
 An FMA does not round that product, and t may be any number, so that its rounding cancels in P / l.
 But for a logit of 1e9 it is tens: P would exceed 1, and the backward pass takes m at its word. So a
@@ -56,8 +59,8 @@ HIGH, DEEP = tl.constexpr(512.0), tl.constexpr(-65536.0)
 of hidden ones."""
 
 REACH = tl.constexpr(3.0)
-"""In units of log 2. Sums may be 8 times what they end as; of weights below an eighth of their
-row's greatest little is left to be gained."""
+"""In units of log 2. In float16 sums may be 8 times what they end as; of weights below an eighth of
+their row's greatest little is left to be gained."""
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -252,6 +255,7 @@ def along(
     t = m
     total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, PAD_V), tl.float32)
+    GREAT: tl.constexpr = q.dtype == tl.bfloat16
     # Left alone, LLVM holds so much ready before the loop that it has no registers within.
     for i in tl.range(first, stop, disable_licm=True):
         if RUN:
@@ -287,9 +291,9 @@ def along(
                 m, p, fade = _exactly(s, m, unit)
                 t = m
             else:
-                m, t, p, fade = _swiftly(s, m, t, unit)
+                m, t, p, fade = _swiftly(s, m, t, unit, GREAT)
         else:
-            m, t, p, fade = _swiftly(s, m, t, unit)
+            m, t, p, fade = _swiftly(s, m, t, unit, GREAT)
         total = total * fade + tl.sum(p, 1)
         if DROPOUT:
             kept = kept_of(arrays[4][0], b, h, row + facts[0], j * N, numbers[1], M, N)
@@ -322,13 +326,14 @@ def _exactly(s, m, unit):
 
 
 @triton.jit
-def _swiftly(s, m, t, unit):
+def _swiftly(s, m, t, unit, GREAT: tl.constexpr):
     """(m', t', P, what earlier sums are worth now), m and t in units of log 2. Earlier sums are
-    worth NaN where t' is HIGH or DEEP."""
+    worth NaN where t' is HIGH or DEEP. GREAT: whether values may be so great that t' is m' at
+    least."""
     most = tl.max(s, 1)
     here = most * unit
     top = tl.maximum(m, here)
-    mark = tl.maximum(here, top - REACH)
+    mark = tl.maximum(here + REACH, top) if GREAT else tl.maximum(here, top - REACH)
     # Of a logit near the least of float32 the product is -inf: no row without keys, but a DEEP one.
     base = tl.where(tl.maximum(m, most) == float("-inf"), 0.0, mark)
     fade = tl.where((base < HIGH) & (base > DEEP), tl.exp2(t - base), float("nan"))

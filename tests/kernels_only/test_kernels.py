@@ -127,6 +127,20 @@ def test_a_tile_far_below_its_row_leaves_the_sums_as_they_are(dtype: torch.dtype
     torch.testing.assert_close(out.double(), want, rtol=torch.finfo(dtype).eps, atol=0)
 
 
+@pytest.mark.parametrize("behind", [-40.0, 200.0])
+def test_sums_of_the_greatest_values_outgrow_no_float32(behind: float) -> None:
+    """Of bfloat16, which has float32's range: where a tile far below its row's maximum has been
+    gone along, and where another one has then left nothing of them."""
+    key, value = (torch.zeros(1, 1, 192, D, device=DEVICE).bfloat16() for _ in range(2))
+    key[..., 0], key[0, 0, 0, 0], key[0, 0, 128, 0] = -100, 0, behind
+    value[0, 0, 0], value[0, 0, 128] = 3e38, 1
+    query = torch.ones(1, 1, 64, D, device=DEVICE).bfloat16()
+    with ExitStack() as stack:
+        tiles(stack, forward=Config(64, 64, 4, 2))
+        out = attn_core.attention(query, key, value, scale=1.0, impl="triton")
+    assert torch.equal(out, value[:, :, :1].expand_as(out) if behind < 0 else torch.ones_like(out))
+
+
 @pytest.mark.parametrize("rows", [TQ, 2])
 @pytest.mark.parametrize("way", ["bias", "score"])
 def test_rows_of_the_least_float32(way: str, rows: int) -> None:
