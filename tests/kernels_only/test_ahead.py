@@ -56,13 +56,6 @@ def test_what_is_shipped_compiles_clean(target: str) -> None:
     assert all(finding.wgmma[0] > 0 and finding.wgmma[1] > 0 for finding in hopper)
 
 
-def test_a_table_on_blackwell_has_registers_enough() -> None:
-    """Left at 128 it spilled 8 bytes in odd sizes."""
-    found = ahead.run(list(ahead.jobs(["sm_100"], ["forward"], ["table"], few=True)))
-    assert len(found) == 2
-    assert [finding for finding in found if finding.problems] == []
-
-
 def test_gpus_of_one_kind_have_the_tiles_of_their_kind() -> None:
     """Small tiles that run anywhere are for GPUs that no compiler here was asked about."""
     for target in sorted(set(ahead.SHARED) - {"sm_75"}):
