@@ -57,7 +57,7 @@ SHIPPED := $(addprefix --case=,everything tiles model poison)
 # Kernels, in Triton's interpreter: what it can be trusted with, on any machine that has Triton.
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/attn-core conformance run --failures --subject torch:triton
 # And compiled for GPUs that are not there, as far as kernels have changed since that was written: all
-# of it takes ten minutes, and none of it seconds. Commit it with a kernel that has changed.
+# of it takes five minutes, and none of it seconds. Commit it with a kernel that has changed.
 FEW := benchmarks/results/kernels/few.json
 
 # One thread per test process, since pytest-xdist already fills the machine. Each process gets tests

@@ -16,9 +16,9 @@ in `benchmarks/results/<gpu>.json`, from which `gpu_page.py` makes docs/GPU.md. 
 every case, and what a stage says goes into the folder of that name as it is said, so that who is
 stopped has what was measured and what failed. Where minutes are given, each stage has its part of
 them, and none goes on beyond: what was not reached is told, and is no figure. What the file holds
-of stages that are not asked for now stays, under the commit that it is of; the measurements, the
-facts, the environment and the pace are those of `bench`, and stay until it measures anew. Without a
-GPU nothing runs and nothing is written.
+of stages that are not asked for now, or are skipped, stays, under the commit that it is of; the
+measurements, the facts, the environment and the pace are those of `bench`, and stay until it
+measures anew. Without a GPU nothing runs and nothing is written.
 """
 
 from __future__ import annotations
@@ -214,6 +214,8 @@ def run(
             said_in.mkdir(parents=True, exist_ok=True)
             result = gpu_stages.STAGES[stage](call or gpu_stages.called, mine.left(), said_in)
         say(f"{stage}: {result.status}. {result.said}")
+        if result.status == "skipped" and whole["stages"][stage]["status"] != "skipped":
+            continue  # what it said before is worth more
         whole["stages"][stage] = dict(result._asdict(), **now)
         write()
     return whole, path

@@ -78,9 +78,11 @@ def test_what_is_not_asked_for_stays_as_it_was(tmp_path: Path) -> None:
     where, given = tmp_path / "it.json", [small("one")]
     said = {"status": "passed", "said": "all passed", "commit": "old", "date": "then"}
 
-    def run(place: dict[str, Any], *stages: str, status: int = 0) -> dict[str, Any]:
+    def run(
+        place: dict[str, Any], *stages: str, status: int = 0, minutes: float | None = None
+    ) -> dict[str, Any]:
         whole, _ = gpu.run(
-            Machine(), where, given=given, stages=stages, environment=place,
+            Machine(), where, given=given, stages=stages, environment=place, minutes=minutes,
             call=lambda command, seconds, into: (status, "all passed"),
         )  # fmt: skip
         written: dict[str, Any] = json.loads(where.read_text("utf-8"))
@@ -100,6 +102,8 @@ def test_what_is_not_asked_for_stays_as_it_was(tmp_path: Path) -> None:
     assert len(again["measured"]) == len(old["measured"])
     assert again["stages"]["doctor"]["status"] == "failed"
     assert not gpu.failed(again, ["bench"])
+    # Nor does want of time, in which nothing begins.
+    assert run({"commit": "newer"}, "smoke", "bench", minutes=0.1) == again
 
     where.write_text(json.dumps({**again, "gpu": "another"}), "utf-8")
     assert run({"commit": "new"}, "doctor")["measured"] == []
