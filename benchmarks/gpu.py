@@ -148,7 +148,8 @@ def run(
         bench: times the cases: `bench` here, or `gpu_apart.bench`, which survives its kernels.
 
     Raises:
-        Unreadable: what stands in `into` is not of a run like this, or it has no suffix.
+        Unreadable: what stands in `into` is not of a run like this, or of measurements that this
+            one would lose, or it has no suffix.
     """
     limit = Limit(minutes)
     known = machine.facts()
@@ -171,6 +172,8 @@ def run(
         "measured": [],
     }
     before = _before(path, whole)
+    if "bench" in stages:
+        _none_lost(path, before, only)
     for stage in STAGES:  # at once, so that who is stopped has lost none of it
         unasked = Stage("skipped", "not asked for")._asdict()
         whole["stages"][stage] = before.get("stages", {}).get(stage, unasked)
@@ -222,10 +225,11 @@ def run(
 
 
 def _before(path: Path, whole: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the file holds of this GPU; nothing where it is of another one, or of another version.
+    """What the file holds; nothing where there is none.
 
     Raises:
-        Unreadable: it is no JSON, or of something else, which is not to be written over.
+        Unreadable: it is no JSON, or of something else, another GPU or another version, which is
+            not to be written over.
     """
     if not path.exists():
         return {}
@@ -237,7 +241,29 @@ def _before(path: Path, whole: Mapping[str, Any]) -> Mapping[str, Any]:
         raise Unreadable(
             f"{path} must be of `attn-core bench gpu`, or not exist. Got JSON without `gpu`."
         )
-    return found if all(found.get(n) == whole[n] for n in ("version", "gpu")) else {}
+    for name in ("gpu", "version"):
+        if found.get(name) != whole[name]:
+            raise Unreadable(
+                f"{path} must be of {name} {whole[name]!r}, or not exist: it would be written "
+                f"over. Got {found.get(name)!r}: move it, or write elsewhere with --json."
+            )
+    return found
+
+
+def _none_lost(path: Path, before: Mapping[str, Any], only: Sequence[str]) -> None:
+    """Figures stand together or not at all: they are of one commit, one day and one machine.
+
+    Raises:
+        Unreadable: some of the file's would go, and nothing take their place.
+    """
+    held = sorted({m["case"] for m in before.get("measured", ())})
+    lost = [name for name in held if only and not _named(name, only)]
+    if lost:
+        raise Unreadable(
+            f"with `--case`, {path} must hold measurements of those cases alone, or not exist: one "
+            f"run's take the place of another's. Got {lost[0]} too, of {len(lost)} such: write "
+            "elsewhere with --json."
+        )
 
 
 def _of_bench(units: Sequence[tuple[GpuCase, str]], found: Sequence[Measured]) -> Stage:

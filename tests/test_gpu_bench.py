@@ -105,8 +105,6 @@ def test_what_is_not_asked_for_stays_as_it_was(tmp_path: Path) -> None:
     # Nor does want of time, in which nothing begins.
     assert run({"commit": "newer"}, "smoke", "bench", minutes=0.1) == again
 
-    where.write_text(json.dumps({**again, "gpu": "another"}), "utf-8")
-    assert run({"commit": "new"}, "doctor")["measured"] == []
     where.write_text("{", "utf-8")
     with pytest.raises(gpu.Unreadable, match=r"it\.json must hold JSON, or not exist\. Got "):
         run({"commit": "new"}, "doctor")
@@ -165,6 +163,40 @@ def test_what_is_not_of_such_a_run_is_not_written_over(tmp_path: Path, text: str
     with pytest.raises(gpu.Unreadable, match=r"cpu\.json must be of `attn-core bench gpu`"):
         gpu.run(Machine(), where, stages=["doctor"], call=lambda *_: (0, "fine"))
     assert where.read_text("utf-8") == text
+
+
+@pytest.mark.parametrize(("name", "other"), [("gpu", "another"), ("version", 0)])
+def test_nor_is_what_is_of_another_gpu_or_version(tmp_path: Path, name: str, other: Any) -> None:
+    where = tmp_path / "it.json"
+    whole, _ = gpu.run(Machine(), where, given=[small("one")], stages=["bench"])
+    where.write_text(json.dumps({**whole, name: other}), "utf-8")
+    held = where.read_text("utf-8")
+    with pytest.raises(
+        gpu.Unreadable, match=rf"it\.json must be of {name} .*Got {other!r}: move it, or write else"
+    ):
+        gpu.run(Machine(), where, stages=["doctor"], call=lambda *_: (0, "fine"))
+    assert where.read_text("utf-8") == held
+
+
+def test_some_cases_do_not_cost_a_page_the_others(tmp_path: Path) -> None:
+    """One run's figures take the place of another's, so that all on a page are of one commit."""
+    where, given = tmp_path / "it.json", [small("one"), small("two")]
+    run = partial(gpu.run, Machine(), where, given=given)
+    run(stages=["bench"])
+    held = where.read_text("utf-8")
+    with pytest.raises(
+        gpu.Unreadable,
+        match=r"`--case`, .*it\.json must hold .*Got two too, of 1 such: write else",
+    ):
+        run(stages=["bench", "doctor"], only=["one"])
+    assert where.read_text("utf-8") == held
+    # Where none is lost it runs: another stage, every case, the same ones again.
+    run(stages=["doctor"], only=["one"], call=lambda *_: (0, "fine"))
+    assert len(run(stages=["bench"], only=["o"])[0]["measured"]) == 8
+    beside = tmp_path / "one.json"
+    for _ in range(2):
+        again, _ = gpu.run(Machine(), beside, given=given, stages=["bench"], only=["one"])
+        assert {m["case"] for m in again["measured"]} == {"one"}
 
 
 def test_a_file_without_a_suffix_would_stand_where_its_folder_does(tmp_path: Path) -> None:
