@@ -29,6 +29,7 @@ from attn_core.backends.torch.chunked_backward import Saved, Upstream, backward
 from attn_core.backends.torch.chunked_forward import forward
 from attn_core.backends.torch.chunked_parts import Ask, Work, operands_of, read, written
 from attn_core.backends.torch.tiles import constant
+from attn_core.backends.torch.unseen import unseen
 from attn_core.registry import UnsupportedError
 from attn_core.spec import WIDTH, AttentionOutput, Operands, Problem
 
@@ -166,6 +167,7 @@ def _launched(ask: Ask, given: Sequence[Any]) -> Ask:
     return replace(ask, kernel="") if empty else ask
 
 
+@unseen
 def _forward(ask: Ask, scale: float, given: Sequence[Any]) -> tuple[Array, ...]:
     ask = _launched(ask, given)
     x = operands_of(ask, _beside(given))
@@ -185,6 +187,7 @@ def _forward(ask: Ask, scale: float, given: Sequence[Any]) -> tuple[Array, ...]:
         return forward(Work(ask, scale, x))
 
 
+@unseen
 def _backward(
     ask: Ask,
     scale: float,
@@ -382,6 +385,7 @@ class _Attend(torch.autograd.Function):
         raise _refused("forward-mode derivatives need")
 
     @staticmethod
+    @unseen
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         return _looped(_Attend.apply)(info, in_dims, *args)
 
@@ -390,6 +394,7 @@ class _Pull(torch.autograd.Function):
     """Arguments: the Ask, scale, wanted, four saved, three upstream, then the tensors."""
 
     @staticmethod
+    @unseen
     def forward(ask: Ask, scale: float, wanted: Sequence[bool], *tensors: Any) -> tuple[Array, ...]:
         if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors):
             return _grads_batched(ask, scale, wanted, tensors)
@@ -412,6 +417,7 @@ class _Pull(torch.autograd.Function):
         raise _refused("derivatives of derivatives need")
 
     @staticmethod
+    @unseen
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         return _looped(_Pull.apply)(info, in_dims, *args)
 

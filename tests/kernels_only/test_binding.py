@@ -625,3 +625,29 @@ def test_one_step_between_columns_beyond_32_bits(tmp_path: Path) -> None:
     far = room.as_strided(near.shape, (1, 1, 1, step))
     far.copy_(near)
     assert torch.equal(call(far, far, far), call(near, near, near))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("inside", [True, False])
+def test_transforms_beside_a_compiler_that_may_break_graphs(inside: bool) -> None:
+    """Behind the break Dynamo compiles frame by frame, and must not meet what launches kernels."""
+
+    def compiled(f: Any) -> Any:
+        return torch.compile(f, backend="aot_eager")
+
+    def attended(query: torch.Tensor, impl: str = "triton") -> torch.Tensor:
+        return attention(query, KEY, VALUE, mask=masks.causal(), query_offset="end", impl=impl)
+
+    def total(query: torch.Tensor, impl: str = "triton") -> torch.Tensor:
+        return attended(query, impl).square().sum()
+
+    def both(transform: Any, f: Any) -> Any:
+        return compiled(transform(f)) if inside else transform(compiled(f))
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(both(grad, total)(QUERY), grad(total)(QUERY, "reference"))
+    two = torch.stack([QUERY, 2 * QUERY])
+    want = torch.stack([attended(query, "reference") for query in two])
+    torch.testing.assert_close(both(vmap, attended)(two), want)
+    with pytest.raises(UnsupportedError, match='need impl="reference"'):
+        both(lambda f: lambda query: jvp(f, (query,), (query,)), attended)(QUERY)
