@@ -58,8 +58,8 @@ How to read the tables:
   `+fused` force one way or the other of computing the backward pass.
 - `torch-sdpa-cudnn` and `torch-sdpa-flash` are torch's `scaled_dot_product_attention` with that
   backend (the latter is FlashAttention-2), `torch-sdpa` the same with whichever torch prefers,
-  `torch-flex` is compiled `flex_attention`, and `copy` copies keys and values once, which is the
-  least that decoding can take.
+  `torch-flex` is compiled `flex_attention`, and `copy` copies keys and values once: it writes
+  what it reads, and decoding only reads, so half of that time is the least that decoding can take.
 """
 
 
