@@ -30,6 +30,12 @@ __all__ = [
     "window",
 ]
 
+
+def __dir__() -> list[str]:
+    """What is public, for completion."""
+    return __all__
+
+
 _TILE = 32
 """Side of a tile of `graph`: one int32 holds one row of it."""
 

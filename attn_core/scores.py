@@ -17,6 +17,11 @@ from attn_core.language.values import Score, score
 __all__ = ["alibi", "relative_bias", "softcap"]
 
 
+def __dir__() -> list[str]:
+    """What is public, for completion."""
+    return __all__
+
+
 def softcap(cap: Any) -> Score:
     """cap * tanh(s / cap), before bias and mask (Gemma 2, ONNX). A number, or a scalar array.
 

@@ -481,6 +481,10 @@ def test_completion_offers_what_is_public_and_no_more():
 
     assert set(dir(attn_core)) == {*attn_core.__all__, "__version__", "conformance"}
     assert all(hasattr(attn_core, name) for name in dir(attn_core))
+    for module in (attn_core.masks, attn_core.scores):
+        assert dir(module) == sorted(module.__all__)
+    compat = importlib.import_module("attn_core.compat")
+    assert set(dir(compat)) == {*compat.__all__, *compat.DOORS}
 
 
 @pytest.mark.parametrize("room", ["torch", "tf", "jax", "keras"])

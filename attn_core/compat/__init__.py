@@ -69,3 +69,8 @@ def __getattr__(name: str) -> Any:
 
         return transformers_door
     raise AttributeError(f"attn_core.compat has {', '.join((*DOORS, *__all__))}. Got {name!r}.")
+
+
+def __dir__() -> list[str]:
+    """What is public, for completion: the doors too."""
+    return sorted([*__all__, *DOORS])
