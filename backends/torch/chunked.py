@@ -14,6 +14,7 @@ an operator's tangents would silently be zero.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -46,9 +47,30 @@ written._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refusals(p: Problem) -> list[str]:
+    return transformed() or exported()
+
+
+def transformed() -> list[str]:
     if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return ["torch.func inside torch.compile is not implemented. Got a transform in the graph."]
     return []
+
+
+def exported() -> list[str]:
+    """ONNX has no operator of ours; what `reference` computes by, it has."""
+    if torch.compiler.is_compiling() and _for_onnx():
+        return [
+            'an ONNX graph must be made of impl="reference". Got an operator of attn-core\'s own.'
+        ]
+    return []
+
+
+def _for_onnx() -> bool:
+    # Who has not loaded the exporter is not within it.
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+
+
+_for_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attend(

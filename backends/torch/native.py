@@ -57,17 +57,14 @@ def refusals(p: Problem) -> list[str]:
                 "on cuda the mask must allow everything, or be causal() with Tq = Tk and a scale "
                 "above 0. Got another mask, or lengths, or a scale that is not."
             )
-    return reasons + chunked.refusals(p)
+    reasons += chunked.transformed()
+    unexported = chunked.exported()
+    return reasons + unexported if unexported and _bound(p, _kind(p)) else reasons
 
 
 def attend(p: Problem, x: Operands) -> AttentionOutput:
-    compiling = torch.compiler.is_compiling()
     kind = _kind(p)
-    # Of sizes that nobody knows yet, torch's own operator wants to hear that they are not 0.
-    unknown = None in (p.batch, p.q_len, p.k_len)
-    recorded = p.device == "cpu" and (_recorded(p, compiling) or _counted(compiling))
-    if kind == "tiles" or p.return_lse or unknown or recorded:
-        # The same kernels, bound so that derivatives of derivatives, and jvp, are refused by name.
+    if _bound(p, kind):
         return chunked.attend(p, x, kind)
     q, k, v = _heads_first(p, x.query), _heads_first(p, x.key), _heads_first(p, x.value)
     causal = kind == "causal"
@@ -75,6 +72,16 @@ def attend(p: Problem, x: Operands) -> AttentionOutput:
     options = {"enable_gqa": True} if p.group > 1 else {}
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=p.scale, **options)
     return AttentionOutput(out if p.layout == "BHTD" else out.transpose(1, 2))
+
+
+def _bound(p: Problem, kind: str) -> bool:
+    """Whether the kernels are called by the operators of `chunked`, which refuse derivatives of
+    derivatives, and jvp, by name."""
+    compiling = torch.compiler.is_compiling()
+    # Of sizes that nobody knows yet, torch's own operator wants to hear that they are not 0.
+    unknown = None in (p.batch, p.q_len, p.k_len)
+    recorded = p.device == "cpu" and (_recorded(p, compiling) or _counted(compiling))
+    return kind == "tiles" or p.return_lse or unknown or recorded
 
 
 def _heads_first(p: Problem, x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""docs/RECIPES.md, docs/SWITCH.md and docs/WEIGHTS.md as written, in torch."""
+"""docs/FROM_TORCH.md, docs/RECIPES.md, docs/SWITCH.md and docs/WEIGHTS.md as written."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import pytest
 import torch
 
 import attn_core
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its exporters
+def test_the_page() -> None:
+    assert pages.run("FROM_TORCH.md", "torch")["out"].shape == (2, 10, 32)
 
 
 def test_the_page_on_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
