@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from attn_core.cli_terminal import refused
+from attn_core.cli_terminal import refused, told
 
 PAGE = Path("docs/GPU.md")
 RESULTS = Path("benchmarks/results")
@@ -139,21 +139,24 @@ def tune(
             raise refused(ValueError(f"`{name}` must be one of {words}. Got {odd[0]}."))
     try:
         machine = gpus.device()
-    except gpus.NoGpu as error:
+        if not dry:
+            tuning.kept_before()
+    except (gpus.NoGpu, gpus.Unreadable) as error:
         raise refused(error) from error
     from attn_core.kernels.signatures import hash_in_order
 
     console = Console()
     hash_in_order()  # so that a launch finds what has been compiled ahead of time in Triton's cache
-    won, tried = tuning.tune(
-        machine,
-        kernels=kernel or tuning.KERNELS,
-        widths=width or tuning.WIDTHS,
-        minutes=minutes,
-        kept=(lambda won: None) if dry else tuning.keep,
-        clean=_clean,
-        say=lambda words: console.print(words, markup=False, soft_wrap=True),
-    )
+    with told(gpus.Unreadable):  # of what somebody has written there since
+        won, tried = tuning.tune(
+            machine,
+            kernels=kernel or tuning.KERNELS,
+            widths=width or tuning.WIDTHS,
+            minutes=minutes,
+            kept=(lambda won: None) if dry else tuning.keep,
+            clean=_clean,
+            say=lambda words: console.print(words, markup=False, soft_wrap=True),
+        )
     failed = sum(bool(each.problem) for each in tried)
     console.print(f"{len(tried)} tried, {failed} did not answer, {len(won)} won")
     if won and not dry:

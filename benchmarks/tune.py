@@ -30,7 +30,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from attn_core.benchmarks.gpu import Limit
+from attn_core.benchmarks.gpu import Limit, Unreadable
 from attn_core.benchmarks.gpu_cases import DROPOUT, OURS, GpuCase
 
 PARTS = ("d_value", "d_key")
@@ -311,13 +311,34 @@ def _timed(
         return plain._replace(problem=f"{type(error).__name__}: {str(error)[:200]}")
 
 
+def kept_before() -> Sequence[Any]:
+    """What stands where `keep` writes: to be asked before a minute is spent on what it would add.
+
+    Raises:
+        Unreadable: not all of it can be read, and what cannot would be lost.
+    """
+    from attn_core.kernels import configs
+
+    try:
+        return configs.standing()
+    except ValueError as error:
+        raise Unreadable(
+            f"{error} Writing the file would lose what cannot be read: mend it or move it away "
+            "first, or measure without writing, with --dry."
+        ) from error
+
+
 def keep(won: Sequence[Any]) -> Any:
-    """Write these where they are looked for, before what was there; its path."""
+    """Write these where they are looked for, before what was there; its path.
+
+    Raises:
+        Unreadable: as `kept_before`; the file is left as it is.
+    """
     from attn_core.kernels import configs
 
     known = {(e.kernel, e.on, e.widths, e.bits, e.classes) for e in won}
     others = [
-        e for e in configs.yours() if (e.kernel, e.on, e.widths, e.bits, e.classes) not in known
+        e for e in kept_before() if (e.kernel, e.on, e.widths, e.bits, e.classes) not in known
     ]
     path = configs.user_file()
     configs.write(path, [*won, *others])

@@ -299,19 +299,29 @@ def shipped() -> tuple[Entry, ...]:
 @lru_cache(maxsize=1)
 def yours() -> tuple[Entry, ...]:
     """The entries of the user's file; none where there is none."""
+    try:
+        return standing()
+    except ValueError as error:
+        warnings.warn(f"{error} It is left aside.", RuntimeWarning, stacklevel=2)
+        return ()
+
+
+def standing() -> tuple[Entry, ...]:
+    """What the user's file holds as it stands, all of it; none where there is none.
+
+    Raises:
+        ValueError: it cannot be read, or an entry is not what it must be.
+    """
     path = user_file()
     try:
         return read(path.read_text("utf-8"), "yours")
     except FileNotFoundError:
         return ()
     except (OSError, ValueError) as error:
-        warnings.warn(
-            f"{path} must hold kernel configurations as `attn-core bench tune` writes them; it is "
-            f"left aside. Got {error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return ()
+        raise ValueError(
+            f"{path} must hold kernel configurations as `attn-core bench tune` writes them. "
+            f"Got {str(error).removesuffix('.')}."
+        ) from error
 
 
 def forget() -> None:
@@ -335,7 +345,18 @@ def read(text: str, origin: str) -> tuple[Entry, ...]:
     Raises:
         ValueError: it is no TOML, or an entry is not what it must be.
     """
-    return tuple(_entry(raw, origin) for raw in tomllib.loads(text).get("entries", ()))
+    table = tomllib.loads(text)
+    entries = table.pop("entries", [])
+    if table or not isinstance(entries, list):
+        got = ", ".join(table) or f"entries = {entries!r}"
+        raise ValueError(f"`entries` must be a list, and all that there is. Got {got}.")
+    found = []
+    for number, raw in enumerate(entries, 1):
+        try:
+            found.append(_entry(raw, origin))
+        except ValueError as error:
+            raise ValueError(f"entry {number} of {len(entries)}: {error}") from error
+    return tuple(found)
 
 
 def write(path: Path, entries: Iterable[Entry]) -> None:
@@ -387,6 +408,12 @@ def _entry(raw: Any, origin: str) -> Entry:
         )
     if raw["kernel"] not in KERNELS:
         raise ValueError(f"`kernel` must be one of {', '.join(KERNELS)}. Got {raw['kernel']!r}.")
+    for name, kind in (("on", str), ("widths", int), ("classes", str)):
+        many = raw.get(name, [])
+        if not (isinstance(many, list) and all(isinstance(each, kind) for each in many)):
+            raise ValueError(f"`{name}` must be a list of {kind.__name__}. Got {many!r}.")
+    if raw.get("bits", 0) not in (0, *_BITS.values()):
+        raise ValueError(f"`bits` must be 16 or 32, or left out for both. Got {raw['bits']!r}.")
     for name, (least, most) in _POWERS.items():
         n = raw[name]
         if not (isinstance(n, int) and least <= n <= most and n & (n - 1) == 0):
