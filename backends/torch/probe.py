@@ -310,7 +310,10 @@ def lines() -> list[str]:
     probed = finding()
     ready = [gpu.name for gpu in probed.gpus if not gpu.problem]
     bad = [gpu for gpu in probed.gpus if gpu.problem]
-    state = f"ready on {', '.join(ready)}" if ready else f"not used: {probed.problem or 'no GPU'}"
+    none = probed.problem or (
+        f"the probe failed on {', '.join(gpu.name for gpu in bad)}" if bad else "no GPU"
+    )
+    state = f"ready on {', '.join(ready)}" if ready else f"not used: {none}"
     return [
         f"triton: triton {found}, {state}",
         *[f"triton: not on {gpu.name}: {gpu.problem}" for gpu in bad],

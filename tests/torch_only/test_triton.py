@@ -258,6 +258,17 @@ def test_a_gpu_that_fails_costs_no_other_one(monkeypatch: pytest.MonkeyPatch) ->
     assert len(started) == 1
 
 
+def test_where_every_gpu_fails_that_is_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = gpu(problem="It adds wrongly."), gpu(OTHER, (1,), problem="It is slow.")
+    answers(monkeypatch, stdout=said(*bad))
+    first, *rest = probe.lines()
+    assert first.endswith(f", not used: the probe failed on {NAME}, {OTHER}")
+    assert rest == [
+        f"triton: not on {NAME}: It adds wrongly.",
+        f"triton: not on {OTHER}: It is slow.",
+    ]
+
+
 @pytest.mark.parametrize("again", ["answers", "ends", "says nothing"])
 def test_a_gpu_that_ends_the_probe_leaves_the_others_to_another_one(
     again: str, monkeypatch: pytest.MonkeyPatch
