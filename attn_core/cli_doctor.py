@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from attn_core import config
 
 _PACKAGES = {"torch": "torch", "tf": "tensorflow", "jax": "jax", "numpy": "numpy"}
+_WORKSHOP = ("dev", "bench")
+"""Extras for working on the package: nothing that it does for users needs them."""
 
 
 def lines() -> Iterator[str]:
@@ -37,13 +39,19 @@ def lines() -> Iterator[str]:
 
 
 def _old() -> Iterator[str]:
-    """What is older than the lower bounds of the package, which pip checks for extras alone."""
-    asked = "\n".join(requires("attn-core") or ())
-    bounds: list[tuple[str, str]] = re.findall(r"^([\w-]+)>=([\d.]+)", asked, re.MULTILINE)
-    for name, bound in dict(bounds).items():
+    """What is older than the lower bounds of the package, which pip checks for extras alone.
+
+    What only extras for working on it ask for is nothing that a user has to have.
+    """
+    bounds: dict[str, str] = {}
+    for line in requires("attn-core") or ():
+        bound, extra = re.match(r"([\w-]+)>=([\d.]+)", line), re.search(r"extra == \W(\w+)", line)
+        if bound and not (extra and extra[1] in _WORKSHOP):
+            bounds[bound[1]] = bound[2]
+    for name, least in bounds.items():
         here = _version(name)
-        if here is not None and _numbers(here) < _numbers(bound):
-            yield f"  {name} {here} is older than {bound}, the oldest that is tried: make it newer."
+        if here is not None and _numbers(here) < _numbers(least):
+            yield f"  {name} {here} is older than {least}, the oldest that is tried: make it newer."
 
 
 def _numbers(found: str) -> tuple[int, ...]:

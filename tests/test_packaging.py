@@ -150,6 +150,16 @@ def test_doctor_names_what_is_older_than_a_lower_bound(monkeypatch):
     assert "triton 3.4.0 is older than 3.6" in triton
 
 
+def test_doctor_asks_no_user_for_what_developers_need(monkeypatch):
+    lines = cli_doctor.requires("attn-core")
+    lines += ['onnx>=1.9; extra == "bench"', "pyyaml>=6.1; extra == 'yaml'"]
+    monkeypatch.setattr(cli_doctor, "requires", lambda name: lines)
+    monkeypatch.setattr(cli_doctor, "_version", lambda name: "0.0.1")
+    found = {line.split()[0] for line in cli_doctor._old()}
+    frameworks = {"torch", "tensorflow", "tensorflow-cpu", "keras", "jax", "flax", "triton"}
+    assert found == {"numpy", "pyyaml", "transformers", *frameworks}
+
+
 def test_every_constraint_is_a_dependency_and_exact():
     """A line that nothing asks for would only seem to be tested."""
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
