@@ -234,24 +234,23 @@ def show(
             text(seen.tree) if seen is not None else "",
             text(made.tree) if made is not None else "",
         )
-        job = next(ahead.jobs([target], [kernel], ["plain"], [width], [dtype]), None)
-        if job is None:
-            raise ValueError(f"`kernel` must be one that the table does not refuse. Got {kernel}.")
+        job = ahead.job_of(kernel, target, sample, width, dtype)
     except ValueError as error:
         raise refused(error) from error
-    if not (ttgir or ptx):
-        for title, source in _functions(sample):
-            _code(title, source, "python")
-        return
     # A smaller kernel tells it in fewer words, if the compilers here make nothing for a target.
     none = ahead.unmade([target]) if target not in ahead.SHARED else {}
-    if not none:
-        (finding,) = ahead.run([job._replace(sample=sample)], texts=True)
+    finding = None
+    if (ttgir or ptx) and not none:
+        (finding,) = ahead.run([job], texts=True)
         none = ahead.unmade([target]) if finding.error else {}
     for reason in none.values():
         known = ", ".join(ahead.SHARED)
         wanted = f"a GPU that the compilers here make kernels for: one of {known}, or newer"
         raise refused(ValueError(f"`--target` must be {wanted}. Got {target}. {reason}"))
+    if finding is None:
+        for title, source in _functions(sample):
+            _code(title, source, "python")
+        return
     if finding.error:
         raise refused(RuntimeError(finding.error))
     texts = finding.texts or {}

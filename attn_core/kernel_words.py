@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from attn_core import masks, scores
+from attn_core.config import nearest
 from attn_core.language import expr
 from attn_core.language.values import Mask, Score, mask, score
 
@@ -132,6 +133,7 @@ def _function(node: ast.expr, words: str, *first: str, **more: Any) -> Callable[
             raise ValueError(
                 f"{words!r} must speak of {', '.join(sorted(known))} or of "
                 f"{', '.join(vocabulary)}. Got {below.id!r}."
+                f"{nearest(below.id, tuple(vocabulary))}"
             )
         if isinstance(below, ast.Lambda):
             raise ValueError(

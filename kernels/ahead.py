@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 from attn_core.kernels import configs, hazards
 from attn_core.kernels.configs import Config
-from attn_core.kernels.samples import FEW, SAMPLES, Sample
+from attn_core.kernels.samples import FEW, SAMPLES, Sample, operands_of, tree_of
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -199,16 +199,7 @@ def jobs(
     Raises:
         ValueError: a name that nothing has.
     """
-    for width in widths:
-        known_width(width)
-    known = {"kernel": KERNELS, "sample": tuple(SAMPLES), "dtype": configs.DTYPES}
-    for what, names in (("kernel", kernels), ("sample", samples), ("dtype", dtypes)):
-        for name in names:
-            if name not in known[what]:
-                raise ValueError(
-                    f"`{what}` must be one of {', '.join(known[what])}. "
-                    f"Got {name!r}.{_nearest(name, known[what])}"
-                )
+    _known(kernels, samples, widths, dtypes)
     for target in targets:
         known_target(target)
         for kernel in kernels or KERNELS:
@@ -223,6 +214,50 @@ def jobs(
                         job = Job(kernel, target, sample, width, width, dtype)
                         if not job.refused:
                             yield from _ways(job)
+
+
+def job_of(kernel: str, target: str, sample: Sample, width: int, dtype: str) -> Job:
+    """One kernel for a sample of one's own.
+
+    Raises:
+        ValueError: a name that nothing has, or no call launches that kernel for such a problem.
+    """
+    _known([kernel], (), [width], [dtype])
+    known_target(target)
+    job = Job(kernel, target, sample, width, width, dtype)
+    idle = _idle(kernel, sample) or job.refused
+    if idle:
+        raise ValueError(
+            f"`kernel` must be one that is launched for this on {target}, at width {width} in "
+            f"{dtype}. Got {kernel}: {idle.removesuffix('.')}."
+        )
+    return next(_ways(job))
+
+
+def _known(
+    kernels: Sequence[str], samples: Sequence[str], widths: Sequence[int], dtypes: Sequence[str]
+) -> None:
+    for width in widths:
+        known_width(width)
+    known = {"kernel": KERNELS, "sample": tuple(SAMPLES), "dtype": configs.DTYPES}
+    for what, names in (("kernel", kernels), ("sample", samples), ("dtype", dtypes)):
+        for name in names:
+            if name not in known[what]:
+                raise ValueError(
+                    f"`{what}` must be one of {', '.join(known[what])}. "
+                    f"Got {name!r}.{_nearest(name, known[what])}"
+                )
+
+
+def _idle(kernel: str, sample: Sample) -> str:
+    """Why a kernel has nothing to do for a sample, or ""."""
+    if kernel == "d_bias" and not sample.bias:
+        return "there is no bias"
+    if kernel == "facts" and not sample.lengths:
+        return "there are no lengths"
+    if kernel == "reduced" and not operands_of(tree_of(sample.mask)):
+        return "there is no mask that looks an array up"
+    return ""
 
 
 def _ways(job: Job) -> Iterator[Job]:

@@ -262,7 +262,7 @@ def test_scores_as_words() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("casual()", "Got 'casual'"),
+        ("casual()", "Got 'casual'. Did you mean 'causal'?"),
         ("causal", "'causal' must be called, as in Python: causal()"),
         ("causal() and window(3)", "by &, | and ~ alone"),
         ("(q < 3) and (k < 2)", "a & b"),
@@ -339,12 +339,56 @@ def test_the_command_shows_device_functions() -> None:
 
 
 @triton
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("d_bias",), "Got d_bias: there is no bias."),
+        (("facts",), "Got facts: there are no lengths."),
+        (("reduced",), "Got reduced: there is no mask that looks an array up."),
+        (("d_keys", "--width", "256"), "Got d_keys: d_value and d_key run in its place."),
+        (("d_value",), "Got d_value: d_keys makes both at once."),
+        (("fused", "--target", "sm_75"), "launched for this on sm_75, at width 128 in bfloat16."),
+        (("foward",), "Did you mean 'forward'?"),
+    ],
+)
+@pytest.mark.parametrize("printed", [(), ("--ptx",)])
+def test_a_kernel_that_nobody_launches_for_it_is_refused_with_the_reason(
+    words: tuple[str, ...], printed: tuple[str, ...], said: str
+) -> None:
+    shown = ["kernels", "show", "--mask", "causal()", *printed, "--kernel", *words]
+    run = CliRunner().invoke(app, shown)
+    assert run.exit_code == 2
+    assert said in run.output
+
+
+@triton
+def test_whether_a_kernel_runs_is_asked_of_what_is_shown(place: Path) -> None:
+    """`d_keys` runs of a mask of positions, and not without one."""
+    apart = Entry("d_keys", ("sm_90",), (), 0, ("none",), Config(64, 64, 8, 2, apart=True), "", "")
+    whole = apart._replace(classes=("positions",), config=Config(64, 64, 8, 2))
+    configs.write(place, [apart, whole])
+    configs.forget()
+    shown = ["kernels", "show", "--kernel", "d_keys", "--mask"]
+    assert CliRunner().invoke(app, [*shown, "causal()"]).exit_code == 0
+    configs.write(
+        place, [apart._replace(classes=("positions",)), whole._replace(classes=("none",))]
+    )
+    configs.forget()
+    run = CliRunner().invoke(app, [*shown, "causal()"])
+    assert run.exit_code == 2
+    assert "run in its place" in run.output
+
+
+@triton
+@pytest.mark.parametrize("printed", [["--ptx"], []])
 @pytest.mark.parametrize("target", ["sm_88", "sm_999", "gfx999"])
-def test_a_target_that_no_compiler_here_knows_is_named(tmp_path: Path, target: str) -> None:
+def test_a_target_that_no_compiler_here_knows_is_named(
+    tmp_path: Path, target: str, printed: list[str]
+) -> None:
     """In the last line; what ptxas, MLIR or LLVM say of it may stand above."""
     program = tmp_path / "program.py"
     program.write_text("from attn_core.cli import app\nif __name__ == '__main__': app()", "utf-8")
-    words = ["kernels", "show", "--mask", "causal()", "--target", target, "--ptx"]
+    words = ["kernels", "show", "--mask", "causal()", "--target", target, *printed]
     run = subprocess.run(
         [sys.executable, str(program), *words], capture_output=True, text=True, check=False
     )
