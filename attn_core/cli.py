@@ -45,15 +45,15 @@ def _begin(
 
 
 def _masks(incomplete: str) -> list[str]:
-    from attn_core.explain_shapes import NAMED
+    from attn_core.cli_words import MASKS
 
-    return [name for name in NAMED if name.startswith(incomplete)]
+    return [name for name in MASKS if name.startswith(incomplete)]
 
 
 def _scores(incomplete: str) -> list[str]:
-    from attn_core.explain_shapes import SCORES
+    from attn_core.cli_words import scores_for
 
-    return [name for name in SCORES if name.startswith(incomplete)]
+    return [name for name in scores_for(1) if name.startswith(incomplete)]
 
 
 @app.command("explain")
@@ -69,8 +69,8 @@ def explain_shapes(
     mask: Annotated[
         list[str] | None,
         typer.Option(
-            help="causal, window:255, prefix:16, dilated:2, chunks:64, global_tokens:1, or text "
-            'such as "q >= k"; may be repeated, all apply.',
+            help="causal, window:255, prefix:16, dilated:2, chunks:64, global_tokens:1, text such "
+            'as "q >= k", or "causal & window(255)"; may be repeated, all apply.',
             autocompletion=_masks,
         ),
     ] = None,

@@ -196,12 +196,17 @@ def _table(found: Sequence[Finding]) -> Table:
 @kernels.command("show")
 def show(
     mask: Annotated[
-        str | None,
-        typer.Option(help='As in Python: "causal() & window(255)", or "q - k < 256".'),
+        list[str] | None,
+        typer.Option(
+            help='As in Python: "causal() & window(255)", or "q - k < 256"; or causal, window:255. '
+            "May be repeated, all apply."
+        ),
     ] = None,
     score: Annotated[
         list[str] | None,
-        typer.Option(help='"softcap(50)", "s * 0.5"; may be repeated, one after another.'),
+        typer.Option(
+            help='"softcap(50)", softcap:50, "s * 0.5"; may be repeated, one after another.'
+        ),
     ] = None,
     kernel: Annotated[
         str, typer.Option(help="Which kernel --ttgir and --ptx print.", autocompletion=_kernels)
@@ -215,20 +220,20 @@ def show(
     ptx: Annotated[bool, typer.Option("--ptx", help="The kernel in PTX (or amdgcn).")] = False,
 ) -> None:
     """The device functions that a mask and a score become, beside their trees."""
-    from attn_core import kernel_words
+    from attn_core import cli_words
     from attn_core.kernels import ahead
     from attn_core.kernels.samples import Sample
     from attn_core.language.text import text
 
-    if mask is None and not score:
+    if not mask and not score:
         raise refused(
             ValueError('`--mask` or `--score` must be given: --mask "causal()". Got neither.')
         )
     if not _triton():
         raise refused(ImportError("Triton must be installed (pip install 'attn-core[triton]')."))
     try:
-        seen = kernel_words.mask_of(mask) if mask is not None else None
-        made = kernel_words.score_of(score) if score else None
+        seen = cli_words.mask_of(mask or (), cli_words.STANDING)
+        made = cli_words.score_of(score or (), cli_words.STANDING_SCORES)
         sample = Sample(
             "shown",
             text(seen.tree) if seen is not None else "",

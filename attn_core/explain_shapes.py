@@ -1,36 +1,25 @@
 """A question from sizes alone, for the command line: arrays of zeros, masks and scores as words.
 
-    causal   window:255   prefix:16   (q >= k) & (q - k <= 255)
+    causal   window:255   causal & window(255)   (q >= k) & (q - k <= 255)
     softcap:50   alibi   s - 0.5 * float(abs(q - k))
 
-A mask or a score is a name of the vocabulary with its numbers behind a colon, or text of the
-language that looks nothing up. Several masks all apply; several scores follow one another.
+What a mask or a score may say stands in `cli_words`; none looks anything up. Several masks all
+apply; several scores follow one another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from attn_core import masks, registry, scores
+from attn_core import registry
+from attn_core.cli_words import mask_of, score_of, scores_for
 from attn_core.config import nearest
 from attn_core.explained import Report, explain
-from attn_core.language.text import parse
-from attn_core.language.tree import Tree
-from attn_core.language.values import Dropout, Mask, Score
+from attn_core.language.values import Dropout
 from attn_core.spec import DTYPES
-
-NAMED: dict[str, Callable[..., Mask]] = {
-    "causal": masks.causal,
-    "window": masks.window,
-    "prefix": masks.prefix,
-    "dilated": masks.dilated,
-    "global_tokens": masks.global_tokens,
-    "chunks": masks.chunks,
-}
-SCORES: dict[str, Callable[..., Score]] = {"softcap": scores.softcap, "alibi": scores.alibi}
 
 
 def report(
@@ -84,9 +73,9 @@ def report(
         rows(heads, queries, width),
         rows(key_heads, key_count, width),
         rows(key_heads, key_count, width if value_width is None else value_width),
-        mask=_mask(mask),
+        mask=mask_of(mask),
         bias=None if bias is None else zeros(*_ints("bias", bias)),
-        score=_score(score, heads),
+        score=score_of(score, scores_for(heads)),
         scale=scale,
         sinks=zeros(heads) if sinks else None,
         kv_lengths=_each("kv_lengths", kv_lengths),
@@ -132,85 +121,3 @@ def _each(name: str, words: str | None, others: str = "") -> Any:
 
 def _offset(words: str | None) -> Any:
     return words if words in ("start", "end") else _each("query_offset", words, "start, end or ")
-
-
-def _mask(words: Sequence[str]) -> Mask | None:
-    found = None
-    for said in words:
-        name, numbers = _named("mask", said, NAMED)
-        if name:
-            made = NAMED[name](*_ints("mask", numbers)) if numbers else NAMED[name]()
-        else:
-            tree = _text("mask", said)
-            floats = any(step.kind == "float" for step in tree.steps)
-            if floats or _kinds(tree) != ["bool"]:
-                raise ValueError(
-                    f"`mask` must be a condition on b, h, q and k, in ints. Got {said!r}."
-                )
-            made = Mask(tree)
-        found = made if found is None else found & made
-    return found
-
-
-def _score(words: Sequence[str], heads: int) -> Score | None:
-    found = None
-    for said in words:
-        name, numbers = _named("score", said, SCORES)
-        if name == "alibi":
-            # The paper's slopes for so many heads: the only ones that sizes alone decide.
-            if numbers:
-                raise ValueError(f"`score` alibi must come without numbers. Got {said!r}.")
-            made = scores.alibi(heads=heads)
-        elif name:
-            made = SCORES[name](_float("score", numbers))
-        else:
-            tree = _text("score", said)
-            if _kinds(tree) != ["float"]:
-                raise ValueError(
-                    f"`score` must be a float made of s, b, h, q and k. Got {said!r}, "
-                    f"which is {', '.join(_kinds(tree))}."
-                )
-            made = Score(tree)
-        found = made if found is None else found.then(made)
-    return found
-
-
-def _float(name: str, words: str) -> float:
-    try:
-        return float(words)
-    except ValueError:
-        raise ValueError(f"`{name}` must have a number behind its colon. Got {words!r}.") from None
-
-
-def _named(what: str, said: str, vocabulary: Mapping[str, object]) -> tuple[str, str]:
-    """The name and what stands behind its colon; no name where `said` is text of the language."""
-    name, _, numbers = said.partition(":")
-    if not name.isidentifier() or said == "s":
-        return "", ""
-    if name not in vocabulary:
-        known = tuple(vocabulary)
-        raise ValueError(
-            f"`{what}` must be text of the language, or start with one of {', '.join(known)}. "
-            f"Got {said!r}.{nearest(name, known)}"
-        )
-    return name, numbers
-
-
-_EXAMPLES = {"mask": "(q >= k) & (q - k < 256)", "score": "s * 0.5"}
-
-
-def _text(what: str, said: str) -> Tree:
-    try:
-        tree = parse(said, exact=False)
-    except ValueError as error:
-        raise ValueError(
-            f"`{what}` must be an expression of the language, such as {_EXAMPLES[what]!r}. "
-            f"Got {said!r}: {error.__cause__ or error}"
-        ) from None
-    if any(step.op == "lookup" for step in tree.steps):
-        raise ValueError(f"`{what}` must look no array up: there is none here. Got {said!r}.")
-    return tree
-
-
-def _kinds(tree: Tree) -> list[str]:
-    return [tree.steps[at].kind for at in tree.results]

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import attn_core
-from attn_core import kernel_words, masks, scores
+from attn_core import cli_words, masks, scores
 from attn_core.cli import app
 from attn_core.kernels import configs
 from attn_core.kernels.ahead import Job
@@ -238,39 +238,70 @@ def test_choosing_loads_no_triton() -> None:
     ("words", "mask"),
     [
         ("causal()", masks.causal()),
+        ("causal", masks.causal()),
         ("causal() & window(255)", masks.causal() & masks.window(255)),
+        ("causal & window:255", masks.causal() & masks.window(255)),
+        ("causal&window(255)", masks.causal() & masks.window(255)),
+        ("window:7, 0", masks.window(7, 0)),
+        ("~prefix:3 | window:2,1", ~masks.prefix(3) | masks.window(2, 1)),
+        ("x = q - k; (x >= 0) & (x < 9)", None),
         ("~prefix(3) | window(left=2, right=1)", ~masks.prefix(3) | masks.window(2, 1)),
         ("q - k < 256", None),
         ("causal() & (k % 2 == 0)", None),
     ],
 )
 def test_masks_as_words(words: str, mask: Any) -> None:
-    found = kernel_words.mask_of(words)
-    if mask is not None:
-        assert found.tree == mask.tree
-    else:
-        assert text(found.tree) in ("q - k < 256", "(q >= k) & (k % 2 == 0)")
+    """Both spellings, in `explain` and in `kernels show`."""
+    for vocabulary in (cli_words.MASKS, cli_words.STANDING):
+        found = cli_words.mask_of([words], vocabulary)
+        assert found is not None
+        if mask is not None:
+            assert found.tree == mask.tree
+        else:
+            printed = ("q - k < 256", "(q >= k) & (k % 2 == 0)", "(q - k >= 0) & (q - k < 9)")
+            assert text(found.tree) in printed
+
+
+def test_masks_that_look_arrays_up_are_for_kernels_alone() -> None:
+    for words in ("segments()", "dense", "causal & segments"):
+        assert cli_words.mask_of([words], cli_words.STANDING) is not None
+        with pytest.raises(ValueError, match="must look no array up: there is none here"):
+            cli_words.mask_of([words])
 
 
 def test_scores_as_words() -> None:
-    found = kernel_words.score_of(["softcap(5)", "s * 2.0 + tanh(s)"])
     then = attn_core.score(lambda s, b, h, q, k: s * 2.0 + attn_core.tanh(s))
-    assert found.tree == scores.softcap(5).then(then).tree
-    assert kernel_words.score_of(["softcap(5)"]).tree == scores.softcap(5).tree
+    for vocabulary in (cli_words.STANDING_SCORES, cli_words.scores_for(8)):
+        for words in ("softcap(5)", "softcap:5", "softcap:5.0"):
+            found = cli_words.score_of([words, "s * 2.0 + tanh(s)"], vocabulary)
+            assert found is not None
+            assert found.tree == scores.softcap(5).then(then).tree
+        found = cli_words.score_of(["alibi"], vocabulary)
+        assert found is not None
+        assert found.tree == scores.alibi(heads=8).tree
+        found = cli_words.score_of(["s - 0.5 * float(abs(q - k))"], vocabulary)
+        assert found is not None
+        assert text(found.tree) == "s - 0.5 * float(abs(q - k))"
+        assert cli_words.score_of([], vocabulary) is None
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("casual()", "Got 'casual'. Did you mean 'causal'?"),
-        ("causal", "'causal' must be called, as in Python: causal()"),
+        ("casual()", "Got 'casual' in 'casual()'. Did you mean 'causal'?"),
+        ("casual:3", "Did you mean 'causal'?"),
+        ("window", "the numbers it takes, as window:255. Got 'window': `left` or `right` must"),
+        ("causal:3", "must give causal the numbers it takes, as causal. Got 'causal:3': too many"),
+        ("window:a", "such as '(q >= k) & (q - k < 256)' or 'causal & window:255'. Got 'window:a'"),
+        ("x = 3; causal & (q - k < x)", "must not have causal within other text"),
+        ("[q for q in k]", "which is no expression of it"),
         ("causal() and window(3)", "by &, | and ~ alone"),
         ("(q < 3) and (k < 2)", "a & b"),
         ("window('a')", "the numbers it takes"),
         ("prefix()", "the numbers it takes"),
         ("ids[q] == ids[k]", "must"),
         ("q <", "must be an expression"),
-        ("q.real < 3", "must look nothing up"),
+        ("q.real < 3", "must look no array up"),
         ("lambda b, h, q, k: q >= k", "returns, as 'q >= k'. Got the function."),
         ("__import__('os')", "Got '__import__'"),
         ("q + k", "must"),
@@ -278,7 +309,7 @@ def test_scores_as_words() -> None:
 )
 def test_words_that_are_no_mask(words: str, said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
-        kernel_words.mask_of(words)
+        cli_words.mask_of([words])
 
 
 def test_in_a_pipe_a_table_is_not_cut(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,6 +367,26 @@ def test_the_command_shows_device_functions() -> None:
     assert "def function(b, h, q, k, row, operands):\n    c0 = q >= k\n" in run.stdout
     run = subprocess.run(command[:5], capture_output=True, text=True, check=False)
     assert run.returncode == 2
+
+
+@triton
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("causal()&window(31)",),
+        ("causal & window:31",),
+        ("causal", "window:31"),
+        ("q>=k", "window(31)"),
+    ],
+)
+def test_both_commands_take_the_same_words(words: tuple[str, ...]) -> None:
+    masks = [word for each in words for word in ("--mask", each)]
+    shown = CliRunner().invoke(app, ["kernels", "show", *masks, "--score", "softcap:50"])
+    assert "# mask: (q >= k) & (q - k <= 31)\n" in shown.output
+    assert "# score: 50.0 * tanh(s / 50.0)\n" in shown.output
+    told = CliRunner().invoke(app, ["explain", *masks, "--score", "softcap(50)", "--json"])
+    assert json.loads(told.output)["mask"] == "(q >= k) & (q - k <= 31)"
+    assert json.loads(told.output)["score"] == "50.0 * tanh(s / 50.0)"
 
 
 @triton
