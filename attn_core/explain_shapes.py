@@ -1,4 +1,4 @@
-"""A question from sizes alone, for the command line: arrays of zeros, masks and scores as words.
+"""A question from sizes alone, for the command line: outlines of arrays, masks and scores as words.
 
     causal   window:255   causal & window(255)   (q >= k) & (q - k <= 255)
     softcap:50   alibi   s - 0.5 * float(abs(q - k))
@@ -10,6 +10,7 @@ apply; several scores follow one another.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,8 @@ def report(
     return_lse: bool = False,
     return_weights: bool = False,
 ) -> Report:
-    """The report on arrays of zeros in the framework of `backend`; `shape` is "B,Hq,Tq,D".
+    """The report on arrays of the framework of `backend`, of which none is made; `shape` is
+    "B,Hq,Tq,D".
 
     Sizes come in this order in every layout. Bias is a shape, sinks are there or not, dropout is a
     rate; lengths and offset are one int for all batches or one to each.
@@ -60,46 +62,56 @@ def report(
     key_heads = heads if kv_heads is None else kv_heads
     key_count = queries if keys is None else keys
     library = registry.load(backend)
-
-    def zeros(*shape: int) -> Any:
-        # One zero, seen everywhere; a framework may still write each of them down.
-        return library.from_numpy(np.broadcast_to(_zero(dtype), shape))
-
-    def rows(count: int, length: int, last: int) -> Any:
-        middle = (count, length) if layout == "BHTD" else (length, count)
-        return zeros(batch, *middle, last)
-
-    return explain(
-        rows(heads, queries, width),
-        rows(key_heads, key_count, width),
-        rows(key_heads, key_count, width if value_width is None else value_width),
-        mask=mask_of(mask),
-        bias=None if bias is None else zeros(*_ints("bias", bias)),
-        score=score_of(score, scores_for(heads)),
-        scale=scale,
-        sinks=zeros(heads) if sinks else None,
-        kv_lengths=_each("kv_lengths", kv_lengths),
-        q_lengths=_each("q_lengths", q_lengths),
-        query_offset=_offset(query_offset),
-        dropout=Dropout(dropout, 0) if dropout else None,
-        layout=layout,
-        precision=precision,
-        impl=impl,
-        return_lse=return_lse,
-        return_weights=return_weights,
-    )
-
-
-def _zero(dtype: str) -> Any:
     if dtype not in DTYPES:
         raise ValueError(
             f"`dtype` must be one of {', '.join(DTYPES)}. Got {dtype!r}.{nearest(dtype, DTYPES)}"
         )
-    if dtype == "bfloat16":
-        import ml_dtypes
 
-        return np.zeros((), ml_dtypes.bfloat16)
-    return np.zeros((), dtype)
+    def rows(count: int, length: int, last: int) -> tuple[int, ...]:
+        middle = (count, length) if layout == "BHTD" else (length, count)
+        return (batch, *middle, last)
+
+    shapes = {
+        "query": rows(heads, queries, width),
+        "key": rows(key_heads, key_count, width),
+        "value": rows(key_heads, key_count, width if value_width is None else value_width),
+    }
+    if bias is not None:
+        shapes["bias"] = _ints("bias", bias)
+    if sinks:
+        shapes["sinks"] = (heads,)
+    for name, given in shapes.items():
+        if not all(0 <= size < 2**31 for size in given) or prod(given) >= 2**60:
+            raise ValueError(
+                f"`{name}` must have sizes from 0 to 2**31 - 1, as positions have, and fewer than "
+                f"2**60 entries. Got {given}."
+            )
+    options: dict[str, Any] = {
+        "mask": mask_of(mask),
+        "score": score_of(score, scores_for(heads)),
+        "scale": scale,
+        "kv_lengths": _each("kv_lengths", kv_lengths),
+        "q_lengths": _each("q_lengths", q_lengths),
+        "query_offset": _offset(query_offset),
+        "dropout": Dropout(dropout, 0) if dropout else None,
+        "layout": layout,
+        "precision": precision,
+        "impl": impl,
+        "return_lse": return_lse,
+        "return_weights": return_weights,
+    }
+
+    def said(*arrays: Any) -> Report:
+        return explain(**dict(zip(shapes, arrays, strict=True)), **options)
+
+    try:
+        found: Report = library.outline(said, list(shapes.values()), dtype)
+    except MemoryError as error:  # of counting tiles, one by one where a mask has no better order
+        raise ValueError(
+            f"`shape` must be one whose tiles can be counted in this machine's memory. "
+            f"Got {shape!r}: {error}."
+        ) from error
+    return found
 
 
 def _ints(name: str, words: str, others: str = "") -> tuple[int, ...]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from attn_core import attention
+from attn_core import attention, registry
+from attn_core.explain_shapes import report
 from attn_core.explained import Report
 
 KEYS = (
@@ -34,6 +36,38 @@ def ran(backend: Any, monkeypatch: pytest.MonkeyPatch, **given: Any) -> list[str
         monkeypatch.setitem(backend._HANDLERS, name, spy)
     attention(**given)
     return names
+
+
+OUTLINED: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("2,4,300,16", {"mask": ["causal"]}),
+    ("2,4,300,16", {"kv_heads": 2, "keys": 500, "query_offset": "end", "mask": ["window:99"]}),
+    ("2,4,300,16", {"bias": "1,4,1,300", "sinks": True, "score": ["alibi"], "layout": "BTHD"}),
+    ("2,4,300,16", {"kv_lengths": "200,300", "q_lengths": "100", "dropout": 0.5}),
+    ("1,4,2100,64", {"mask": ["causal", "window:63"], "value_width": 32, "dtype": "bfloat16"}),
+    ("1,2,70,8", {"dtype": "float64", "precision": "highest", "return_lse": True}),
+    ("1,2,70,8", {"dtype": "float16", "impl": "reference", "return_weights": True}),
+    ("1,1,1,8", {"keys": 4096, "impl": "native"}),
+    ("0,2,70,8", {"mask": ["causal"]}),
+)
+"""Sizes and options of `explain_shapes.report`."""
+
+
+def as_of_zeros(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said of outlines is what would be said of arrays; and of these none is made."""
+    backend = registry.load(name)
+
+    def made(function: Any, shapes: Any, dtype: str) -> Any:
+        kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+        return function(*[backend.from_numpy(np.zeros(shape, kind)) for shape in shapes])
+
+    for shape, options in OUTLINED:
+        said = report(name, shape, **options)
+        with monkeypatch.context() as patched:
+            patched.setattr(backend, "outline", made)
+            assert report(name, shape, **options) == said
+    # 164 GB to each array, and 400 TB to the bias.
+    more = {"bias": "10000000,10000000", "sinks": True, "mask": ["causal"]}
+    assert report(name, "1,32,10000000,128", impl="reference", **more).impl == "reference"
 
 
 def near(estimate: int | None, measured: int) -> bool:

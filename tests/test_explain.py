@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from explain_cases import FLOAT32, counted, keys_of, live, near
+from explain_cases import FLOAT32, as_of_zeros, counted, keys_of, live, near
 from rich.console import Console
 from support import seen
 from tile_cases import CASES, TRACED
@@ -373,6 +373,22 @@ def test_one_int_is_for_all_batches_and_several_are_one_to_each(option: str) -> 
     assert "(B,) = (2,). Got (3,)" in done.stderr
 
 
+def test_of_sizes_alone_it_says_the_same_and_makes_no_array(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    as_of_zeros("numpy", monkeypatch)
+
+
+def test_a_map_that_no_memory_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> Any:
+        raise MemoryError("Unable to allocate 8.88 TiB")
+
+    monkeypatch.setattr("attn_core.explained.count", full)
+    done = run("--shape", "1,1,9,8", "--mask", "causal")
+    assert done.exit_code == 2
+    assert "tiles can be counted in this machine's memory. Got '1,1,9,8': Unable" in done.stderr
+
+
 def test_the_command_takes_expressions_in_a_users_own_spacing() -> None:
     done = run("--mask", "(q>=k)&(q-k<9)", "--score", "s*0.5", "--json")
     assert done.exit_code == 0, done.stderr
@@ -393,6 +409,13 @@ def test_the_command_takes_expressions_in_a_users_own_spacing() -> None:
         (("--dropout", "1.5"), "`rate` must be at least 0 and below 1"),
         (("--query-offset", "ends"), "`query_offset` must be start, end or ints"),
         (("--shape", "2,3"), "`shape` must be B,Hq,Tq,D"),
+        (
+            ("--shape", f"1,1,{2**31},1"),
+            "must have sizes from 0 to 2**31 - 1, as positions",
+        ),
+        (("--shape", f"1,99999,{2**31 - 1},{2**20}"), "and fewer than 2**60 entries. Got"),
+        (("--keys", "-3"), "`key` must have sizes from 0"),
+        (("--bias", "-1,3"), "`bias` must have sizes from 0"),
         (("--shape", "2,3,x,4"), "`shape` must be ints"),
         (("--mask", "casual"), "Did you mean 'causal'?"),
         (("--mask", "int0[q] == 1"), "must look no array up"),

@@ -17,7 +17,7 @@ import numpy as np
 from attn_core.api import attention
 from attn_core.backends.jax import accounts, chunked, native, reference
 from attn_core.backends.jax import pytrees as _pytrees
-from attn_core.backends.jax.arrays import from_host, is_wide, x64
+from attn_core.backends.jax.arrays import DTYPES, from_host, is_wide, x64
 from attn_core.backends.jax.documents import attention_module, scaled_dot_product_attention
 from attn_core.backends.jax.meshes import laid_out
 from attn_core.backends.jax.philox import keep
@@ -187,6 +187,15 @@ def from_numpy(x: Any) -> Any:
 
 def to_numpy(x: Any) -> Any:
     return np.array(x)
+
+
+def outline(function: Callable[..., Any], shapes: Sequence[Sequence[int]], dtype: str) -> Any:
+    """What `function` says of arrays of these shapes: it is traced with them."""
+    found: list[Any] = []
+    with x64(dtype == "float64"):
+        given = [jax.ShapeDtypeStruct(tuple(shape), DTYPES[dtype]) for shape in shapes]
+        jax.eval_shape(lambda *arrays: found.append(function(*arrays)), *given)
+    return found[0]
 
 
 def known(x: Any) -> bool:

@@ -229,6 +229,18 @@ def to_numpy(x: Any) -> Any:
     return np.asarray(x.numpy())
 
 
+def outline(function: Callable[..., Any], shapes: Sequence[Sequence[int]], dtype: str) -> Any:
+    """What `function` says of tensors of these shapes: it is traced with them."""
+    found: list[Any] = []
+
+    def call(*tensors: Any) -> None:
+        found.append(function(*tensors))
+
+    given = [tf.TensorSpec(shape, dtype) for shape in shapes]
+    tf.function(call, autograph=False).get_concrete_function(*given)
+    return found[0]
+
+
 def known(x: Any) -> bool:
     """Whether the values of a tensor can be read: it is no part of a graph."""
     return hasattr(x, "numpy")

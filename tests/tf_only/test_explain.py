@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from explain_cases import FLOAT32, WIDENED, counted, keys_of, near, ran
+from explain_cases import FLOAT32, WIDENED, as_of_zeros, counted, keys_of, near, ran
 from support import seen
 
 import attn_core
@@ -38,6 +38,12 @@ def test_what_is_said_to_answer_answers(
     monkeypatch.setattr(BACKEND, "attend", None)
     assert explain(**given) == said
     assert keys_of(said)["backend_from"] == "array"
+
+
+def test_of_sizes_alone_it_says_the_same_and_makes_no_array(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    as_of_zeros("tf", monkeypatch)
 
 
 def test_precision() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from explain_cases import FLOAT32, WIDENED, counted, keys_of, near, ran
+from explain_cases import FLOAT32, WIDENED, as_of_zeros, counted, keys_of, near, ran
 from support import seen
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch_memory import peak
@@ -60,6 +60,12 @@ def test_refusals_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said.impl is None
     assert {c.verdict for c in said.candidates} == {"refused"}
     assert 'needs torch.set_float32_matmul_precision("highest")' in str(said)
+
+
+def test_of_sizes_alone_it_says_the_same_and_makes_no_array(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    as_of_zeros("torch", monkeypatch)
 
 
 def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
