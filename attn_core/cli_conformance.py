@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from attn_core import config
-from attn_core.cli_terminal import backends, progress, refused, told
+from attn_core.cli_terminal import backends, page, progress, refused, told
 
 suite = typer.Typer(help="Does an attention mean what the spec says?", no_args_is_help=True)
 
@@ -79,11 +79,12 @@ def run_suite(
 ) -> None:
     """Judge backends against the float64 judge; exit 1 on a failure."""
     from attn_core.conformance import junit as junit_report
-    from attn_core.conformance import page, report
+    from attn_core.conformance import page as html_page
+    from attn_core.conformance import report
     from attn_core.conformance.judgement import Verdict
     from attn_core.conformance.runner import plan, run
 
-    console = Console()
+    console = page()
     names = [*(backend or []), *(subject or [])] or config.installed().split(", ")
     forms, cases = form or [], case or []
     came: list[Verdict] = []
@@ -115,7 +116,7 @@ def run_suite(
     console.print(report.matrix(verdicts, every=not failures))
     report.summary(verdicts, console)
     place = report.environment()
-    for path, save in ((json, report.save), (junit, junit_report.save), (html, page.save)):
+    for path, save in ((json, report.save), (junit, junit_report.save), (html, html_page.save)):
         if path is not None:
             save(verdicts, path, place)
     if interrupted:
@@ -140,7 +141,7 @@ def diff_reports(
     from attn_core.conformance.difference import compare
 
     with told(ValueError, OSError):
-        status = compare(before, after, Console(), factor)
+        status = compare(before, after, page(), factor)
     raise typer.Exit(status)
 
 
@@ -190,7 +191,7 @@ def check_golden(
     from attn_core.conformance import golden, golden_check, report
     from attn_core.conformance.judgement import Verdict
 
-    console = Console()
+    console = page()
     names = backend or ["numpy"]
     verdicts: list[Verdict] = []
     # A set that is not what it says is a failure; a question that cannot be asked is misuse.

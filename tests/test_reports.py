@@ -18,7 +18,9 @@ from xml.etree import ElementTree as ET
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from attn_core.cli import app
 from attn_core.conformance import difference, junit, page, report
 from attn_core.conformance.judgement import Verdict
 
@@ -254,6 +256,24 @@ class TestDifference:
         assert shown.splitlines()[-1] == "7 cells, 1 changed, 1 regressed"
         assert difference.compare(old, old, Console(file=io.StringIO())) == 0
         assert difference.compare(new, old, Console(file=io.StringIO())) == 0
+
+    def test_in_a_pipe_names_are_whole(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("COLUMNS", raising=False)
+        names = [f"score-softcap-then-{n}-documents-of-many-lengths-within-a-window" for n in "ab"]
+        where = tmp_path / "before.json", tmp_path / "after.json"
+        for path, share in zip(where, (0.2, 7.0), strict=True):
+            cells = [Verdict(n, "torch:triton", "aot_eager", {"out": share}) for n in names]
+            report.save(cells, path, PLACE)
+        run = CliRunner().invoke(app, ["conformance", "diff", *map(str, where)])
+        assert run.exit_code == 1
+        for name in names:
+            (line,) = [line for line in run.output.splitlines() if name in line]
+            assert line.split() == [
+                *("│", "✗", "changed", "│", name, "│", "torch:triton", "│", "aot_eager"),
+                *("│", "passed", "0.2", "│", "failed", "7", "│"),
+            ]
 
 
 def test_the_page_asks_nothing_of_the_network() -> None:
