@@ -302,7 +302,7 @@ def yours() -> tuple[Entry, ...]:
     try:
         return standing()
     except ValueError as error:
-        warnings.warn(f"{error} It is left aside.", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{error} The file is left aside.", RuntimeWarning, stacklevel=2)
         return ()
 
 
