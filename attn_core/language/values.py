@@ -294,8 +294,9 @@ def _seed(seed: Any) -> Any:
     if isinstance(seed, bool):
         raise TypeError("`seed` must be an integer. Got a bool.")
     if isinstance(seed, (int, np.integer)):
-        value = int(seed) % 2**64
-        return (value % 2**32, value // 2**32)
+        # Word by word: torch.compile may hold a symbol here, and inductor knows none beyond int64.
+        value = int(seed)
+        return (value % 2**32, value // 2**32 % 2**32)
     if isinstance(seed, (tuple, list)):
         if len(seed) != 2 or not all(isinstance(word, (int, np.integer)) for word in seed):
             raise TypeError(f"a `seed` pair must be two integers (low, high). Got {seed!r}.")

@@ -17,6 +17,9 @@ _M = 0xFFFFFFFF
 
 def keep(threshold: int, seed: Any, batch: Any, heads: int, q: Array, k_len: Any) -> Array:
     """Boolean (B, Hq, Tq, Tk), True = kept. q: (B or 1, Tq) absolute positions."""
+    if isinstance(seed, tuple) and torch.compiler.is_compiling():
+        # Either word may be a symbol there, and inductor's C++ of the rounds over one is no C++.
+        seed = torch.tensor(seed, dtype=torch.int64, device=q.device)
     low, high = words(seed)
     # One block more than k_len may need: whether there is a rest is then no question of its length.
     blocks = k_len // 4 + 1

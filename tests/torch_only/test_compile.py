@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import attn_core
 from attn_core import Dropout, Mask, attention, masks, scores
+from attn_core.backends.torch import scaled_dot_product_attention
 
 B, HQ, HK, TQ, TK, D, DV = 2, 4, 2, 5, 7, 8, 6
 RNG = np.random.default_rng(11)
@@ -506,6 +507,27 @@ def test_inductor_draws_the_same_dropout() -> None:
     for one, want in zip(got, f(*call), strict=True):
         assert torch.equal(one, want)
         assert 0 < want.float().mean() < 1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.parametrize("impl", ["chunked", "reference", "the documents' function"])
+def test_inductor_takes_python_ints_for_seeds(impl: str) -> None:
+    """From the second step on they are symbols, of which its C++ knows no number beyond int64."""
+    eye, zeros = torch.eye(6).expand(1, 2, 6, 6), torch.zeros(1, 2, 6, 4)
+
+    def f(q: Any, step: int) -> Any:
+        if impl.startswith("the"):
+            return scaled_dot_product_attention(q, zeros, eye, None, 0.4, seed=step) != 0
+        return attention(q, zeros, eye, dropout=Dropout(0.4, step), impl=impl) != 0
+
+    # Of `reference` its C++ takes long to compile: once is enough, with symbols from the first.
+    first = True if impl == "reference" else None
+    call, seen = torch.compile(f, fullgraph=True, backend="inductor", dynamic=first), []
+    for step in (3, 4, -5, 2**40 + 7):
+        got = call(zeros, step)
+        assert torch.equal(got, f(zeros, step))
+        assert not any(torch.equal(got, x) for x in seen)
+        seen.append(got)
 
 
 # --- Autocast and export. -------------------------------------------------------------------------
