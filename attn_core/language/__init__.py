@@ -2,6 +2,7 @@
 
 tree      what a mask or score is: a static straight-line programme
 expr      what its Python function sees while it is traced
+answered  what torch.compile answers in an expression's place, and must not
 operands  the arrays and host numbers it looks values up in
 values    Mask, Score, Dropout: the tree and the arrays that travel with it
 text      a tree as Python, and back

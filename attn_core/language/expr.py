@@ -264,9 +264,12 @@ def position(tape: Tape, x: Any) -> int:
             f"an array of shape {tuple(shape)} must be wrapped before a mask or score uses it: "
             "`table = attn_core.operand(array)`, then `table[q]`."
         )
+    # An integer that is no int, such as torch's SymInt while torch.export traces: a constant has
+    # one value, and who would export for all sizes must not lose them without a word.
+    hint = ": take its value outside, operator.index(x)" if hasattr(x, "__index__") else ""
     raise TypeError(
         f"a mask or score must compute with expressions, numbers and operands. "
-        f"Got {type(x).__name__}."
+        f"Got {type(x).__name__}{hint}."
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from attn_core.language.answered import refuse_answered
 from attn_core.language.expr import Expr, Outside, position, set_tape, tape_is_set
 from attn_core.language.operands import Table
 from attn_core.language.text import text
@@ -352,6 +353,7 @@ def mask(fn: Callable[..., Any]) -> Mask:
         attn_core.mask(lambda b, h, q, k: (q >= k) & ((q - k < 256) | (k < 4)))
     """
     tape, at = trace(fn, MASK_INDICES)
+    refuse_answered(fn, tape)
     if tape.kind(at) != "bool":
         raise TypeError(
             f"a mask must return a condition such as `q >= k`. Got a value of kind {tape.kind(at)}."
@@ -384,6 +386,7 @@ def score(fn: Callable[..., Any]) -> Score:
         attn_core.score(lambda s, b, h, q, k: s - slopes[h] * abs(q - k))
     """
     tape, at = trace(fn, SCORE_INDICES)
+    refuse_answered(fn, tape)
     if tape.kind(at) == "bool":
         raise TypeError("a score must return a number. Got a condition; did you mean a mask?")
     tree, arrays = tape.finish(tape.cast(at, "float"))

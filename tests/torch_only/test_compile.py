@@ -6,6 +6,7 @@ Warnings are errors in these tests, so each of them also says that nothing warne
 from __future__ import annotations
 
 import io
+import operator
 import subprocess
 import sys
 from collections.abc import Callable
@@ -595,6 +596,113 @@ def test_a_bound_that_comes_from_a_shape_is_a_constant_of_the_mask():
     for length in (4, 6, 9):
         x = torch.randn(1, 2, length, 3)
         torch.testing.assert_close(compiled(x), call(x))
+
+
+def where(c: Any, x: Any, y: Any) -> Any:
+    return attn_core.where(c, x, y)
+
+
+SIZED_MASKS = {
+    "k < n": lambda n: lambda b, h, q, k: (q >= k) | (k - n < 0),
+    "n > k": lambda n: lambda b, h, q, k: (q >= k) | (n - k > 0),
+    "q - k < n": lambda n: lambda b, h, q, k: q - k - n < 0,
+    "k == n": lambda n: lambda b, h, q, k: (q >= k) | (k - n == 0) | (n + 1 - k == 0),
+    "arithmetic": lambda n: lambda b, h, q, k: (k % n == 1) | (n // (k + 1) == 1) | (k >> n == q),
+    "bits": lambda n: lambda b, h, q, k: (q >= k) | (k & n == 1) | (n & k == 2),
+    "within": lambda n: lambda b, h, q, k: (q >= k) | (k < operator.index(n)),
+    "taken before": lambda n: (
+        lambda n: lambda b, h, q, k: (q >= k) | (k < n) | (n == k) | (n - q > k)
+    )(operator.index(n)),
+    "a default": lambda n: (lambda n: lambda b, h, q, k, n=n: (q >= k) | (k <= n))(
+        operator.index(n)
+    ),
+}
+SIZED_SCORES = {
+    "products": lambda n: lambda s, b, h, q, k: s * n + n * s - n / (s * s + 9) - s / n,
+    "where": lambda n: lambda s, b, h, q, k: where(q - k - n < 0, s, n),
+    "a float": lambda n: lambda s, b, h, q, k: where(s - n / 8 < 0, s, n / 8),
+    "taken before": lambda n: (lambda n: lambda s, b, h, q, k: where(q - k < n, s, s / n))(
+        operator.index(n)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*SIZED_MASKS, *[f"score: {x}" for x in SIZED_SCORES]])
+def test_what_a_function_of_ones_own_may_do_with_a_size_or_an_int(name: str) -> None:
+    """What SPEC 17 says to write; the names are those of what is meant."""
+
+    def of_size(x: Any) -> Any:
+        return call(x, x.shape[2] // 2)
+
+    def call(x: Any, n: int) -> Any:
+        if name.startswith("score: "):
+            return attention(x, x, x, score=attn_core.score(SIZED_SCORES[name[7:]](n)))
+        return attention(x, x, x, mask=attn_core.mask(SIZED_MASKS[name](n)))
+
+    xs = [draw(1, 2, length, 3) for length in (6, 8, 10)]
+    assert frames(of_size, [(x,) for x in xs])[-1] <= 3
+    assert frames(call, [(xs[1], n) for n in (2, 3, 5)])[-1] <= 3
+
+
+ANSWERED = {
+    "k == n": lambda n: attn_core.mask(lambda b, h, q, k: (q >= k) | (k == n)),
+    "n == k": lambda n: attn_core.mask(lambda b, h, q, k: (q >= k) | (n == k) | (q == 1)),
+    "k != n": lambda n: attn_core.mask(lambda b, h, q, k: (q >= k) & (k != n)),
+    "alone": lambda n: attn_core.mask(lambda b, h, q, k: k == n),
+    "a default": lambda n: attn_core.mask(lambda b, h, q, k, n=n: (k == n) ^ (q >= k)),
+    "score": lambda n: attn_core.score(lambda s, b, h, q, k: where(k == n, 0.0, s)),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+def test_an_equality_that_torch_answers_by_itself_is_refused(name: str) -> None:
+    """Torch 2.13 takes `k == n` for False where n is a symbol; a later one may ask us instead."""
+    option = "score" if name == "score" else "mask"
+
+    def f(x: Any, n: int) -> Any:
+        return attention(x, x, x, **{option: ANSWERED[name](n)})
+
+    g, x = compiled(f)[0], draw(1, 2, 7, 3)
+    for n in (2, 3, 5):
+        try:
+            said, found = "", g(x, n)
+        except torch._dynamo.exc.Unsupported as refused:
+            said, found = str(refused), f(x, n)
+        same(found, f(x, n))
+        sign = "!=" if "!" in name else "=="
+        assert not said or (n > 2 and f"Write `k - n {sign} 0` for" in said)
+
+
+def test_a_symbol_of_export_is_refused_and_its_value_is_taken() -> None:
+    class Sized(torch.nn.Module):
+        def __init__(self, value: Callable[[Any], Any]) -> None:
+            super().__init__()
+            self.value = value
+
+        def forward(self, x: Any) -> Any:
+            n = self.value(x.shape[2])
+            mine = attn_core.mask(lambda b, h, q, k: (q >= k) | (k == n - 1))
+            return attention(x, x, x, mask=mine)
+
+    def export(value: Callable[[Any], Any]) -> Any:
+        free = ({2: torch.export.Dim.AUTO},)
+        return torch.export.export(Sized(value), (x,), dynamic_shapes=free, strict=False)
+
+    x = draw(1, 2, 7, 3)
+    with pytest.raises(TypeError, match=r"Got SymInt: take its value outside, operator.index\(x\)"):
+        export(lambda n: n)
+    same(export(operator.index).module()(x), Sized(int)(x))
+
+
+def test_constants_and_equalities_of_ones_own_are_compiled() -> None:
+    """True and False that were written stand beside `==`, which is not taken for answered."""
+    ids = attn_core.operand([0, 0, 1, 1, 1])
+
+    def f(x: Any, both: bool) -> Any:
+        mine = attn_core.mask(lambda b, h, q, k: (ids[q] == ids[k]) | both | False)
+        return attention(x, x, x, mask=mine & attn_core.mask(lambda b, h, q, k: True))
+
+    assert frames(f, [(draw(1, 2, 5, 3), both) for both in (False, True)]) == [1, 2]
 
 
 def test_a_float_table_keeps_its_digits_across_a_transform():
