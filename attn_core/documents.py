@@ -1,9 +1,14 @@
 """The documents' two functions, in any framework's arrays.
 
-Leading dimensions are folded into one batch, B their product, and unfolded again:
+Leading dimensions are folded into one batch, B their product, and unfolded again; the last of two
+or more is taken for the heads, and stays:
 
-    scaled_dot_product_attention   (.., T, D) -> (B, 1, T, D) -> `attention` -> (.., Tq, Dv)
+    scaled_dot_product_attention   (.., H, T, D) -> (B, H, T, D) -> `attention` -> (.., H, Tq, Dv)
+                                      (N, T, D) -> (N, 1, T, D) -> `attention` -> (N, Tq, Dv)
     attention_module               (.., T, E) -> (B, T, E) -> heads -> (.., Tq, O), (.., H, Tq, Tk)
+
+So a mask that broadcasts over rows, keys or heads goes on as it is: written out for each of them it
+would be as large as the weights, of which `attention` holds a tile.
 
 A backend's `documents.py` has the docstrings, says whose arrays it takes, gives NumPy's back as
 NumPy, and names in `Verbs` how it reshapes. What an argument must be is said here and in
@@ -17,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from attn_core.api import attention
-from attn_core.check_arrays import documents_mask
+from attn_core.check_arrays import documents_mask, show
 from attn_core.language.values import Dropout
 from attn_core.model import calls, module
 from attn_core.model.module import ModuleOutput
@@ -53,23 +58,29 @@ def attend(
     verbs: Verbs, given: dict[str, Array], mask: Any, rate: float, scale: Any, seed: Any
 ) -> Array:
     """softmax(scale * q kᵀ + mask) v: given are q, k and v by name, the framework's."""
-    module.check_shapes({name: verbs.shape(x) for name, x in given.items()})
+    shapes = {name: verbs.shape(x) for name, x in given.items()}
+    module.check_shapes(shapes)
     q, k, v = given.values()
-    *lead, rows, _ = verbs.sizes(q)
-    keys, width = verbs.sizes(k)[-2], verbs.sizes(v)[-1]
-    batch = math.prod(lead)
-    folded = [verbs.reshape(x, (batch, 1, *verbs.sizes(x)[-2:])) for x in (q, k, v)]
+    lead = tuple(verbs.sizes(q)[:-2])
+    by_heads = _heads_known(shapes)
+    if rate and not by_heads and len(lead) > 1 and shapes["q"][-3] != 0:
+        raise ValueError(
+            "`q`, `k` and `v` must have a known number of heads, (.., H, T, D), when the call is "
+            "traced, where `dropout_rate` is given: what is dropped is counted by heads. "
+            f"Got {', '.join(map(show, shapes.values()))}."
+        )
+    apart = 1 if by_heads else 0
     options: dict[str, Any] = {}
     if mask is not None:
         mask = verbs.mask(mask, q)
-        known = (*verbs.shape(q)[:-1], verbs.shape(k)[-2])
+        known = (*shapes["q"][:-1], shapes["k"][-2])
         documents_mask(verbs.dtype(mask), verbs.dtype(q), verbs.shape(mask), known)
-        mask = verbs.reshape(verbs.spread(mask, (*lead, rows, keys)), (batch, 1, rows, keys))
+        mask = _folded(verbs, mask, lead[: len(lead) - apart], 2 + apart)
         options[_kind(verbs, mask)] = mask
     if rate:
         options["dropout"] = Dropout(rate, seed)
-    out = attention(*folded, scale=scale, **options)
-    return verbs.reshape(out, (*lead, rows, width))
+    out = attention(*[_with_heads(verbs, x, apart) for x in (q, k, v)], scale=scale, **options)
+    return verbs.reshape(out, (*lead, verbs.sizes(q)[-2], verbs.sizes(v)[-1]))
 
 
 def attend_by_heads(
@@ -102,11 +113,7 @@ def attend_by_heads(
         mask = verbs.mask(mask, query)
         full = (*verbs.shape(query)[:-2], sizes.heads, verbs.shape(q)[1], verbs.shape(k)[1])
         module.check_mask(verbs.dtype(mask), dtype, verbs.shape(mask), full)
-        last = tuple(verbs.sizes(mask)[-3:])
-        if len(last) < 2:
-            mask = verbs.reshape(mask, (*(1,) * (2 - len(last)), *last))
-        elif len(last) > 2:
-            mask = verbs.reshape(verbs.spread(mask, (*lead, *last)), (batch, *last))
+        mask = _folded(verbs, mask, lead, 3)
         options[_kind(verbs, mask)] = mask
     if layer:
         keys = k if "value" in inputs else inputs.get("key")
@@ -129,6 +136,41 @@ def attend_by_heads(
         verbs.reshape(out, (*lead, *verbs.sizes(out)[-2:])),
         verbs.reshape(found.weights, (*lead, *verbs.sizes(found.weights)[-3:])),
     )
+
+
+def _heads_known(shapes: dict[str, tuple[Any, ...]]) -> bool:
+    """Whether the last leading dimension is one that `attention` takes for its heads.
+
+    It wants to know how many there are, and at least one; else they are as many batches.
+    """
+    heads = [shape[-3] for shape in shapes.values() if len(shape) > 3]
+    return bool(heads) and all(n is not None and n != 0 for n in heads)
+
+
+def _with_heads(verbs: Verbs, x: Array, apart: int) -> Array:
+    """(.., T, D) as (B, H, T, D), or as (B, 1, T, D) where no heads are kept apart."""
+    *lead, rows, width = verbs.sizes(x)
+    heads = lead[-1] if apart else 1
+    return verbs.reshape(x, (math.prod(lead[: len(lead) - apart]), heads, rows, width))
+
+
+def _folded(verbs: Verbs, mask: Array, lead: tuple[Any, ...], kept: int) -> Array:
+    """A mask beside arrays whose leading dimensions `lead` are folded, as one of rank 4.
+
+    Its last `kept` axes, (Tq, Tk) or (H, Tq, Tk), stay as they are, those of size 1 too. Of the
+    others a single one does as well, and several that are all 1 are one of 1. Where one of several
+    spans, the mask is the same along those that do not.
+    """
+    missing = (1,) * (len(lead) + kept - len(verbs.shape(mask)))
+    shape, sizes = (*missing, *verbs.shape(mask)), (*missing, *verbs.sizes(mask))
+    first, last = shape[: len(lead)], sizes[len(lead) :]
+    batch = 1
+    if len(lead) == 1:
+        batch = sizes[0]
+    elif any(size is None or size != 1 for size in first):
+        mask = verbs.spread(mask, (*lead, *last))
+        batch = math.prod(lead)
+    return verbs.reshape(mask, (batch, *(1,) * (3 - kept), *last))
 
 
 def _kind(verbs: Verbs, mask: Array) -> str:

@@ -240,6 +240,13 @@ def the_documents_function() -> None:
         found = scaled_dot_product_attention(held, held, held)
         agree(found, scaled_dot_product_attention(x, x, x))
         assert found.sharding.is_equivalent_to(held.sharding, x.ndim)
+    held = jax.device_put(QUERY, NamedSharding(on, WHOLE))
+    for shape, lies in (((TQ,), ALONE), ((B, 1, 1, TQ), ROWS), ((HQ, 1, TQ), P("h"))):
+        mask = normal(6, *shape) > -0.5
+        there = jax.device_put(mask, NamedSharding(on, lies))
+        found = scaled_dot_product_attention(held, held, held, there)
+        agree(found, scaled_dot_product_attention(QUERY, QUERY, QUERY, mask))
+        assert found.sharding.is_equivalent_to(held.sharding, 4)
 
 
 def an_axis_of_each_kind() -> None:

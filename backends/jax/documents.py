@@ -33,10 +33,11 @@ def scaled_dot_product_attention(
 
     Args:
         q, k, v: arrays of one dtype with equal leading dimensions; NumPy's come back as NumPy.
-        mask: broadcast to (..., Tq, Tk). A float mask is added to the scores, a boolean one
-            selects, True = attend. The documents' PyTorch form, in which `mask == 0` is hidden,
-            is `scaled_dot_product_attention(q, k, v, mask != 0)`.
-        dropout_rate: on the weights, after softmax; needs `seed`.
+        mask: broadcast to (..., Tq, Tk), without being written out. A float mask is added to the
+            scores, a boolean one selects, True = attend. The documents' PyTorch form, in which
+            `mask == 0` is hidden, is `scaled_dot_product_attention(q, k, v, mask != 0)`.
+        dropout_rate: on the weights, after softmax; needs `seed`. Of (.., H, T, D) it is counted
+            by heads, so that of (B, H, T, D) it is that of `attn_core.attention`.
         scale: host number; 1 / √D when left out.
         seed: of the dropout, as in `attn_core.Dropout`.
 
@@ -137,7 +138,12 @@ def _mask(mask: Any, query: Any) -> Any:
     return from_host(mask) if isinstance(mask, np.ndarray) else jnp.asarray(mask)
 
 
-def _shape(x: Any) -> tuple[Any, ...]:
+def _shape(x: Any) -> tuple[int | None, ...]:
+    """A dimension of jax.export may be a symbol: not known."""
+    return tuple(n if isinstance(n, int) else None for n in x.shape)
+
+
+def _sizes(x: Any) -> tuple[Any, ...]:
     return tuple(x.shape)
 
 
@@ -146,6 +152,8 @@ def _name(x: Any) -> str:
 
 
 def _reshape(x: Any, shape: tuple[Any, ...]) -> Any:
+    if x.shape == shape:
+        return x  # lies on its devices as it did
     return x.reshape(shape) if isinstance(x, np.ndarray) else reshaped(x, shape)
 
 
@@ -156,8 +164,8 @@ def _spread(x: Any, shape: tuple[Any, ...]) -> Any:
 
 _VERBS = documents.Verbs(
     shape=_shape,
-    sizes=_shape,
-    fixed=_shape,
+    sizes=_sizes,
+    fixed=_sizes,
     dtype=_name,
     reshape=_reshape,
     spread=_spread,

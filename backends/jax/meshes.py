@@ -185,8 +185,9 @@ def reshaped(x: Array, shape: tuple[int, ...]) -> Array:
     mesh = _explicit(x)
     if mesh is None:
         return x.reshape(shape)
-    lies = _lies(x)
-    kept = [n if shape[at] == x.shape[at] else None for at, n in ((-2, lies[-2]), (-1, lies[-1]))]
+    missing = max(0, 2 - x.ndim)
+    before, lies = (*(1,) * missing, *x.shape), (*(None,) * missing, *_lies(x))
+    kept = [n if shape[at] == before[at] else None for at, n in ((-2, lies[-2]), (-1, lies[-1]))]
     first = lies[0] if shape[0] % parts_of(mesh, lies[0]) == 0 else None
     return _auto(mesh, lambda x: x.reshape(shape), (first, *(None,) * (len(shape) - 3), *kept))(x)
 

@@ -33,10 +33,11 @@ def scaled_dot_product_attention(
     Args:
         q, k, v: tensors of one dtype with equal leading dimensions, which a tf.function need not
             know; NumPy's arrays come back as NumPy.
-        mask: broadcast to (..., Tq, Tk). A float mask is added to the scores, a boolean one
-            selects, True = attend. The documents' PyTorch form, in which `mask == 0` is hidden,
-            is `scaled_dot_product_attention(q, k, v, mask != 0)`.
-        dropout_rate: on the weights, after softmax; needs `seed`.
+        mask: broadcast to (..., Tq, Tk), without being written out. A float mask is added to the
+            scores, a boolean one selects, True = attend. The documents' PyTorch form, in which
+            `mask == 0` is hidden, is `scaled_dot_product_attention(q, k, v, mask != 0)`.
+        dropout_rate: on the weights, after softmax; needs `seed`. Of (.., H, T, D) it is counted
+            by heads, so that of (B, H, T, D) it is that of `attn_core.attention`.
         scale: host number; 1 / √D when left out.
         seed: of the dropout, as in `attn_core.Dropout`.
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from attn_core import documents
-from attn_core.backends.torch.arrays import dense
+from attn_core.backends.torch.arrays import dense, told
 from attn_core.model.module import ModuleOutput, sizes_of
 
 # What torch.compiler.assume_constant_result does, without loading torch's compiler (and triton).
@@ -36,10 +36,11 @@ def scaled_dot_product_attention(
     Args:
         q, k, v: tensors of one dtype with equal leading dimensions; NumPy's arrays come back as
             NumPy.
-        mask: broadcast to (..., Tq, Tk). A float mask is added to the scores, a boolean one
-            selects, True = attend. The documents' PyTorch form, in which `mask == 0` is hidden,
-            is `scaled_dot_product_attention(q, k, v, mask != 0)`.
-        dropout_rate: on the weights, after softmax; needs `seed`.
+        mask: broadcast to (..., Tq, Tk), without being written out. A float mask is added to the
+            scores, a boolean one selects, True = attend. The documents' PyTorch form, in which
+            `mask == 0` is hidden, is `scaled_dot_product_attention(q, k, v, mask != 0)`.
+        dropout_rate: on the weights, after softmax; needs `seed`. Of (.., H, T, D) it is counted
+            by heads, so that of (B, H, T, D) it is that of `attn_core.attention`.
         scale: host number; 1 / √D when left out.
         seed: of the dropout, as in `attn_core.Dropout`.
 
@@ -152,7 +153,11 @@ def _mask(mask: Any, query: Any) -> Any:
     return from_numpy(np.asarray(mask)).to(query.device)
 
 
-def _shape(x: Any) -> tuple[int, ...]:
+def _shape(x: Any) -> tuple[int | None, ...]:
+    return tuple([told(n) for n in x.shape])
+
+
+def _sizes(x: Any) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
@@ -167,7 +172,7 @@ def _name(x: Any) -> str:
 
 _VERBS = documents.Verbs(
     shape=_shape,
-    sizes=_shape,
+    sizes=_sizes,
     fixed=_fixed,
     dtype=_name,
     reshape=torch.reshape,

@@ -589,10 +589,8 @@ def test_documents_pytorch_form() -> None:
     s = (x[0] @ x[1].transpose(-1, -2) / D**0.5).masked_fill(mask == 0, -torch.inf)
     got = scaled_dot_product_attention(*x, mask != 0)
     torch.testing.assert_close(got, torch.softmax(s, -1) @ x[2], rtol=0, atol=2e-6)
-    kept = reference.keep(
-        0.3, 5, range(B * HQ), [0], np.arange(TQ)[None].repeat(B * HQ, 0), range(TK)
-    )
-    dropped = torch.softmax(s, -1) * torch.as_tensor(kept.reshape(B, HQ, TQ, TK)) / 0.7
+    kept = reference.keep(0.3, 5, range(B), range(HQ), np.arange(TQ)[None].repeat(B, 0), range(TK))
+    dropped = torch.softmax(s, -1) * torch.as_tensor(kept) / 0.7
     got = scaled_dot_product_attention(*x, mask != 0, 0.3, seed=5)
     torch.testing.assert_close(got, dropped @ x[2], rtol=0, atol=2e-6)
 
