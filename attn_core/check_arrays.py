@@ -255,9 +255,22 @@ def documents_mask(
             f"`{name}` must not be wider than float32 where the query is {query_dtype}. "
             "Got float64: cast it first, nothing is narrowed silently."
         )
+    if not _broadcasts(shape, full):
+        missing = len(full) - len(shape)
+        hint = ""
+        if missing > 0 and len(shape) > 1 and full[0] in (None, shape[0]):
+            axes = "None, " * missing
+            if len(shape) == 2 and _broadcasts(shape[1:], full):
+                hint = f": write `[:, {axes}:]` after it if it says which keys count, (B, Tk)"
+            elif _broadcasts(shape[1:], full):
+                hint = f": write `[:, {axes[:-2]}]` after it if its first axis is the batch"
+        raise ValueError(
+            f"`{name}` must broadcast to (..., Tq, Tk) = {show(full)}. Got {show(shape)}{hint}."
+        )
+
+
+def _broadcasts(shape: tuple[Any, ...], full: tuple[Any, ...]) -> bool:
+    """Sizes that are not known, None, may."""
     pairs = zip(shape[::-1], full[::-1], strict=False)
     wrong = any(None not in (a, b) and a != 1 and a != b for a, b in pairs)
-    if len(shape) > len(full) or wrong:
-        raise ValueError(
-            f"`{name}` must broadcast to (..., Tq, Tk) = {show(full)}. Got {show(shape)}."
-        )
+    return len(shape) <= len(full) and not wrong

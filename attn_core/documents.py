@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from attn_core.api import attention
 from attn_core.check_arrays import documents_mask, show
-from attn_core.language.values import Dropout
+from attn_core.language.values import Dropout, Mask, Score
 from attn_core.model import calls, module
 from attn_core.model.module import ModuleOutput
 
@@ -59,7 +59,7 @@ def attend(
 ) -> Array:
     """softmax(scale * q kᵀ + mask) v: given are q, k and v by name, the framework's."""
     shapes = {name: verbs.shape(x) for name, x in given.items()}
-    module.check_shapes(shapes)
+    module.check_shapes(shapes, _grouped(shapes))
     q, k, v = given.values()
     lead = tuple(verbs.sizes(q)[:-2])
     by_heads = _heads_known(shapes)
@@ -72,6 +72,7 @@ def attend(
     apart = 1 if by_heads else 0
     options: dict[str, Any] = {}
     if mask is not None:
+        _check_array(mask, "it is for attn_core.attention, over (B, H, T, D)")
         mask = verbs.mask(mask, q)
         known = (*shapes["q"][:-1], shapes["k"][-2])
         documents_mask(verbs.dtype(mask), verbs.dtype(q), verbs.shape(mask), known)
@@ -110,6 +111,7 @@ def attend_by_heads(
     q, k = inputs["query"], inputs.get("key", inputs["query"])
     options: dict[str, Any] = {"return_weights": True}
     if mask is not None:
+        _check_array(mask, "it is for a layer, which is called with it")
         mask = verbs.mask(mask, query)
         full = (*verbs.shape(query)[:-2], sizes.heads, verbs.shape(q)[1], verbs.shape(k)[1])
         module.check_mask(verbs.dtype(mask), dtype, verbs.shape(mask), full)
@@ -136,6 +138,33 @@ def attend_by_heads(
         verbs.reshape(out, (*lead, *verbs.sizes(out)[-2:])),
         verbs.reshape(found.weights, (*lead, *verbs.sizes(found.weights)[-3:])),
     )
+
+
+def _check_array(mask: Any, hint: str) -> None:
+    """A mask is an array, or numbers in lists; what only `attention` can read is said to be."""
+    if hasattr(mask, "dtype") or hasattr(mask, "__array__"):
+        return
+    if isinstance(mask, (bool, int, float, list, tuple)):
+        return
+    found = type(mask).__name__
+    hint = f"; {hint}" if isinstance(mask, (Mask, Score)) else ""
+    if callable(mask) and not hint:
+        hint = "; attn_core.attention takes attn_core.mask(fn)"
+    raise TypeError(
+        "`mask` must be an array, boolean (True = attend) or floating point (added to the scores). "
+        f"Got {found}{hint}."
+    )
+
+
+def _grouped(shapes: dict[str, tuple[Any, ...]]) -> str:
+    """What is said of leading dimensions that differ, where keys have fewer heads."""
+    q, k, v = shapes.values()
+    if len(q) < 4 or not len(q) == len(k) == len(v):
+        return ""
+    heads = q[-3], k[-3], v[-3]
+    if None in heads or heads[1] == 0 or heads[0] % heads[1] or heads[1] != heads[2]:
+        return ""
+    return "; attn_core.attention takes fewer heads of keys and values, over (B, H, T, D)"
 
 
 def _heads_known(shapes: dict[str, tuple[Any, ...]]) -> bool:

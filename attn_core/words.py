@@ -2,14 +2,16 @@
 
 A call of `attention`, `weights` or `explain` that names an option of another library is refused in
 words that say how it is called here. Nothing is translated silently: the same word means opposite
-things in two libraries. `attn_core.model.words` does the same for layers.
+things in two libraries. `attn_core.model.words` does the same for layers, `in_documents_words` for
+the documents' functions.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+from functools import wraps
+from typing import Any, NoReturn, TypeVar, cast
 
 from attn_core.config import nearest
 
@@ -64,6 +66,54 @@ _FOREIGN: dict[str, str] = {
     "framework are computed in it",
 }
 
+_ARRAY = "`mask=` takes a triangle as an array, True = attend"
+_BOTH: dict[str, str] = {
+    "attention_mask": "`mask=`, boolean, True = attend; of a tokenizer's (B, Tk), 1 = a token, "
+    "`mask=attention_mask[:, None, None, :] != 0`",
+    "key_padding_mask": "`mask=~key_padding_mask[:, None, None, :]`: in torch.nn True hides, here "
+    "True = attend",
+    **dict.fromkeys(("bias", "attn_bias"), "`mask=`, which is added where it is a float one"),
+    **dict.fromkeys(
+        ("dropout", "dropout_p", "dropout_rng"),
+        "`dropout_rate=` with `seed=`, a new one for each step of training",
+    ),
+    "training": "nothing: leave `dropout_rate=` out in evaluation",
+    **dict.fromkeys(("softmax_scale", "sm_scale", "scaling"), "`scale=`"),
+}
+_DOCUMENTS: dict[str, dict[str, str]] = {
+    "scaled_dot_product_attention": {
+        **_BOTH,
+        **dict.fromkeys(
+            ("is_causal", "causal", "use_causal_mask"),
+            f"in attn_core.attention, {_CAUSAL}; here {_ARRAY}",
+        ),
+        "attn_mask": "`mask=`, where True = attend and a float mask is added to the scores, as in "
+        "torch.nn.functional",
+        "enable_gqa": "attn_core.attention, which takes fewer heads of keys and values as they are",
+        **{name: f"`{name[0]}`" for name in ("query", "key", "value")},
+    },
+    "attention_module": {
+        **_BOTH,
+        **dict.fromkeys(
+            ("is_causal", "causal", "use_causal_mask"),
+            f"`causal=True` in the config of a layer; else {_ARRAY}",
+        ),
+        "attn_mask": "`mask=`, True = attend: in torch.nn True hides, and `mask=~attn_mask`; a "
+        "float mask is added to the scores",
+        **dict.fromkeys(("num_heads", "nhead", "n_heads"), "`heads=`"),
+        **dict.fromkeys(
+            ("need_weights", "return_weights", "return_attention_scores", "output_attentions"),
+            "nothing: it always returns ModuleOutput(out, weights)",
+        ),
+        **{name[0]: f"`{name}`" for name in ("query", "key", "value")},
+    },
+}
+_ATTENTION = (
+    *("score", "sinks", "kv_lengths", "q_lengths", "query_offset", "layout", "precision", "impl"),
+    *("return_lse", "return_weights"),
+)
+"""Options of `attention` that the documents' functions do not have."""
+
 
 def refuse(
     call: str, known: Iterable[str], given: Iterable[str], foreign: Mapping[str, str]
@@ -90,3 +140,27 @@ def refuse_words(call: Callable[..., Any], given: Iterable[str]) -> NoReturn:
     taken = inspect.signature(call).parameters.values()
     known = [one.name for one in taken if one.kind is not one.VAR_KEYWORD]
     refuse(f"attn_core.{call.__name__}", known, given, _FOREIGN)
+
+
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+
+
+def in_documents_words(call: _Call) -> _Call:
+    """One of the documents' functions, which says the same of what it does not take by name.
+
+    Its signature stays that of the documents.
+    """
+    name = call.__name__
+    known = tuple(inspect.signature(call).parameters)
+    more = {word: f"in attn_core.attention, {ours}" for word, ours in _FOREIGN.items()}
+    more |= {word: f"`{word}=` of attn_core.attention" for word in _ATTENTION}
+    words = more | _DOCUMENTS[name]
+
+    @wraps(call)
+    def checked(*args: Any, **options: Any) -> Any:
+        unknown = [word for word in options if word not in known]
+        if unknown:
+            refuse(name, known, unknown, words)
+        return call(*args, **options)
+
+    return cast(_Call, checked)

@@ -6,13 +6,16 @@ after the other, with the mask written out for it.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from attn_core import reference
+from attn_core import masks, reference, scores
 
 TQ, TK, D, DV = 5, 7, 4, 3
 LEADS: tuple[tuple[int, ...], ...] = ((), (3,), (2, 3), (2, 1), (2, 2, 3), (2, 1, 3))
@@ -111,3 +114,87 @@ def dropped(x: list[np.ndarray], rate: float, seed: int) -> np.ndarray:
     folded = [one.reshape(-1, heads, *one.shape[-2:]) for one in x]
     out = reference.attention(*folded, dropout=(rate, seed)).out
     return np.asarray(out).reshape(*lead, *out.shape[-2:])
+
+
+def refused(call: Callable[..., Any], make: Callable[[Any], Any]) -> dict[str, tuple[Any, str]]:
+    """Name -> a call of `scaled_dot_product_attention` that is refused, and what is said."""
+    q, few, one = [
+        make(np.zeros(shape, np.float32)) for shape in ((2, 8, 5, 4), (2, 2, 5, 4), (2, 5))
+    ]
+    three, some = make(np.zeros((2, 5, 4), np.float32)), make(np.zeros((2, 5), bool))
+    array = "TypeError: `mask` must be an array, boolean .* floating point .*"
+    word = "TypeError: a call of scaled_dot_product_attention must be in the words of attn_core.* "
+    broadcast = r"ValueError: `mask` must broadcast to \(..., Tq, Tk\) = "
+    given = {
+        "a Mask": (
+            masks.causal(),
+            array + r"Got Mask; it is for attn_core\.attention, over \(B, H",
+        ),
+        "a Score": (scores.softcap(3.0), array + r"Got Score; it is for attn_core\.attention"),
+        "a function": (
+            lambda b, h, q, k: q >= k,
+            array + r"Got function; .* attn_core\.mask\(fn\)",
+        ),
+        "a word": ("causal", array + "Got str"),
+        "a thing": (object(), array + "Got object"),
+        "keys that count": (
+            some,
+            broadcast
+            + r"\(2, 8, 5, 5\)\. Got \(2, 5\): write `\[:, None, None, :\]` after it if it "
+            r"says which keys count, \(B, Tk\)\.",
+        ),
+        "added to keys": (
+            one,
+            broadcast + r".* Got \(2, 5\): write `\[:, None, None, :\]` after it",
+        ),
+        "the batch first": (
+            make(np.zeros((2, 5, 5), bool)),
+            broadcast
+            + r".* Got \(2, 5, 5\): write `\[:, None\]` after it if its first axis is the",
+        ),
+        "no hint": (make(np.zeros((3, 5), bool)), broadcast + r".* Got \(3, 5\)\.$"),
+    }
+    found = {name: (lambda m=mask: call(q, q, q, m), says) for name, (mask, says) in given.items()}
+    found["keys that count, no heads"] = (
+        lambda: call(three, three, three, some),
+        broadcast + r"\(2, 5, 5\)\. Got \(2, 5\): write `\[:, None, :\]` after it",
+    )
+    found["fewer heads of keys"] = (
+        lambda: call(q, few, few),
+        r"ValueError: `k` .* leading dim.* of `q`, \(2, 8\)\. Got \(2, 2\); attn_core\.attention",
+    )
+    found["query="] = (lambda: call(query=q, key=q, value=q), word + "Got `query`, .*: `q`")
+    found["a slip"] = (
+        lambda: call(q, q, q, sclae=1.0),
+        r"TypeError: .* arguments of its own only\. Got 'sclae'\. Did you mean 'scale'\?",
+    )
+    for name, says in {
+        "is_causal": r"in attn_core\.attention, `mask=attn_core\.masks\.causal\(\)`.* a triangle",
+        "attn_mask": "`mask=`, where True = attend and a float mask is added",
+        "dropout_p": "`dropout_rate=` with `seed=`",
+        "enable_gqa": r"attn_core\.attention",
+        "window_size": r"in attn_core\.attention, `mask=attn_core\.masks\.window",
+        "kv_lengths": r"`kv_lengths=` of attn_core\.attention",
+    }.items():
+        found[f"{name}="] = (
+            lambda name=name: call(q, q, q, **{name: True}),
+            word + f"Got `{name}`, which is here: {says}",
+        )
+    return found
+
+
+def check_refused(call: Callable[..., Any], make: Callable[[Any], Any]) -> None:
+    """Each in our words, and with the signature that the documents' function has."""
+    for name, (made, says) in refused(call, make).items():
+        try:
+            made()
+        except (TypeError, ValueError) as error:
+            said = f"{type(error).__name__}: {error}"
+            assert re.match(says, said), (name, said)
+        else:
+            raise AssertionError(f"{name} is not refused")
+    kinds = [(one.name, one.kind.name) for one in inspect.signature(call).parameters.values()]
+    assert kinds == [
+        *((name, "POSITIONAL_OR_KEYWORD") for name in ("q", "k", "v", "mask", "dropout_rate")),
+        *((name, "KEYWORD_ONLY") for name in ("scale", "seed")),
+    ]

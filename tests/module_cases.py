@@ -14,7 +14,7 @@ import layer_judge
 import numpy as np
 from layer_cases import draw, weights_of
 
-from attn_core import AttentionConfig
+from attn_core import AttentionConfig, masks
 from attn_core.conformance import tolerance
 from attn_core.model.parameters import parameters
 
@@ -179,6 +179,17 @@ def refused(make: Callable[[np.ndarray], Any], layer: Any) -> dict[str, tuple[di
             {**plain, "mask": make(np.ones((TQ, TK), bool))},
             r"`mask` must broadcast to",
         ),
+        "a mask of keys that count": (
+            {**plain, "mask": make(np.ones((2, TQ), bool))},
+            r"Got \(2, 5\): write `\[:, None, None, :\]` after it if it says which keys count",
+        ),
+        "a Mask": (
+            {**plain, "mask": masks.causal()},
+            "`mask` must be an array.* Got Mask; it is for a layer, which is called with it",
+        ),
+        "num_heads": ({**plain, "num_heads": 4}, "Got `num_heads`, which is here: `heads=`"),
+        "is_causal": ({**plain, "is_causal": True}, "Got `is_causal`, .* in the config of a layer"),
+        "q": ({**plain, "q": query}, "Got `q`, which is here: `query`"),
         "dropout without a seed": ({**plain, "dropout_rate": 0.1}, "`seed` must be given"),
         **{
             f"{name} beside a layer": (
@@ -202,6 +213,7 @@ REFUSED = (
         "a vector",
     ),
     *("a mask without heads", "a mask of ints", "a mask of another size"),
+    *("a mask of keys that count", "a Mask", "num_heads", "is_causal", "q"),
     *("dropout without a seed", "heads beside a layer", "scale beside a layer"),
     "dropout_rate beside a layer",
 )

@@ -114,7 +114,7 @@ def check_dtypes(given: Mapping[str, str], wanted: str) -> None:
             raise TypeError(f"`{name}` must be of the query's dtype, {wanted}. Got {dtype}.")
 
 
-def check_shapes(given: Mapping[str, tuple[Any, ...]]) -> None:
+def check_shapes(given: Mapping[str, tuple[Any, ...]], hint: str = "") -> None:
     """The inputs (.., T, width) have the leading dimensions of the first of them."""
     first = next(iter(given))
     for name, shape in given.items():
@@ -123,7 +123,7 @@ def check_shapes(given: Mapping[str, tuple[Any, ...]]) -> None:
         if not fits(shape[:-2], given[first][:-2]):
             raise ValueError(
                 f"`{name}` must have the leading dimensions of `{first}`, "
-                f"{show(given[first][:-2])}. Got {show(shape[:-2])}."
+                f"{show(given[first][:-2])}. Got {show(shape[:-2])}{hint}."
             )
 
 

@@ -12,8 +12,10 @@ from attn_core import config, documents
 from attn_core.backends.jax.arrays import from_host, x64
 from attn_core.backends.jax.meshes import reshaped
 from attn_core.model.module import ModuleOutput
+from attn_core.words import in_documents_words
 
 
+@in_documents_words
 def scaled_dot_product_attention(
     q: Any,
     k: Any,
@@ -50,6 +52,7 @@ def scaled_dot_product_attention(
         return documents.attend(_VERBS, given, mask, dropout_rate, scale, seed)
 
 
+@in_documents_words
 def attention_module(
     query: Any,
     key: Any | None = None,

@@ -11,8 +11,10 @@ from attn_core import documents
 from attn_core.backends.tf.arrays import sizes
 from attn_core.model.module import ModuleOutput
 from attn_core.registry import instead
+from attn_core.words import in_documents_words
 
 
+@in_documents_words
 def scaled_dot_product_attention(
     q: Any,
     k: Any,
@@ -48,6 +50,7 @@ def scaled_dot_product_attention(
     return out.numpy() if host else out
 
 
+@in_documents_words
 def attention_module(
     query: Any,
     key: Any | None = None,

@@ -11,11 +11,13 @@ import torch
 from attn_core import documents
 from attn_core.backends.torch.arrays import dense, told
 from attn_core.model.module import ModuleOutput, sizes_of
+from attn_core.words import in_documents_words
 
 # What torch.compiler.assume_constant_result does, without loading torch's compiler (and triton).
 sizes_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+@in_documents_words
 def scaled_dot_product_attention(
     q: Any,
     k: Any,
@@ -57,6 +59,7 @@ def scaled_dot_product_attention(
     return to_numpy(out) if host else out
 
 
+@in_documents_words
 def attention_module(
     query: Any,
     key: Any | None = None,

@@ -184,3 +184,7 @@ def test_symbols_for_sizes():
     close("symbols", held.call(*x, mask), judged(x, mask)[0])
     with pytest.raises(ValueError, match=r"a known number of heads.*\(\?, \?, \?, 4\)"):
         jax.export.export(jax.jit(partial(call, dropout_rate=0.1, seed=1)))(*spec)
+
+
+def test_refused_in_our_words():
+    document_cases.check_refused(backend.scaled_dot_product_attention, jnp.asarray)

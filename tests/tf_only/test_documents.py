@@ -255,3 +255,7 @@ def test_memory_is_linear():
     assert len(lines) == 3
     for bare, ours in lines:
         assert 0 < ours <= bare + 2**20
+
+
+def test_refused_in_our_words():
+    document_cases.check_refused(backend.scaled_dot_product_attention, tf.constant)

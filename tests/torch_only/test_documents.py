@@ -106,3 +106,7 @@ def test_compiled_with_other_sizes(dynamic: bool | None) -> None:
         got = compiled(*tensors, torch.as_tensor(mask).requires_grad_())
         for found, want in zip(got, judged(x, mask), strict=True):
             np.testing.assert_allclose(found.detach(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_refused_in_our_words() -> None:
+    document_cases.check_refused(scaled_dot_product_attention, torch.as_tensor)
