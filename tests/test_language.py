@@ -11,7 +11,7 @@ import pytest
 from support import entries, host, scored, seen
 
 import attn_core
-from attn_core import mask, operand, score
+from attn_core import mask, masks, operand, score, scores
 from attn_core.backends.numpy.arrays import Reading
 from attn_core.language.operands import Operand, Table
 from attn_core.language.text import text
@@ -506,3 +506,44 @@ def test_what_is_looked_up_by_an_index_alone_may_be_cut_along_it(fn, shapes, wan
         for other in range(H if n == "b" else B):
             whole, part = ((B - 1, other), (0, other)) if n == "b" else ((other, H - 1), (other, 0))
             assert entry(last, *part) == entry(tables, *whole)
+
+
+@pytest.mark.parametrize(
+    ("make", "fn", "names", "got"),
+    [
+        (attn_core.mask, lambda q, k, b, h: q >= k, "b, h, q, k", "q, k, b, h"),
+        (attn_core.score, lambda b, h, q, k, s: s * 0.5, "s, b, h, q, k", "b, h, q, k, s"),
+    ],
+)
+def test_indices_in_another_order_are_another_function(make, fn, names, got):
+    """They are handed over by place: `q >= k` of the first would have been `b >= h`."""
+    with pytest.raises(
+        TypeError, match=rf"`fn` must be fn\({names}\), in this order\. Got fn\({got}\)\."
+    ):
+        make(fn)
+    # Names of one's own mean what their places mean.
+    assert attn_core.mask(lambda _b, _h, row, key: row >= key) == masks.causal()
+
+
+def test_powers_are_written_out():
+    for fn in (lambda s, b, h, q, k: s**2, lambda s, b, h, q, k: 2.0**s):
+        with pytest.raises(TypeError, match=r"`\*\*` is not part of .*`s \* s` for `s \*\* 2`"):
+            attn_core.score(fn)
+
+
+def test_equal_are_those_that_say_the_same_of_the_same_arrays():
+    """As static arguments of a jit they are compiled once."""
+    ids = np.arange(4)
+    for make in (
+        masks.causal,
+        lambda: masks.causal() & masks.window(3),
+        lambda: masks.segments(ids),
+        lambda: scores.alibi(heads=4),
+    ):
+        assert make() == make()
+        assert len({make(), make()}) == 1
+    assert masks.causal() != masks.window(3)
+    assert masks.segments(ids) != masks.segments(ids.copy())
+    assert scores.alibi(heads=4) != scores.alibi(heads=8)
+    assert scores.softcap(1.0) != masks.causal()
+    assert masks.causal() != "mask(q >= k)"

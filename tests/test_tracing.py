@@ -384,7 +384,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "operand iterated": (lambda s, q, k: sum(TABLE), "not iterated over"),
     "expr indexed": (lambda s, q, k: q[k], "attn_core.operand(array)"),
     "method": (lambda s, q, k: q.astype(int), "attn_core.minimum, maximum, where and cast"),
-    "power": (lambda s, q, k: s**2, "abs, attn_core.minimum"),
+    "power": (lambda s, q, k: s**2, "Write `s * s` for `s ** 2`"),
     "matmul": (lambda s, q, k: s @ s, "failed"),
     "round": (lambda s, q, k: round(s), "cast"),
     "complex": (lambda s, q, k: s * 1j, "Got complex"),

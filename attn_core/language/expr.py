@@ -131,6 +131,15 @@ class Expr(Traced):
     def __rmod__(self, other: Any) -> Expr:
         return apply("mod", other, self)
 
+    def __pow__(self, other: Any) -> Expr:
+        raise TypeError(
+            "`**` is not part of the language, since frameworks round powers in different ways. "
+            "Write `s * s` for `s ** 2`, and in a score `attn_core.exp(n * attn_core.log(x))` for "
+            "`x ** n` of an x above 0."
+        )
+
+    __rpow__ = __pow__
+
     def __rshift__(self, other: Any) -> Expr:
         return apply("rshift", self, other)
 

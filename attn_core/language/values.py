@@ -9,6 +9,7 @@ equal in everything but array values share one trace.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,9 @@ def trace(fn: Callable[..., Any], names: tuple[str, ...]) -> tuple[Tape, int]:
     but within a checkpoint torch.compile lets nothing change that stands outside. So the thread is
     told only where a function turns out to need it, which then runs again.
     """
+    given = _reordered(getattr(fn, "__code__", None), names)
+    if given:
+        raise TypeError(f"`fn` must be fn({', '.join(names)}), in this order. Got fn({given}).")
     if not tape_is_set():
         try:
             return _run(fn, names, Tape())
@@ -53,6 +57,18 @@ def trace(fn: Callable[..., Any], names: tuple[str, ...]) -> tuple[Tape, int]:
         return _run(fn, names, tape)
     finally:
         set_tape(previous)
+
+
+def _reordered(code: Any, names: tuple[str, ...]) -> str:
+    """The function's own arguments, where they are these and stand in another order; else ""."""
+    if not isinstance(code, CodeType):
+        return ""
+    given = code.co_varnames[: code.co_argcount]
+    return ", ".join(given) if given != names and sorted(given) == sorted(names) else ""
+
+
+# torch.compile runs this for itself while it traces (torch.compiler.assume_constant_result).
+setattr(_reordered, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def _run(fn: Callable[..., Any], names: tuple[str, ...], tape: Tape) -> tuple[Tape, int]:
@@ -127,11 +143,21 @@ def unflatten(kind: type, static: tuple[Tree, Fixed], arrays: Any) -> Any:
     return kind(tree, tuple([next(rest) if f is None else f for f in fixed]))
 
 
+def _same(one: Mask | Score, other: Any) -> bool:
+    """Whether both say the same of the same arrays; what stands in arrays is not compared."""
+    if type(one) is not type(other) or one.tree != other.tree:
+        return False
+    return len(one.arrays) == len(other.arrays) and all(
+        a is b or (isinstance(a, Table) and isinstance(b, Table) and a == b)
+        for a, b in zip(one.arrays, other.arrays, strict=True)
+    )
+
+
 class Mask:
     """Which keys a query may see: True = attend.
 
     Made by `attn_core.mask` or `attn_core.masks`; composes with `&`, `|`, `~`. `tree` is static,
-    `arrays` are the operands it looks up.
+    `arrays` are the operands it looks up. Two are equal that say the same of the very same arrays.
 
     A row that may see no key has out 0 and weights 0, and its only gradient is that of a sink.
     """
@@ -176,6 +202,12 @@ class Mask:
     def __bool__(self) -> bool:
         raise TypeError("a mask has no truth value. Combine masks with `&`, `|` and `~`.")
 
+    def __eq__(self, other: object) -> bool:
+        return _same(self, other)
+
+    def __hash__(self) -> int:
+        return hash(self.tree)
+
     def __repr__(self) -> str:
         return f"mask({text(self.tree)})"
 
@@ -215,6 +247,12 @@ class Score:
         tape = Tape()
         first = tape.replay(self.tree, self.arrays)
         return Score(*tape.finish(tape.replay(other.tree, other.arrays, bind={"s": first})))
+
+    def __eq__(self, other: object) -> bool:
+        return _same(self, other)
+
+    def __hash__(self) -> int:
+        return hash(self.tree)
 
     def __repr__(self) -> str:
         return f"score({text(self.tree)})"
@@ -345,8 +383,8 @@ def mask(fn: Callable[..., Any]) -> Mask:
     `attn_core.operand(array)`. Later changes of what it closed over are not seen.
 
     Raises:
-        TypeError: for floats (they round differently from framework to framework), and for
-            Python constructs that would decide at trace time.
+        TypeError: for floats (they round differently from framework to framework), for Python
+            constructs that would decide at trace time, and for b, h, q and k in another order.
 
     Example::
 
