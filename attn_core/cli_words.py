@@ -60,6 +60,8 @@ def scores_for(heads: int) -> Scores:
     """Those that numbers say: of slopes the paper's, for so many heads."""
 
     def alibi() -> Score:
+        if heads > 2**20:  # a slope to each of them, in Python's numbers
+            raise ValueError(f"`heads` must be 2**20 at most, for alibi of a shape. Got {heads}.")
         return scores.alibi(heads=heads)
 
     return {"softcap": scores.softcap, "alibi": alibi}
@@ -117,7 +119,12 @@ def mask_of(words: Sequence[str], vocabulary: Masks = MASKS) -> Mask | None:
     found: Mask | None = None
     for said in words:
         first, node = _parsed("mask", said)
-        made = _mask(first, node, said, vocabulary)
+        try:
+            made = _mask(first, node, said, vocabulary)
+        except RecursionError as error:
+            raise ValueError(
+                f"`mask` must join fewer masks. Got {len(said)} characters of them."
+            ) from error
         found = made if found is None else found & made
     return found
 
@@ -193,7 +200,7 @@ def _called(what: str, vocabulary: Mapping[str, Callable[..., Any]], node: Any, 
         named = {str(word.arg): ast.literal_eval(word.value) for word in keywords}
         inspect.signature(vocabulary[name]).bind(*given, **named)
         return vocabulary[name](*given, **named)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, MemoryError) as error:
         raise ValueError(
             f"`{what}` must give {name} the numbers it takes, as {_EXAMPLES.get(name, name)}. "
             f"Got {words!r}: {error}"
@@ -211,10 +218,15 @@ def _written(
     """What is traced: the text itself, over its indices and the few functions of the language."""
     indices = ["b", "h", "q", "k"] if what == "mask" else ["s", "b", "h", "q", "k"]
     functions = _WORDS if what == "mask" else {**_WORDS, **_MORE}
-    bound = {to.id for each in first for to in each.targets if isinstance(to, ast.Name)}
-    for part in (*(each.value for each in first), node):
-        for below in ast.walk(part):
-            _check(what, below, words, {*indices, *functions, *bound}, vocabulary)
+    known = {*indices, *functions}
+    for part in (*first, node):
+        value = part.value if isinstance(part, ast.Assign) else part
+        infinite = [given for each in ast.walk(value) for given in _infinite(each)]
+        for below in ast.walk(value):
+            if below not in infinite:
+                _check(what, below, words, known, vocabulary)
+        if isinstance(part, ast.Assign):  # known from here on
+            known |= {to.id for to in part.targets if isinstance(to, ast.Name)}
     arguments = ast.arguments([], [ast.arg(name) for name in indices], None, [], [], None, [])
     body: list[ast.stmt] = [*first, ast.Return(node)]
     whole = ast.parse("def made(): pass")
@@ -256,11 +268,22 @@ def _check(
         )
 
 
+def _infinite(node: ast.AST) -> list[ast.expr]:
+    """What float takes that is no number: the "inf" of float("inf"), the one text within a text."""
+    if not isinstance(node, ast.Call) or _named(node) != "float" or len(node.args) != 1:
+        return []
+    (given,) = node.args
+    infinite = isinstance(given, ast.Constant) and given.value in ("inf", "-inf", "nan")
+    return [given] if infinite else []
+
+
 def _of_language(node: ast.expr) -> bool:
     if isinstance(node, ast.Constant):
-        return type(node.value) in (bool, int, float) or node.value in ("inf", "-inf", "nan")
+        return type(node.value) in (bool, int, float)
     if isinstance(node, ast.Call):
         return bool(_named(node)) and not node.keywords
+    if isinstance(node, ast.Compare):
+        return not any(isinstance(op, ast.Is | ast.IsNot) for op in node.ops)
     if isinstance(node, ast.BinOp):
         return isinstance(node.op, _SIGNS)
     return isinstance(node, (*_KNOWN, *_REFUSED))

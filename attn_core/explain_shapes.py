@@ -3,8 +3,8 @@
     causal   window:255   causal & window(255)   (q >= k) & (q - k <= 255)
     softcap:50   alibi   s - 0.5 * float(abs(q - k))
 
-What a mask or a score may say stands in `cli_words`; none looks anything up. Several masks all
-apply; several scores follow one another.
+What a mask or a score may say stands in `cli_words`; none looks anything up but numbers in a list.
+Several masks all apply; several scores follow one another.
 """
 
 from __future__ import annotations

@@ -422,6 +422,7 @@ def test_the_command_takes_expressions_in_a_users_own_spacing() -> None:
         (("--mask", "q + k"), "must return a condition"),
         (("--mask", "window"), "must give window the numbers it takes, as window:255. Got"),
         (("--mask", "q >="), "`mask` must be an expression of the language"),
+        (("--shape", f"1,{2**21},1,1", "--score", "alibi"), "`heads` must be 2**20 at most"),
         (("--score", "s ** 2"), "Got 's ** 2' in 's ** 2', which is no expression of it."),
         (("--mask", "0 <= q - k < 9"), "Got '0 <= q - k < 9'"),
         (("--dtype", "float23"), "Did you mean"),

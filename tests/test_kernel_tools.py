@@ -305,6 +305,12 @@ def test_scores_as_words() -> None:
         ("lambda b, h, q, k: q >= k", "returns, as 'q >= k'. Got the function."),
         ("__import__('os')", "Got '__import__'"),
         ("q + k", "must"),
+        ("q is k", "'q is k' in 'q is k', which is no expression"),
+        ("q is not k", "which is no expression"),
+        ("x = y; y = q - k; x >= y", "Got 'y'"),
+        ("x = x + 1; x >= q", "Got 'x'"),
+        ("'inf' * 3 < q", "which is no expression"),
+        (" & ".join(["causal"] * 1500), "`mask` must"),
     ],
 )
 def test_words_that_are_no_mask(words: str, said: str) -> None:

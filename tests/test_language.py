@@ -531,19 +531,36 @@ def test_powers_are_written_out():
             attn_core.score(fn)
 
 
-def test_equal_are_those_that_say_the_same_of_the_same_arrays():
-    """As static arguments of a jit they are compiled once."""
-    ids = np.arange(4)
+def test_equal_are_those_that_say_the_same_of_numbers_alone():
+    """As static arguments of a jit they are compiled once; of arrays the values may change."""
     for make in (
         masks.causal,
         lambda: masks.causal() & masks.window(3),
-        lambda: masks.segments(ids),
         lambda: scores.alibi(heads=4),
     ):
         assert make() == make()
         assert len({make(), make()}) == 1
+    ids = np.arange(4)
+    documents = masks.segments(ids)
+    assert documents == documents
+    assert documents != masks.segments(ids)
     assert masks.causal() != masks.window(3)
-    assert masks.segments(ids) != masks.segments(ids.copy())
     assert scores.alibi(heads=4) != scores.alibi(heads=8)
+    zeros = [operand([x, 1.0]) for x in (0.0, -0.0)]
+    one, other = [attn_core.score(lambda s, b, h, q, k, t=t: s + t[h]) for t in zeros]
+    assert one != other
     assert scores.softcap(1.0) != masks.causal()
     assert masks.causal() != "mask(q >= k)"
+
+
+def test_a_method_may_not_take_them_in_another_order_either():
+    class Rule:
+        def wrong(self, q, k, b, h):
+            return q >= k
+
+        def right(self, b, h, q, k):
+            return q >= k
+
+    with pytest.raises(TypeError, match=r"in this order\. Got fn\(q, k, b, h\)\."):
+        attn_core.mask(Rule().wrong)
+    assert attn_core.mask(Rule().right) == masks.causal()

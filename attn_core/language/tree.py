@@ -135,6 +135,8 @@ class Tape:
         self.steps: list[Step] = []
         self.arrays: list[Any] = []
         self._known: dict[Step, int] = {}
+        # How often `==` and `!=` were asked for, equal ones too (`answered.py`).
+        self.compared = {"eq": 0, "ne": 0}
 
     def add(self, step: Step) -> int:
         """Position of this step, written now unless an equal one stands already."""
@@ -189,6 +191,8 @@ class Tape:
     def apply(self, op: str, *at: int) -> int:
         """Write `op` over values of any kinds, with the casts its meaning asks for."""
         kinds = [self.kind(a) for a in at]
+        if op in self.compared:
+            self.compared[op] += 1
         if op in LOGIC or op == "not":
             return self._logic(op, at, kinds)
         if op in ("rshift",):

@@ -43,7 +43,8 @@ def trace(fn: Callable[..., Any], names: tuple[str, ...]) -> tuple[Tape, int]:
     but within a checkpoint torch.compile lets nothing change that stands outside. So the thread is
     told only where a function turns out to need it, which then runs again.
     """
-    given = _reordered(getattr(fn, "__code__", None), names)
+    own = 1 if getattr(fn, "__self__", None) is not None else 0  # of a method, itself
+    given = _reordered(getattr(fn, "__code__", None), names, own)
     if given:
         raise TypeError(f"`fn` must be fn({', '.join(names)}), in this order. Got fn({given}).")
     if not tape_is_set():
@@ -59,11 +60,11 @@ def trace(fn: Callable[..., Any], names: tuple[str, ...]) -> tuple[Tape, int]:
         set_tape(previous)
 
 
-def _reordered(code: Any, names: tuple[str, ...]) -> str:
+def _reordered(code: Any, names: tuple[str, ...], own: int) -> str:
     """The function's own arguments, where they are these and stand in another order; else ""."""
     if not isinstance(code, CodeType):
         return ""
-    given = code.co_varnames[: code.co_argcount]
+    given = code.co_varnames[own : code.co_argcount]
     return ", ".join(given) if given != names and sorted(given) == sorted(names) else ""
 
 
@@ -144,11 +145,20 @@ def unflatten(kind: type, static: tuple[Tree, Fixed], arrays: Any) -> Any:
 
 
 def _same(one: Mask | Score, other: Any) -> bool:
-    """Whether both say the same of the same arrays; what stands in arrays is not compared."""
-    if type(one) is not type(other) or one.tree != other.tree:
+    """Whether both say the same, of numbers alone.
+
+    An array may be written to between two masks, and a program that was compiled for the first may
+    hold what stood in it: of arrays only the mask itself is the same.
+    """
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return NotImplemented
+    if one.tree != other.tree or len(one.arrays) != len(other.arrays):
         return False
-    return len(one.arrays) == len(other.arrays) and all(
-        a is b or (isinstance(a, Table) and isinstance(b, Table) and a == b)
+    return all(
+        # As text, in which 0.0 is not -0.0.
+        isinstance(a, Table) and isinstance(b, Table) and repr(a.values) == repr(b.values)
         for a, b in zip(one.arrays, other.arrays, strict=True)
     )
 
@@ -157,7 +167,8 @@ class Mask:
     """Which keys a query may see: True = attend.
 
     Made by `attn_core.mask` or `attn_core.masks`; composes with `&`, `|`, `~`. `tree` is static,
-    `arrays` are the operands it looks up. Two are equal that say the same of the very same arrays.
+    `arrays` are the operands it looks up. Two are equal that say the same, where
+    they look up no arrays but lists of numbers.
 
     A row that may see no key has out 0 and weights 0, and its only gradient is that of a sink.
     """

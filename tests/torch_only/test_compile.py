@@ -10,6 +10,7 @@ import operator
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -717,6 +718,41 @@ def test_constants_and_equalities_of_ones_own_are_compiled() -> None:
         return attention(x, x, x, mask=mine & attn_core.mask(lambda b, h, q, k: True))
 
     assert frames(f, [(draw(1, 2, 5, 3), both) for both in (False, True)]) == [1, 2]
+
+
+@pytest.mark.parametrize("way", ["texts", "twice"])
+def test_equalities_of_pythons_own_are_no_answers(way: str) -> None:
+    """A text is compared by Python, and what stands there twice was asked for twice."""
+    mode = "strict"
+
+    def texts(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (q >= k) | (mode == "full") | ("full" == mode)  # noqa: SIM300
+
+    def twice(b: Any, h: Any, q: Any, k: Any) -> Any:
+        where = attn_core.where
+        return where(k == 0, True, where((k == 0) | (q == k), False, True))
+
+    def f(x: Any) -> Any:
+        mine = attn_core.mask(texts if way == "texts" else twice)
+        return attention(x, x, x, mask=mine, query_offset=0)
+
+    x = draw(1, 2, 5, 3)
+    compiled = torch.compile(f, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), f(x))
+
+
+def test_a_partial_is_looked_through_for_what_it_compares() -> None:
+    def fn(n: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (k == n) | (q == k)
+
+    def f(x: Any, n: int) -> Any:
+        return attention(x, x, x, mask=attn_core.mask(partial(fn, n)), query_offset=0)
+
+    x = draw(1, 2, 5, 3)
+    compiled = torch.compile(f, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, 3), f(x, 3))
+    with pytest.raises(Exception, match="must not be compared by `==` with a size or a number"):
+        compiled(x, 4)
 
 
 def test_a_float_table_keeps_its_digits_across_a_transform():
