@@ -12,10 +12,10 @@ A backend is a module `attn_core.backends.<name>` with these verbs, in this orde
     attend(plan, operands)          AttentionOutput
     vjp(arguments, cotangents)      outputs and gradients, for conformance
     from_numpy(x), to_numpy(x)
-    take(x, index, axis)            entries of an axis, by host ints
     outline(function, shapes, dtype)  what function says of arrays of these shapes, for none of
                                     which there need be memory
     known(x)                        can the values of x be read now, or does something trace them
+    take(x, index, axis)            entries of an axis, by host ints
     keep(threshold, seed, ..)       what dropout keeps, for layers that drop hidden entries
 
 where an implementation may turn out not to run when it is first called,

@@ -303,12 +303,10 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 def _asked(kernel: str, sample: Sample) -> bool:
     """Whether the kernel has anything to do with what is special about the sample."""
-    if kernel == "d_bias":
-        return bool(sample.bias)
+    if _idle(kernel, sample):
+        return False
     if kernel in ("combine", "delta"):
         return sample.name in ("plain", "everything")
-    if kernel == "facts":
-        return sample.lengths
     if kernel == "reduced":
         return sample.name == "table"
     if kernel == "schedule":
